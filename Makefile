@@ -1,0 +1,52 @@
+# `make study` and `make test` on a fresh machine need Python 3.11 or later, make and pip's registry.
+PYTHON ?= python3
+TIER ?= demo
+CORES ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+VENV := .venv
+BIN := $(VENV)/bin
+# nbval must find the same kernel, and cell output must not depend on the terminal.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS := ignore::DeprecationWarning
+export JUPYTER_PLATFORM_DIRS := 1
+
+.PHONY: study test test-slow lab format lock clean
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+study: $(VENV)/installed
+	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES)
+
+test: $(VENV)/installed
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+	rm -rf work/smoke
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		--nbval-sanitize-with=tests/nbval.cfg -p no:randomly notebooks
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lab: $(VENV)/installed
+	$(BIN)/jupyter lab notebooks
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/nbstripout --keep-count notebooks/*.ipynb
+
+# Resolve requirements.in anew. CUDA builds and local versions are the installer's choice, not ours.
+lock:
+	rm -rf work/lock && $(PYTHON) -m venv work/lock
+	work/lock/bin/python -m pip install --quiet -r requirements.in
+	work/lock/bin/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' \
+		| grep -viE '^(nvidia-|cuda-|triton)' > requirements.lock
+
+clean:
+	rm -rf work

@@ -1,0 +1,149 @@
+# The one runner, on a laptop as on a cluster: every rule is one notebook, executed by papermill.
+# Started by `make study` (lsgs_core/study.py), which also clears up after a kill.
+
+import shlex
+import sys
+from pathlib import Path
+
+from lsgs_core.tiers import NOTEBOOKS, load_tier
+
+tier = load_tier(config.get("tier", "demo"), Path(workflow.basedir))
+# Parameters are inputs of the rules: an edited one runs again just what depends on it.
+tier.write_parameter_files()
+study = tier.folder
+grid = tier.grid
+
+# So is the code: an edit must not leave figures of the old code behind.
+SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
+POINT = "{backbone}-fold{fold}-seed{seed}"
+RUN = "{backbone}-{method}-fold{fold}-seed{seed}"
+
+# The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
+PAPERMILL = (
+    shlex.quote(sys.executable) + " -m papermill notebooks/{params.notebook}.ipynb {log}"
+    " -f {input.parameters} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
+    " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
+)
+
+
+def inputs(stage, job):
+    """What every rule of a stage depends on besides its data."""
+    return {
+        "parameters": str(tier.parameter_file(job)),
+        "notebook": f"notebooks/{NOTEBOOKS[stage]}.ipynb",
+        "sources": SOURCES,
+    }
+
+
+wildcard_constraints:
+    backbone="[a-z_]+",
+    method="[a-z_]+",
+    fold="[0-9]+",
+    seed="[0-9]+",
+
+
+localrules:
+    all,
+    publish,
+
+
+rule all:
+    input:
+        study.root / "published.txt",
+
+
+rule data:
+    input:
+        **inputs("data", NOTEBOOKS["data"]),
+        manifest="data_manifest.yaml",
+    output:
+        study.prepared(tier.dataset) / "patches.csv",
+    log:
+        tier.executed_notebook(NOTEBOOKS["data"]),
+    params:
+        notebook=NOTEBOOKS["data"],
+    shell:
+        PAPERMILL
+
+
+rule pretraining:
+    input:
+        **inputs("pretraining", NOTEBOOKS["pretraining"] + "-" + POINT),
+        patches=rules.data.output,
+    output:
+        study.pretrained("{backbone}", "{fold}", "{seed}") / "weights.safetensors",
+    log:
+        tier.executed_notebook(NOTEBOOKS["pretraining"] + "-" + POINT),
+    params:
+        notebook=NOTEBOOKS["pretraining"],
+    threads: tier.threads
+    resources:
+        gpu=tier.gpu,
+    shell:
+        PAPERMILL
+
+
+rule scoring:
+    input:
+        **inputs("scoring", NOTEBOOKS["scoring"] + "-" + POINT),
+        weights=rules.pretraining.output,
+    output:
+        study.scores("{backbone}", "{fold}", "{seed}") / "probabilities.json",
+    log:
+        tier.executed_notebook(NOTEBOOKS["scoring"] + "-" + POINT),
+    params:
+        notebook=NOTEBOOKS["scoring"],
+    threads: tier.threads
+    resources:
+        gpu=tier.gpu,
+    shell:
+        PAPERMILL
+
+
+rule finetuning:
+    input:
+        **inputs("finetuning", NOTEBOOKS["finetuning"] + "-" + RUN),
+        probabilities=rules.scoring.output,
+    output:
+        study.run("{backbone}", "{method}", "{fold}", "{seed}") / "records.csv",
+    log:
+        tier.executed_notebook(NOTEBOOKS["finetuning"] + "-" + RUN),
+    params:
+        notebook=NOTEBOOKS["finetuning"],
+    threads: tier.threads
+    resources:
+        gpu=tier.gpu,
+    shell:
+        PAPERMILL
+
+
+rule evaluation:
+    input:
+        **inputs("evaluation", NOTEBOOKS["evaluation"]),
+        records=expand(
+            rules.finetuning.output,
+            backbone=grid.backbones,
+            method=grid.methods,
+            fold=grid.folds,
+            seed=grid.seeds,
+        ),
+    output:
+        study.evaluation / "records.csv",
+    log:
+        tier.executed_notebook(NOTEBOOKS["evaluation"]),
+    params:
+        notebook=NOTEBOOKS["evaluation"],
+    threads: tier.threads
+    shell:
+        PAPERMILL
+
+
+rule publish:
+    input:
+        rules.evaluation.output,
+    output:
+        study.root / "published.txt",
+    params:
+        command=f"{shlex.quote(sys.executable)} -m lsgs_core.study publish {tier.name}",
+    shell:
+        "{params.command} > {output}"

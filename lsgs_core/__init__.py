@@ -1,0 +1,45 @@
+"""Latent-space guided scenario sampling (LSGS): the method, its backbones and its data.
+
+The names below are the stable public face. They are imported when first used, so that
+`import lsgs_core` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lsgs_core.distortion import ScenarioScores, score_scenarios
+    from lsgs_core.errors import InputError
+    from lsgs_core.models import build_backbone, load_author_weights
+    from lsgs_core.patches import Batch
+    from lsgs_core.scenarios import ScenarioSet
+    from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
+
+_HOME = {
+    "Batch": "patches",
+    "InputError": "errors",
+    "ScenarioProbabilities": "smoothing",
+    "ScenarioScores": "distortion",
+    "ScenarioSet": "scenarios",
+    "build_backbone": "models",
+    "load_author_weights": "models",
+    "scenario_probabilities": "smoothing",
+    "score_scenarios": "distortion",
+}
+__all__ = [
+    "Batch",
+    "InputError",
+    "ScenarioProbabilities",
+    "ScenarioScores",
+    "ScenarioSet",
+    "build_backbone",
+    "load_author_weights",
+    "scenario_probabilities",
+    "score_scenarios",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lsgs_core' has no attribute {name!r}")
+    return getattr(import_module(f"lsgs_core.{_HOME[name]}"), name)

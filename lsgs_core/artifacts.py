@@ -1,0 +1,195 @@
+"""Outputs that say where they come from, and that are never half written.
+
+Every output file `x` has a sidecar `x.record.json` with the parameters that made it, the hashes of
+what it was made from, its own hash, and the environment (package versions, device, threads,
+commit, date). Reading an output checks hash and parameters; the environment is recorded, never
+compared. Times and dates stand in sidecars only, so that equal runs give equal files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import safetensors.torch
+import torch
+
+from lsgs_core.errors import InputError
+from lsgs_core.files import file_sha256, written_beside
+
+RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas", "safetensors")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an output was made with and from.
+
+    Attributes:
+        parameters: Everything that decides the output's content, JSON-able.
+        inputs: Hash (SHA-256) of every input, by a name that says its part.
+        device: Where it was computed.
+    """
+
+    parameters: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Package versions, device, threads, commit and date of this process."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def sidecar_path(path: Path) -> Path:
+    """Where the record of an output lies."""
+    return path.with_name(path.name + ".record.json")
+
+
+def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
+    """Write an output and its record, each beside and renamed, the record first.
+
+    The record carries the output's hash, so an output that a kill left without its own record, or
+    with an older one, is noticed when it is read.
+
+    Args:
+        path: Where the output goes; folders are made.
+        write: Writes the output to the path that it is given.
+        record: Parameters and inputs.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as temporary:
+        write(temporary)
+        description = {
+            "file": path.name,
+            "sha256": file_sha256(temporary),
+            "parameters": dict(record.parameters),
+            "inputs": dict(record.inputs),
+            "environment": environment(record.device),
+        }
+        with written_beside(sidecar_path(path)) as sidecar:
+            sidecar.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def save_table(path: Path, table: pd.DataFrame, record: Record) -> Path:
+    """Write a table as CSV, with nine significant digits."""
+    return save(path, lambda to: table.to_csv(to, index=False, float_format="%.9g"), record)
+
+
+def save_json(path: Path, content: Mapping[str, Any], record: Record) -> Path:
+    """Write JSON; a number that is not finite is written as null."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    return save(path, lambda to: to.write_text(text), record)
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], record: Record) -> Path:
+    """Write weights as safetensors, without metadata, whose order would change the bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return save(path, lambda to: safetensors.torch.save_file(tensors, to), record)
+
+
+def check(
+    path: Path,
+    expected: Mapping[str, Any] | None = None,
+    made_from: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Read the record of an output and make sure that the output is the one that is wanted.
+
+    Args:
+        path: The output.
+        expected: Parameters that it must have been made with; others are not looked at.
+        made_from: Hashes of inputs, by name, that it must have been made from.
+
+    Returns:
+        The record: file, sha256, parameters, inputs, environment.
+
+    Raises:
+        InputError: The output or its record is absent, the output is not the one that the record
+            describes, or it was made with other parameters.
+    """
+    sidecar = sidecar_path(path)
+    for needed in (path, sidecar):
+        if not needed.is_file():
+            raise InputError(f"{needed}: not there; has the notebook that writes it been run?")
+    try:
+        record = json.loads(sidecar.read_text())
+        described, parameters, inputs = record["sha256"], record["parameters"], record["inputs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{sidecar}: expected the record of an output: {error}") from error
+    if file_sha256(path) != described:
+        raise InputError(f"{path}: not the file that {sidecar.name} describes; make it again")
+    for name, value in (expected or {}).items():
+        if name not in parameters or not _same(parameters[name], value):
+            raise InputError(
+                f"{path}: made with {name} = {parameters.get(name)!r}, expected {value!r}; "
+                "make it again, or use other parameters"
+            )
+    for name, sha256 in (made_from or {}).items():
+        if inputs.get(name) != sha256:
+            raise InputError(f"{path}: made from another {name} than the one here; make it again")
+    return record
+
+
+def load_weights(
+    path: Path, expected: Mapping[str, Any] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and their record, checked as in `check`."""
+    record = check(path, expected)
+    return safetensors.torch.load_file(path), record
+
+
+def load_table(path: Path, expected: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """A table, checked as in `check`."""
+    check(path, expected)
+    return pd.read_csv(path)
+
+
+def load_json(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON output, checked as in `check`."""
+    check(path, expected)
+    return json.loads(path.read_text())
+
+
+def _same(recorded: object, wanted: object) -> bool:
+    """Equal once both are what JSON makes of them (tuples are lists, keys are strings)."""
+    return recorded == json.loads(json.dumps(wanted))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with '+changes' where it was edited."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed without git, or not a checkout
+    return done.stdout.strip()

@@ -1,0 +1,110 @@
+"""All runs of a grid put together, and what their networks predict for chosen patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lsgs_core.artifacts import load_table
+from lsgs_core.evaluation import class_map
+from lsgs_core.figures import PredictedPatch, composite
+from lsgs_core.models import Backbone
+from lsgs_core.patches import PatchDataset
+from lsgs_core.scenarios import ScenarioSet
+from lsgs_core.tiers import Grid, StudyFolder
+
+
+def collect(
+    study: StudyFolder,
+    grid: Grid,
+    name: str,
+    expected: Mapping[str, Any],
+    pretrained: bool = True,
+) -> pd.DataFrame:
+    """Read one table of every run of a grid.
+
+    Args:
+        study: Where the runs are.
+        grid: Which runs.
+        name: Of the table in the folder of a run.
+        expected: Parameters that every run must have been made with.
+        pretrained: Also read the table of every pretrained network, as method "pretrained".
+
+    Returns:
+        The tables one below the other, with columns backbone, method, fold and seed in front.
+
+    Raises:
+        InputError: A run is not there, is damaged, or was made with other parameters.
+    """
+    tables = []
+    for point in grid.points():
+        backbone, fold, seed = point["backbone"], point["fold"], point["seed"]
+        paths = {"pretrained": study.pretrained(backbone, fold, seed)} if pretrained else {}
+        paths |= {method: study.run(backbone, method, fold, seed) for method in grid.methods}
+        for method, folder in paths.items():
+            table = load_table(folder / name, {**expected, "fold": fold})
+            keys = {"backbone": backbone, "method": method, "fold": fold, "seed": seed}
+            for position, (key, value) in enumerate(keys.items()):
+                table.insert(position, key, value)
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
+    """Positions of the patches with most label values, from different blocks while there are any.
+
+    Of two with as many values, the one with more labelled pixels comes first.
+    """
+    pixels = dataset.table.filter(like="pixels_")
+    order = pd.DataFrame({"values": (pixels > 0).sum(axis=1), "labelled": pixels.sum(axis=1)})
+    order["block"] = dataset.block_ids
+    order = order.sort_values(["values", "labelled"], ascending=False, kind="stable")
+    # The best of every block first, then the second best of every block, and so on.
+    order["turn"] = order.groupby("block").cumcount()
+    return order.sort_values("turn", kind="stable").index[:count].tolist()
+
+
+def predicted_patches(
+    model: Backbone, dataset: PatchDataset, indices: Sequence[int], scenarios: ScenarioSet
+) -> list[PredictedPatch]:
+    """What a model makes of patches under every single modality and under all of them.
+
+    Args:
+        model: In evaluation mode afterwards.
+        dataset: Where the patches come from; the first modality is shown as the picture.
+        indices: Positions in the data set.
+        scenarios: For the modalities of the data set.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    shown = [*np.flatnonzero(scenarios.masks.sum(axis=1) == 1), scenarios.full]
+    patches = []
+    for index in indices:
+        batch = dataset.batch([index]).to(device)
+        assert batch.target is not None
+        assert batch.valid is not None
+        predictions = {}
+        with torch.inference_mode():
+            for scenario in shown:
+                present = batch.available & torch.from_numpy(scenarios.masks[scenario]).to(device)
+                logits = model(batch.images, present)
+                title = scenarios.names[scenario] if scenario != scenarios.full else "all"
+                predictions[title] = class_map(logits, dataset.task_kind)[0].cpu().numpy()
+        raw, _ = dataset.read(index)
+        if dataset.task_kind == "multiclass":
+            truth = batch.target[0]
+        else:  # logits of ±1, so that the truth is read off as predictions are
+            truth = class_map(2 * batch.target - 1, dataset.task_kind)[0]
+        patches.append(
+            PredictedPatch(
+                picture=composite(next(iter(raw.values()))),
+                truth=truth.cpu().numpy(),
+                known=batch.valid[0].cpu().numpy(),
+                predictions=predictions,
+            )
+        )
+    return patches

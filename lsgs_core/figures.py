@@ -1,0 +1,345 @@
+"""Figures: one style, the same colour for the same method, the same order of scenarios everywhere.
+
+Every function draws what it is given and returns the figure; `save_figure` writes PNG and PDF
+without dates, so that equal figures are equal files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from lsgs_core.distortion import ScenarioScores
+from lsgs_core.files import written_beside
+from lsgs_core.methods import METHODS
+from lsgs_core.smoothing import ScenarioProbabilities
+
+# Okabe and Ito's colours, told apart by readers of every colour vision.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+# Methods that are not in the table, such as the network before fine-tuning.
+OTHER_METHODS = {"pretrained": "before fine-tuning", "always_positive": "always positive"}
+
+
+def use_style() -> None:
+    """Set the style of every figure after this call."""
+    sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE))
+    plt.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 90,
+            "savefig.dpi": 150,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": "medium",
+            "font.size": 10,
+            "legend.frameon": False,
+            "image.interpolation": "nearest",
+            "pdf.fonttype": 42,
+        }
+    )
+
+
+def method_title(method: str) -> str:
+    """A method's name as figures and tables show it."""
+    return METHODS[method].title if method in METHODS else OTHER_METHODS.get(method, method)
+
+
+def method_colour(method: str) -> str:
+    """A method's colour, the same in every figure."""
+    known = [*METHODS, *OTHER_METHODS]
+    return PALETTE[known.index(method) % len(PALETTE)] if method in known else "#666666"
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write `<name>.png` and `<name>.pdf` and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
+        path = folder / f"{name}{suffix}"
+        with written_beside(path) as temporary:
+            figure.savefig(temporary, metadata=metadata)
+        paths.append(path)
+    return paths
+
+
+def composite(bands: NDArray[Any], low: float = 2, high: float = 98) -> NDArray[np.float64]:
+    """Colour picture of three bands (one band: grey), each stretched between two percentiles.
+
+    Args:
+        bands: [D, H, W]; the first three are shown, in the order red, green, blue.
+        low: Percentile that becomes 0.
+        high: Percentile that becomes 1.
+
+    Returns:
+        float64 [H, W, 3], from 0 to 1.
+    """
+    shown = np.asarray(bands, dtype=np.float64)[:3]
+    shown = np.repeat(shown[:1], 3, axis=0) if len(shown) < 3 else shown
+    limits = np.percentile(shown, [low, high], axis=(1, 2))
+    stretched = (shown - limits[0][:, None, None]) / np.maximum(np.ptp(limits, axis=0), 1e-12)[
+        :, None, None
+    ]
+    return np.clip(stretched, 0, 1).transpose(1, 2, 0)
+
+
+def category_map(
+    axes: Axes,
+    ids: NDArray[np.integer],
+    names: Mapping[int, str],
+    title: str,
+    colours: Sequence[str] = PALETTE,
+    extent: tuple[float, float, float, float] | None = None,
+) -> None:
+    """Draw a map of ids with a legend; ids that have no name stay white.
+
+    Args:
+        axes: Where to draw.
+        ids: [H, W].
+        names: Name of every id that is shown.
+        title: Of the panel.
+        colours: One per name, used again from the start when there are more names.
+        extent: left, right, bottom, top in the units of the axes; None: pixels.
+    """
+    keys = list(names)
+    position = np.full(ids.shape, np.nan)
+    for index, key in enumerate(keys):
+        position[ids == key] = index
+    chosen = [colours[index % len(colours)] for index in range(len(keys))]
+    norm = BoundaryNorm(np.arange(len(keys) + 1) - 0.5, len(keys))
+    axes.imshow(position, cmap=ListedColormap(chosen), norm=norm, extent=extent)
+    axes.set_title(title)
+    handles = [Patch(color=c, label=names[k]) for c, k in zip(chosen, keys, strict=True)]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+
+
+def scene_overview(
+    picture: NDArray[np.float64],
+    label_ids: NDArray[np.integer],
+    label_names: Mapping[int, str],
+    roles: NDArray[np.integer],
+    role_names: Mapping[int, str],
+    pixel_size: float,
+) -> Figure:
+    """The scene, its labels and one fold, above one another.
+
+    Args:
+        picture: Colour picture, [H, W, 3].
+        label_ids: Id per pixel, [H, W].
+        label_names: Name of every id that is a label; the rest is unknown and stays white.
+        roles: Role of every pixel in the fold, [H, W].
+        role_names: Name of every role that is shown.
+        pixel_size: Metres.
+    """
+    height, width = label_ids.shape
+    extent = (0.0, width * pixel_size / 1000, height * pixel_size / 1000, 0.0)
+    figure, axes = plt.subplots(3, 1, figsize=(9, 11), sharex=True, sharey=True)
+    axes[0].imshow(picture, extent=extent)
+    axes[0].set_title("Scene (2 to 98 % stretch)")
+    category_map(axes[1], label_ids, label_names, "Labels (white: unknown, ignored)", extent=extent)
+    role_colours = ("#56B4E9", "#E69F00", "#D55E00")
+    category_map(axes[2], roles, role_names, "Roles in this fold", role_colours, extent)
+    for panel in axes:
+        panel.set_ylabel("km")
+    axes[2].set_xlabel("km")
+    return figure
+
+
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Loss of training, and IoU on validation where the history has it, per epoch.
+
+    Args:
+        history: Columns epoch, loss, and any of validation_full_iou, validation_mean_iou.
+        title: Of the figure.
+    """
+    shown = [name for name in ("validation_full_iou", "validation_mean_iou") if name in history]
+    figure, axes = plt.subplots(1, 2 if shown else 1, figsize=(9, 3), squeeze=False)
+    marker = "o" if len(history) < 3 else None
+    axes[0, 0].plot(history["epoch"], history["loss"], color=PALETTE[0], marker=marker)
+    axes[0, 0].set(xlabel="epoch", ylabel="training loss")
+    labels = {"validation_full_iou": "all modalities", "validation_mean_iou": "mean over scenarios"}
+    for colour, name in zip(PALETTE, shown, strict=False):
+        axes[0, 1].plot(
+            history["epoch"], history[name], color=colour, marker=marker, label=labels[name]
+        )
+    if shown:
+        axes[0, 1].set(xlabel="epoch", ylabel="validation IoU")
+        axes[0, 1].legend()
+    figure.suptitle(title)
+    return figure
+
+
+def distortion_bars(scores: ScenarioScores) -> Figure:
+    """Distortion per scenario with its standard error, on the left of the distance to full."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    names = list(scores.scenarios.names)
+    missing = scores.scenarios.missing
+    colours = [PALETTE[int(number) % len(PALETTE)] for number in missing]
+    axes.bar(names, scores.distortion, yerr=scores.standard_error, color=colours, capsize=3)
+    axes.set_ylabel("distortion D (latent units squared)")
+    axes.set_title("Distortion of the latent, ± 1 standard error over spatial blocks")
+    handles = [
+        Patch(color=PALETTE[number % len(PALETTE)], label=f"{number} missing")
+        for number in sorted(set(missing.tolist()), reverse=True)
+    ]
+    axes.legend(handles=handles)
+    axes.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
+    """The kernel, what smoothing changed, and the probabilities beside uniform."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
+    sns.heatmap(
+        result.kernel,
+        ax=axes[0],
+        xticklabels=list(names),
+        yticklabels=list(names),
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        square=True,
+        cbar_kws={"label": "similarity"},
+    )
+    axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
+    axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
+    limits = [result.utility.min(), result.utility.max()]
+    axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
+    axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
+    positions = np.arange(len(names))
+    axes[2].bar(positions, result.probabilities, color=PALETTE[1])
+    axes[2].plot(positions, result.prior, color="#333333", linestyle="--", label="prior (uniform)")
+    axes[2].set_xticks(positions, list(names), rotation=40, ha="right")
+    axes[2].set(ylabel="probability p", title="Scenario probabilities")
+    axes[2].legend()
+    return figure
+
+
+def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """IoU per method and scenario, one panel per backbone.
+
+    Args:
+        scores: Columns backbone, method, scenario, iou.
+        names: Scenarios, in order.
+    """
+    backbones = list(dict.fromkeys(scores["backbone"]))
+    methods = list(dict.fromkeys(scores["method"]))
+    figure, axes = plt.subplots(
+        len(backbones),
+        1,
+        figsize=(9, 0.9 + 0.55 * len(methods) * len(backbones) + len(backbones)),
+        squeeze=False,
+        sharex=True,
+    )
+    limits = scores["iou"].min(), scores["iou"].max()
+    for panel, backbone in zip(axes[:, 0], backbones, strict=True):
+        table = scores[scores["backbone"] == backbone].pivot_table(
+            index="method", columns="scenario", values="iou", sort=False
+        )
+        table = table.reindex(index=methods, columns=list(names))
+        table.index = pd.Index([method_title(method) for method in table.index])
+        sns.heatmap(
+            table,
+            ax=panel,
+            annot=True,
+            fmt=".2f",
+            cmap="viridis",
+            vmin=limits[0],
+            vmax=limits[1],
+            cbar_kws={"label": "IoU"},
+        )
+        panel.set(title=backbone, xlabel="", ylabel="")
+    axes[-1, 0].tick_params(axis="x", rotation=30)
+    return figure
+
+
+def method_curves(histories: pd.DataFrame) -> Figure:
+    """Validation IoU per epoch of fine-tuning: a panel per backbone, a line per method.
+
+    Args:
+        histories: Columns backbone, method, fold, seed, epoch, validation_mean_iou. Bands are the
+            range over folds and seeds.
+    """
+    backbones = list(dict.fromkeys(histories["backbone"]))
+    figure, axes = plt.subplots(
+        1, len(backbones), figsize=(4.2 * len(backbones), 3.4), squeeze=False, sharey=True
+    )
+    for panel, backbone in zip(axes[0], backbones, strict=True):
+        for method, lines in histories[histories["backbone"] == backbone].groupby(
+            "method", sort=False
+        ):
+            curve = lines.groupby("epoch")["validation_mean_iou"].agg(["mean", "min", "max"])
+            colour = method_colour(str(method))
+            panel.plot(
+                curve.index,
+                curve["mean"],
+                color=colour,
+                label=method_title(str(method)),
+                marker="o" if len(curve) < 3 else None,
+            )
+            panel.fill_between(
+                curve.index, curve["min"], curve["max"], color=colour, alpha=0.2, linewidth=0
+            )
+        panel.set(title=backbone, xlabel="epoch of fine-tuning")
+    axes[0, 0].set_ylabel("validation IoU, mean over scenarios")
+    axes[0, -1].legend()
+    return figure
+
+
+@dataclass(frozen=True)
+class PredictedPatch:
+    """A patch with what several models or scenarios make of it.
+
+    Attributes:
+        picture: [H, W, 3], from 0 to 1.
+        truth: Class id per pixel, [H, W].
+        known: Labelled pixels, bool [H, W].
+        predictions: Class id per pixel, [H, W], by the title of its panel.
+    """
+
+    picture: NDArray[np.float64]
+    truth: NDArray[np.integer]
+    known: NDArray[np.bool_]
+    predictions: Mapping[str, NDArray[np.integer]]
+
+
+def prediction_maps(patches: Sequence[PredictedPatch], names: Mapping[int, str]) -> Figure:
+    """A row per patch: image, truth, predictions; pixels without a label are drawn pale.
+
+    Args:
+        patches: With the same titles of predictions.
+        names: Name of every class id that is shown; other ids stay white.
+    """
+    titles = ["image", "truth", *patches[0].predictions]
+    figure, axes = plt.subplots(
+        len(patches),
+        len(titles),
+        figsize=(2 * len(titles) + 1.6, 2.15 * len(patches)),
+        squeeze=False,
+    )
+    for row, patch in zip(axes, patches, strict=True):
+        row[0].imshow(patch.picture)
+        category_map(row[1], np.where(patch.known, patch.truth, -1), names, "")
+        for panel, ids in zip(row[2:], patch.predictions.values(), strict=True):
+            category_map(panel, ids, names, "")
+            panel.imshow(np.dstack([np.ones((*patch.known.shape, 3)), ~patch.known * 0.6]))
+    for panel in axes.flat:
+        panel.set_xticks([])
+        panel.set_yticks([])
+        legend = panel.get_legend()
+        if legend is not None and panel is not axes[0, -1]:
+            legend.remove()
+    for panel, title in zip(axes[0], titles, strict=True):
+        panel.set_title(title)
+    return figure

@@ -1,0 +1,89 @@
+"""LoRA: low-rank adaptation of a frozen network (Hu et al. 2021), the paper's second baseline.
+
+W becomes W + B A with A of `rank` rows and B zero at the start, without a scaling factor, on the
+layers that a backbone names in `low_rank_layers()`. Everything else is frozen; BatchNorm layers
+keep their statistics, since the trainer leaves frozen ones in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lsgs_core.errors import InputError
+from lsgs_core.models.backbone import Backbone
+
+
+class LowRankUpdate(nn.Module):
+    """Adds a product of two small matrices to a weight.
+
+    Args:
+        weight: The weight to adapt, [out, in, ...]; trailing kernel axes count as inputs.
+        rank: Rows of A; at most what the weight's shape allows is used.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape[0], weight[0].numel()
+        rank = min(rank, outputs, inputs)
+        self.a = nn.Parameter(weight.new_empty(rank, inputs))
+        self.b = nn.Parameter(weight.new_zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, of the same shape."""
+        return weight + (self.b @ self.a).view_as(weight)
+
+
+def add_lora(model: Backbone, rank: int = 4) -> int:
+    """Freeze a backbone and add low-rank updates to the layers that it names.
+
+    Args:
+        model: Changed in place; its outputs are the same until training begins.
+        rank: 4 in the paper.
+
+    Returns:
+        Number of trained parameters.
+
+    Raises:
+        InputError: A rank below 1, or a model that already has updates.
+    """
+    if rank < 1:
+        raise InputError(f"rank: expected 1 or more, found {rank}")
+    layers = model.low_rank_layers()
+    if any(parametrize.is_parametrized(layer) for layer in layers.values()):
+        raise InputError("model: expected one without low-rank updates, found one that has them")
+    model.requires_grad_(False)
+    for layer in layers.values():
+        weight = layer.weight
+        if not isinstance(weight, Tensor):
+            raise InputError(f"low_rank_layers: expected layers with a weight, found {layer}")
+        parametrize.register_parametrization(layer, "weight", LowRankUpdate(weight, rank))
+    return trained_parameters(model)
+
+
+def merge_lora(model: Backbone) -> None:
+    """Write the updates into the weights, so that the model is an ordinary backbone again."""
+    for layer in model.low_rank_layers().values():
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    model.requires_grad_(True)
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def training_mode(model: nn.Module) -> None:
+    """Training mode, except for BatchNorm layers whose parameters are frozen.
+
+    A frozen layer whose running statistics moved would change the frozen network.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            frozen = [not parameter.requires_grad for parameter in module.parameters()]
+            module.train(not (frozen and all(frozen)))

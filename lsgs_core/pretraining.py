@@ -1,0 +1,96 @@
+"""The network before fine-tuning: taken from a checkpoint, and checked before it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lsgs_core.artifacts import load_weights, sidecar_path
+from lsgs_core.errors import InputError
+from lsgs_core.models import Backbone, load_author_weights
+from lsgs_core.patches import Batch
+from lsgs_core.scenarios import ScenarioSet
+
+# Differences below this, relative to the size of the latent, are float32 rounding.
+TOLERANCE = 1e-4
+
+
+def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
+    """Load pretrained weights: ours, known by the record beside them, or the authors'.
+
+    Args:
+        model: Changed in place.
+        path: The checkpoint.
+        expected: Parameters that a checkpoint of ours must have been made with.
+
+    Returns:
+        "ours" or "authors".
+
+    Raises:
+        InputError: It is the checkpoint of another model, or damaged, or made with other
+            parameters.
+    """
+    if not sidecar_path(path).is_file():
+        load_author_weights(model, path)
+        return "authors"
+    weights, _ = load_weights(path, expected)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise InputError(
+            f"{path}: a checkpoint of another model: {len(wrong)} entries differ, the first is "
+            f"{wrong[0]}: expected {wanted.get(wrong[0])}, found {found.get(wrong[0])}"
+        )
+    model.load_state_dict(weights)
+    return "ours"
+
+
+def check_network(model: Backbone, batch: Batch, scenarios: ScenarioSet) -> pd.DataFrame:
+    """Make sure of what scoring takes for granted.
+
+    Args:
+        model: Left in evaluation mode.
+        batch: Two or more complete patches.
+        scenarios: For the model's modalities.
+
+    Returns:
+        One row per check: check, found (largest relative difference, or count), allowed, passed.
+    """
+    model.eval()
+    batch = batch.to(next(model.parameters()).device)
+    masks = torch.from_numpy(scenarios.masks.copy()).to(batch.available.device)
+    full = batch.available
+    one_missing = full.clone()
+    one_missing[:, 0] = False
+    noisy = [1e3 * torch.ones_like(batch.images[0]), *batch.images[1:]]
+    with torch.inference_mode():
+        shared = model.scenario_latents(batch.images, masks)
+        together = model.latent(batch.images, full)
+        alone = torch.cat(
+            [
+                model.latent([image[i : i + 1] for image in batch.images], full[i : i + 1])
+                for i in range(len(full))
+            ]
+        )
+        absent = [model.latent(images, one_missing) for images in (batch.images, noisy)]
+    not_finite = sum(not bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    differences = {
+        "entries that are not finite": (float(not_finite), 0.0),
+        "D of the full scenario": (_difference(shared[scenarios.full], together), TOLERANCE),
+        "a patch alone and in a batch": (_difference(alone, together), TOLERANCE),
+        "pixels of an absent modality": (_difference(*absent), 0.0),
+    }
+    rows = [
+        {"check": name, "found": found, "allowed": allowed, "passed": found <= allowed}
+        for name, (found, allowed) in differences.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest difference relative to the root mean square of the second."""
+    return float((first - second).abs().max() / second.square().mean().sqrt().clamp(min=1e-12))

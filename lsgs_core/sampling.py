@@ -1,0 +1,153 @@
+"""Drawing the scenario of every training sample.
+
+A draw is a pure function of (seed, epoch, sample index): a counter-based generator gives one number
+in [0, 1) for each, and the inverse of the cumulative probabilities turns it into a scenario. So
+batch size, the number of processes and a resumed run change nothing, and two methods with the same
+seed share their random numbers: where their probabilities agree, so do their draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lsgs_core.errors import InputError
+
+# One stream per purpose, so that the scenario of a sample is independent of its augmentation.
+STREAMS = {"scenario": 0, "order": 1, "augmentation": 2, "weights": 3, "dropout": 4}
+
+
+def generator(stream: str, seed: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
+    """Counter-based generator (Philox) of one purpose, epoch and sample.
+
+    Args:
+        stream: A name in `STREAMS`.
+        seed: Non-negative, below 2^64.
+        epoch: Non-negative.
+        index: Sample index, non-negative.
+
+    Raises:
+        InputError: A negative seed, epoch or index.
+    """
+    if min(seed, epoch, index) < 0:
+        raise InputError(f"seed, epoch, index: expected 0 or more, found {(seed, epoch, index)}")
+    # The lowest counter word counts the blocks that are drawn; the others tell streams apart.
+    counter = [0, index, epoch, STREAMS[stream]]
+    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=counter))
+
+
+def uniform_numbers(
+    stream: str, seed: int, epoch: int, indices: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """One number in [0, 1) for every sample index, float64 [B]."""
+    return np.array([generator(stream, seed, epoch, int(index)).random() for index in indices])
+
+
+def draw_scenarios(
+    probabilities: ArrayLike,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int] | NDArray[np.int64],
+    servable: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
+    """Draw one scenario per sample by inverse CDF.
+
+    Args:
+        probabilities: p over the scenarios, [K], summing to 1.
+        seed: Of the run.
+        epoch: From 0.
+        indices: Index of every sample in its data set, [B]; not its position in the batch.
+        servable: Scenarios that each sample can serve, bool [B, K], where files are absent: p is
+            renormalised over them. None: every sample serves every scenario.
+
+    Returns:
+        Scenario index per sample, int64 [B].
+
+    Raises:
+        InputError: p is not a distribution, or a sample can serve no scenario of positive p.
+    """
+    p = check_probabilities(probabilities)
+    numbers = uniform_numbers("scenario", seed, epoch, indices)
+    if servable is None:
+        rows = np.broadcast_to(p, (len(numbers), p.size))
+    else:
+        rows = np.where(servable, p, 0.0)
+        if (rows.sum(axis=1) <= 0).any():
+            stuck = np.asarray(indices)[rows.sum(axis=1) <= 0]
+            raise InputError(f"samples {stuck.tolist()}: no scenario that they serve has p > 0")
+    cumulative = np.cumsum(rows, axis=1)
+    # Scaled by the last sum, not by 1: rounding must not leave a gap above the last scenario.
+    drawn = (cumulative <= (numbers * cumulative[:, -1])[:, None]).sum(axis=1)
+    return drawn.astype(np.int64)
+
+
+def check_probabilities(probabilities: ArrayLike, count: int | None = None) -> NDArray[np.float64]:
+    """Return p as float64 [K], or raise InputError when it is not a distribution (over `count`)."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    if p.ndim != 1 or not np.isfinite(p).all() or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
+        raise InputError(
+            "probabilities: expected non-negative numbers that sum to 1, one per scenario, "
+            f"found {np.round(p, 6).tolist()}"
+        )
+    if count is not None and p.size != count:
+        raise InputError(f"probabilities: expected one per scenario ({count}), found {p.size}")
+    return p
+
+
+class ScenarioSampler(Protocol):
+    """What training asks of a sampler. Adding a sampler means writing one of these.
+
+    A sampler that adapts watches the losses through `observe`; what it has learnt is in
+    `state_dict`, which is saved with the training state.
+    """
+
+    def probabilities(self, epoch: int) -> NDArray[np.float64]:
+        """Probabilities of the scenarios now, float64 [K]."""
+
+    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+        """Take note of the loss of every sample of a step, both [B]."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+
+
+class FixedSampler:
+    """The same probabilities throughout: the paper's LSGS, and uniform sampling.
+
+    Args:
+        probabilities: p over the scenarios, [K].
+    """
+
+    def __init__(self, probabilities: ArrayLike) -> None:
+        self._probabilities = check_probabilities(probabilities)
+
+    @classmethod
+    def uniform(cls, count: int) -> FixedSampler:
+        """Uniform over `count` scenarios: standard modality dropout."""
+        return cls(np.full(count, 1 / count))
+
+    def probabilities(self, epoch: int) -> NDArray[np.float64]:
+        """The same in every epoch, float64 [K]."""
+        return self._probabilities
+
+    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """No state but the probabilities."""
+        return {"probabilities": self._probabilities.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the saved run drew from the same probabilities.
+
+        Raises:
+            InputError: It drew from others.
+        """
+        if state != self.state_dict():
+            raise InputError("training state: it was made with other scenario probabilities")

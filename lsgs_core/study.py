@@ -1,0 +1,159 @@
+"""Runs a tier from one command, on top of Snakemake: `python -m lsgs_core.study run demo`.
+
+What Snakemake leaves to its caller after a `kill -9` is done here: processes of the earlier run
+that still write are ended, the stale lock is removed, and incomplete outputs are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from lsgs_core.artifacts import sidecar_path
+from lsgs_core.errors import InputError
+from lsgs_core.files import written_beside
+from lsgs_core.tiers import Tier, load_tier
+
+ROOT = Path(__file__).resolve().parent.parent
+# Every process of a run carries this variable, so that those a kill orphaned can be found.
+MARK = "LSGS_STUDY_FOLDER"
+PUBLISHED_KINDS = {".csv", ".json", ".png", ".pdf"}
+
+
+def run(tier: Tier, cores: int, dry_run: bool = False) -> int:
+    """Run what is missing or out of date of a tier, and say where its figures are.
+
+    Args:
+        tier: Checked already, so that a wrong parameter fails before anything runs.
+        cores: CPU cores to share out among notebook runs.
+        dry_run: Only list what would run.
+
+    Returns:
+        Exit status of Snakemake.
+
+    Raises:
+        InputError: Another process runs this tier now.
+    """
+    folder = ROOT / tier.folder.root
+    folder.mkdir(parents=True, exist_ok=True)
+    snakemake = [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
+        *("--directory", str(ROOT), "--config", f"tier={tier.name}"),
+    ]
+    with _only_one(folder):
+        ended = end_orphans(folder)
+        if ended:
+            print(f"ended {ended} processes that an earlier run had left behind")
+        marked = {**os.environ, MARK: str(folder)}
+        subprocess.run([*snakemake, "--unlock", "--quiet", "all"], env=marked, check=True)
+        options = ["--cores", str(cores), "--resources", "gpu=1", "--rerun-incomplete"]
+        # By date and parameters: a comment edited in the Snakefile is no reason to train again.
+        options += ["--rerun-triggers", "mtime", "--keep-going", "--quiet", "rules", "host"]
+        if dry_run:
+            options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--dry-run"]
+        status = subprocess.run([*snakemake, *options], env=marked, check=False).returncode
+    if status:
+        print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks")
+    elif not dry_run:
+        print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
+    return status
+
+
+def publish(tier: Tier) -> list[Path]:
+    """Copy tables and figures of a finished tier into `results/<tier>`, in place of older ones.
+
+    Records with dates and package versions stay behind but for one, `provenance.json`, so that
+    `git diff results` shows what changed in the figures and not that time went by.
+
+    Returns:
+        The files written.
+    """
+    target = ROOT / "results" / tier.name
+    beside = target.with_name(f".{tier.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    sources = {
+        "data": tier.folder.prepared(tier.dataset) / "figures",
+        "pretrained": tier.folder.root / "pretrained",
+        "scores": tier.folder.root / "scores",
+        "evaluation": tier.folder.evaluation,
+    }
+    for name, source in sources.items():
+        for path in sorted((ROOT / source).rglob("*")):
+            if path.suffix in PUBLISHED_KINDS and not path.name.endswith(".record.json"):
+                copy = beside / name / path.relative_to(ROOT / source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    record = json.loads(sidecar_path(ROOT / tier.folder.evaluation / "records.csv").read_text())
+    provenance = {
+        "command": f"make study TIER={tier.name}",
+        "parameters": {name: dict(section) for name, section in tier.sections.items()},
+        "grid": vars(tier.grid),
+        "environment": record["environment"],
+    }
+    with written_beside(beside / "provenance.json") as temporary:
+        temporary.write_text(json.dumps(provenance, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    beside.replace(target)
+    return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+def end_orphans(folder: Path) -> int:
+    """End the processes that an earlier run of this folder left behind; return their number."""
+    own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in own and process.environ().get(MARK) == str(folder):
+                orphans.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    for process in orphans:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(orphans, timeout=10)
+    return len(orphans)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which a killed process gives up by itself."""
+    with (folder / ".study.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: a study is running here already") from error
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lsgs_core.study", description=__doc__)
+    parser.add_argument("action", choices=["run", "check", "publish"])
+    parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    given = parser.parse_args(arguments)
+    try:
+        tier = load_tier(given.tier, ROOT)
+        if given.action == "run":
+            return run(tier, given.cores, given.dry_run)
+        if given.action == "publish":
+            print(f"published {len(publish(tier))} files in results/{tier.name}")
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Scenarios, their probabilities and their draws: the mathematics, without files or networks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from lsgs_core.errors import InputError
+from lsgs_core.sampling import FixedSampler, draw_scenarios, generator, uniform_numbers
+from lsgs_core.scenarios import ScenarioSet
+from lsgs_core.smoothing import rbf_kernel, scenario_probabilities, total_variation
+
+REFERENCE = ["cbc_slp", "cbc", "cmx"]
+
+
+def test_order_is_the_methods():
+    scenarios = ScenarioSet.of(["RGB", "NIR", "SWIR"])
+    written = ["".join(str(int(bit)) for bit in mask) for mask in scenarios.masks]
+    assert written == ["100", "010", "001", "110", "101", "011", "111"]
+    assert scenarios.names[-1] == "RGB+NIR+SWIR"
+    assert scenarios.missing.tolist() == [2, 2, 2, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("count", range(2, 8))
+def test_every_subset_once(count):
+    scenarios = ScenarioSet.of([f"modality{index}" for index in range(count)])
+    assert len(scenarios) == len(scenarios.masks) == len(set(scenarios.names)) == 2**count - 1
+    assert {tuple(mask) for mask in scenarios.masks} == set(
+        itertools.product([False, True], repeat=count)
+    ) - {(False,) * count}
+    assert scenarios.masks[scenarios.full].all()
+
+
+@pytest.mark.parametrize("names", [["RGB"], [], ["A", "A"], ["A", ""], ["A", "B+C"], "RGB", [1, 2]])
+def test_bad_modalities(names):
+    with pytest.raises(InputError, match="modalities"):
+        ScenarioSet.of(names)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_scoring(name, reference):
+    golden = reference(name)
+    result = scenario_probabilities(golden["D"])
+    for ours, theirs in [
+        (result.kernel, "kernel"),
+        (result.smoothed, "scores"),
+        (result.standardised, "scores_z"),
+        (result.softmax, "softmax"),
+        (result.probabilities, "probabilities"),
+    ]:
+        np.testing.assert_allclose(ours, golden[theirs], rtol=0, atol=1e-8, err_msg=theirs)
+
+
+distortions = arrays(np.float64, st.integers(2, 15), elements=st.floats(0, 5))
+
+
+@given(distortions, st.floats(0.01, 100), st.floats(0, 3), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_probabilities_are_a_distribution_within_bounds(distortion, scale, tau, gamma):
+    result = scenario_probabilities(
+        distortion, direction=scale, inverse_temperature=tau, mixing=gamma
+    )
+    p, count = result.probabilities, len(distortion)
+    assert p.sum() == pytest.approx(1, abs=1e-12)
+    assert (p >= (1 - gamma) / count - 1e-12).all()
+    # the size of the direction cancels in the standardisation
+    np.testing.assert_allclose(
+        p,
+        scenario_probabilities(distortion, inverse_temperature=tau, mixing=gamma).probabilities,
+        atol=1e-6,
+    )
+
+
+def test_bounds_for_three_modalities():
+    """For K = 7 and the paper's values no distortion takes p out of [0.0906, 0.2766]."""
+    extremes = [np.eye(7)[0], 1 - np.eye(7)[0]]
+    found = np.concatenate([scenario_probabilities(d, smooth=False).probabilities for d in extremes])
+    assert found.min() == pytest.approx(0.0906, abs=5e-5)
+    assert found.max() == pytest.approx(0.2766, abs=5e-5)
+
+
+def test_direction_turns_the_preference():
+    distortion = [3.0, 2.0, 1.0, 0.0]
+    up = scenario_probabilities(distortion).probabilities
+    down = scenario_probabilities(distortion, direction=-1).probabilities
+    assert (np.diff(up) < 0).all()
+    assert (np.diff(down) > 0).all()
+
+
+def test_equal_distortions_give_the_prior():
+    assert scenario_probabilities([0.3] * 7).probabilities.tolist() == pytest.approx([1 / 7] * 7)
+    prior = np.array([0.5, 0.3, 0.2])
+    np.testing.assert_allclose(scenario_probabilities([0.0] * 3, prior=prior).probabilities, prior)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e-6])
+def test_small_distortions_still_count(scale):
+    """The published absolute cutoff makes p uniform here; ours is relative."""
+    distortion = scale * np.array([0.9, 0.8, 1.1, 0.4, 0.3, 0.5, 0.0])
+    p = scenario_probabilities(distortion).probabilities
+    assert p.argmax() == 2
+    assert p.argmin() == 6
+    assert total_variation(p, np.full(7, 1 / 7)) > 0.05
+
+
+def test_prior_weighs_both_parts():
+    prior = [0.7, 0.2, 0.1, 0.0]
+    result = scenario_probabilities([1.0, 2.0, 3.0, 4.0], prior=prior, mixing=0.25)
+    tilted = np.array(prior) * np.exp(0.5 * result.standardised)
+    expected = 0.75 * np.array(prior) + 0.25 * tilted / tilted.sum()
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-12)
+    assert result.probabilities[3] == 0
+
+
+def test_median_lengthscale_and_descriptors():
+    descriptors = np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
+    kernel, width = rbf_kernel(descriptors, "median")
+    assert width == 5.0  # distances 5, 5, 10
+    assert kernel[0, 2] == pytest.approx(np.exp(-2))
+    result = scenario_probabilities([1.0, 0.5, 0.0], descriptors=descriptors, lengthscale="median")
+    np.testing.assert_allclose(result.kernel, kernel)
+    assert rbf_kernel([1.0, 1.0, 1.0], "median")[0].tolist() == np.ones((3, 3)).tolist()
+
+
+def test_smoothing_against_the_textbook():
+    distortion = np.array([0.3, 1.2, 0.1, 0.9])
+    result = scenario_probabilities(distortion, ridge=0.5, lengthscale=0.7)
+    kernel = np.exp(-((distortion[:, None] - distortion) ** 2) / (2 * 0.7**2))
+    textbook = kernel @ np.linalg.inv(kernel + 0.5 * np.eye(4)) @ distortion
+    np.testing.assert_allclose(result.smoothed, textbook, atol=1e-12)
+    assert scenario_probabilities(distortion, smooth=False).smoothed.tolist() == distortion.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"distortion": [1.0, np.nan]}, "distortion"),
+        ({"distortion": [1.0, -0.1]}, "distortion"),
+        ({"distortion": [[1.0, 2.0]]}, "distortion"),
+        ({"distortion": [1.0]}, "distortion"),
+        ({"direction": 0}, "direction"),
+        ({"ridge": 0.0}, "ridge"),
+        ({"lengthscale": -1.0}, "lengthscale"),
+        ({"lengthscale": "mean"}, "lengthscale"),
+        ({"mixing": 1.5}, "mixing"),
+        ({"inverse_temperature": float("inf")}, "inverse_temperature"),
+        ({"prior": [1.0, -1.0]}, "prior"),
+        ({"prior": [1.0]}, "prior"),
+        ({"descriptors": [[1.0], [np.inf]]}, "descriptors"),
+        ({"descriptors": [[1.0], [2.0], [3.0]]}, "descriptors"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, field):
+    with pytest.raises(InputError, match=field):
+        scenario_probabilities(**{"distortion": [1.0, 2.0], **arguments})
+
+
+def test_draws_follow_the_probabilities():
+    p = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
+    drawn = draw_scenarios(p, seed=3, epoch=2, indices=range(7000))
+    counts = np.bincount(drawn, minlength=7)
+    assert scipy.stats.chisquare(counts, 7000 * p).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_seed_epoch_and_sample_alone():
+    p = np.full(7, 1 / 7)
+    whole = draw_scenarios(p, 1, 5, np.arange(64))
+    halves = [draw_scenarios(p, 1, 5, part) for part in (np.arange(32), np.arange(32, 64))]
+    assert whole.tolist() == np.concatenate(halves).tolist()
+    backwards = draw_scenarios(p, 1, 5, np.arange(64)[::-1])
+    assert whole.tolist() == backwards[::-1].tolist()
+    for other in (draw_scenarios(p, 2, 5, np.arange(64)), draw_scenarios(p, 1, 6, np.arange(64))):
+        assert 0 < (whole != other).sum()
+    # The numbers themselves are part of the promise: runs of other versions stay comparable.
+    assert whole[:8].tolist() == PINNED_DRAWS
+
+
+PINNED_DRAWS = [6, 3, 0, 4, 6, 5, 0, 2]
+
+
+def test_streams_are_independent():
+    numbers = [uniform_numbers(name, 0, 0, range(500)) for name in ("scenario", "augmentation")]
+    assert abs(np.corrcoef(numbers)[0, 1]) < 0.15
+    assert abs(np.corrcoef(numbers[0][:-1], numbers[0][1:])[0, 1]) < 0.15
+    assert generator("order", 0, 1).permutation(9).tolist() != list(range(9))
+
+
+def test_methods_share_their_random_numbers():
+    uniform = np.full(7, 1 / 7)
+    tilted = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
+    drawn = [draw_scenarios(p, 0, 0, np.arange(4000)) for p in (uniform, tilted)]
+    independent = draw_scenarios(tilted, 1, 0, np.arange(4000))
+    assert (drawn[0] == drawn[1]).mean() > 2 * (drawn[0] == independent).mean()
+
+
+def test_probability_zero_is_never_drawn():
+    drawn = draw_scenarios([0.0, 0.5, 0.0, 0.5, 0.0], 0, 0, np.arange(2000))
+    assert set(drawn.tolist()) == {1, 3}
+
+
+def test_absent_files_renormalise():
+    servable = np.zeros((500, 3), dtype=bool)
+    servable[:, [0, 2]] = True
+    drawn = draw_scenarios([0.2, 0.6, 0.2], 0, 0, np.arange(500), servable)
+    assert set(drawn.tolist()) == {0, 2}
+    assert 0.4 < (drawn == 0).mean() < 0.6
+    with pytest.raises(InputError, match="no scenario"):
+        draw_scenarios([0.0, 1.0, 0.0], 0, 0, np.arange(500), servable)
+
+
+@pytest.mark.parametrize("p", [[0.5, 0.4], [1.5, -0.5], [np.nan, 1.0], [[1.0]]])
+def test_not_a_distribution(p):
+    with pytest.raises(InputError, match="probabilities"):
+        FixedSampler(p)
+
+
+def test_sampler_refuses_the_state_of_another():
+    state = FixedSampler([0.5, 0.5]).state_dict()
+    with pytest.raises(InputError, match="probabilities"):
+        FixedSampler([0.4, 0.6]).load_state_dict(state)
+    with pytest.raises(InputError, match="seed"):
+        generator("order", -1)
