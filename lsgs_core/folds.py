@@ -7,7 +7,7 @@ In every fold, `margin` pixels of nothing lie between training, validation and t
 Scenes are taken to be separate places.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
 
 CORNERS = [f"corner_{number}" for number in range(4)]
+PARTS = ("training", "validation", "test")
 HELD_SHARE = 0.01  # a class is held by the validation tiles that have this part of its pixels
 
 
@@ -146,6 +147,43 @@ def coverage(patches: pd.DataFrame, shape: Sequence[int], margin: int = 0) -> np
         top, left = max(0, row - margin), max(0, column - margin)
         covered[top : row + size + margin, left : column + size + margin] = True
     return covered
+
+
+def split_roles(
+    patches: pd.DataFrame, fold: int, shape: tuple[int, int]
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Return a map of a fold's parts in one scene, uint8 [H, W], and the name of every id in it.
+
+    0 is a pixel in no part.
+    """
+    roles: np.ndarray = np.zeros(shape, dtype=np.uint8)
+    names = dict(enumerate(PARTS, start=1))
+    for index, part in names.items():
+        roles[coverage(patches[patches[f"fold_{fold}"] == part], shape)] = index
+    return roles, names
+
+
+def class_shares(
+    table: pd.DataFrame, classes: Mapping[str, Sequence[str]], fold: int
+) -> pd.DataFrame:
+    """Return the share of every class in the labelled pixels of every part of a fold.
+
+    Args:
+        table: the patch table; pixels in several training windows count once for each.
+        classes: label values of every class.
+        fold: number of the fold.
+
+    Returns:
+        One row per class, one column per part.
+    """
+    counts = table.filter(like="pixels_").groupby(table[f"fold_{fold}"]).sum()
+    parts = [part for part in PARTS if part in counts.index]
+    shares = {
+        name: counts.loc[parts, [f"pixels_{value}" for value in values]].sum(axis=1)
+        / counts.loc[parts].sum(axis=1)
+        for name, values in classes.items()
+    }
+    return pd.DataFrame(shares).T.rename_axis("class").rename_axis(columns=None)
 
 
 def _scene_patches(

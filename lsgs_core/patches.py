@@ -1,5 +1,7 @@
 """Patches of a prepared data set, read when they are needed, as batches of tensors."""
 
+import hashlib
+import json
 import logging
 import os
 from collections import OrderedDict
@@ -125,6 +127,7 @@ class PatchDataset:
         classes: names, in the order of the target's channels.
         task_kind: "binary", "multilabel" or "multiclass".
         size: side of a patch in pixels.
+        data_sha256: one hash of the patch table and of all rasters.
     """
 
     def __init__(
@@ -142,6 +145,8 @@ class PatchDataset:
         _expect("split", split, get_args(Split))
         _expect("normalisation", normalisation, get_args(Normalisation))
         record = _matching_record(self.folder, dataset)
+        hashes = json.dumps(_hashes(self.folder, record), sort_keys=True)
+        self.data_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
         table = read_patch_table(self.folder / TABLE)
         _expect("fold", fold, _folds(table))
         chosen = table[table[f"fold_{fold}"] == split]
@@ -160,7 +165,7 @@ class PatchDataset:
         self.classes = tuple(definition.classes)
         self.task_kind = definition.kind
         self.size = int(self.table["size"].iloc[0])
-        # Without invalid pixels the masks need not be read, which halves the time of a batch.
+        # Without invalid pixels the masks need not be read.
         self._masked = {
             (scene, name)
             for scene, s in record.scenes.items()
@@ -274,9 +279,7 @@ def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Stati
     """
     folder = Path(prepared_folder)
     record = _matching_record(folder, dataset)
-    made_from = {TABLE: file_sha256(folder / TABLE)}
-    for scene in record.scenes.values():
-        made_from |= scene.outputs
+    made_from = _hashes(folder, record)
     path = folder / f"normalisation_fold_{fold}.json"
     try:
         known = Statistics.model_validate_json(path.read_bytes())
@@ -321,6 +324,14 @@ def _moments(
         raise InputError(f"{folder}: {modality} has no pixel with data in the training windows")
     mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
+def _hashes(folder: Path, record: Prepared) -> dict[str, str]:
+    """Return the hash of the patch table and of every raster, by path."""
+    hashes = {TABLE: file_sha256(folder / TABLE)}
+    for scene in record.scenes.values():
+        hashes |= scene.outputs
+    return hashes
 
 
 def _matching_record(folder: Path, dataset: Dataset) -> Prepared:

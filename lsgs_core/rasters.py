@@ -218,7 +218,8 @@ def _polygons(labels: PolygonLabels, path: Path, grid: Grid) -> geopandas.GeoDat
     if frame.crs is None:
         raise InputError(f"{path}: expected a coordinate reference system, found none")
     frame["id"] = frame[labels.column].map(labels.ids)
-    frame = frame[frame["id"].notna() & frame.geometry.notna() & ~frame.geometry.is_empty]
+    shapes = frame.geometry.to_numpy()
+    frame = frame[frame["id"].notna() & ~(shapely.is_missing(shapes) | shapely.is_empty(shapes))]
     frame = frame.to_crs(grid.crs)
     frame.geometry = shapely.make_valid(frame.geometry.to_numpy())
     return frame.sort_values("id", kind="stable")
@@ -226,9 +227,6 @@ def _polygons(labels: PolygonLabels, path: Path, grid: Grid) -> geopandas.GeoDat
 
 def _aligned(raster: Any, grid: Grid, resampling: str) -> WarpedVRT:
     """Return a view of a raster on the grid; its last band is 0 where there is no data."""
-    nodata = raster.nodata
-    if nodata is None and np.issubdtype(np.dtype(raster.dtypes[0]), np.floating):
-        nodata = np.nan
     return WarpedVRT(
         raster,
         crs=grid.crs,
@@ -236,7 +234,6 @@ def _aligned(raster: Any, grid: Grid, resampling: str) -> WarpedVRT:
         width=grid.width,
         height=grid.height,
         resampling=Resampling[resampling],
-        src_nodata=nodata,
         add_alpha=True,
     )
 

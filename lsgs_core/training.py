@@ -30,6 +30,7 @@ from lsgs_core.sampling import ScenarioSampler, draw_scenarios, generator, unifo
 from lsgs_core.scenarios import ScenarioSet
 
 Validation = Callable[[Backbone], Mapping[str, float]]
+STATE = "training_state.pt"
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def train(
     if not len(dataset):
         raise InputError("training: expected at least one training patch, found none")
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
-    state = _TrainingState(folder / "training_state.pt", json.dumps(whole, sort_keys=True))
+    state = _TrainingState(folder / STATE, json.dumps(whole, sort_keys=True))
     optimiser = _optimiser(model, settings)
     first, history = state.restore(model, optimiser, sampler)
     steps = -(-len(dataset) // settings.batch_size)
@@ -209,7 +210,7 @@ def _train_epoch(
         if not torch.isfinite(loss):
             names = [scenarios.names[index] for index in chosen]
             raise FloatingPointError(
-                f"training: the loss is {float(loss)} in epoch {epoch} for patches {ids.tolist()} "
+                f"training: the loss is {loss.item()} in epoch {epoch} for patches {ids.tolist()} "
                 f"under scenarios {names}; try a lower learning rate"
             )
         optimiser.zero_grad(set_to_none=True)
@@ -226,6 +227,11 @@ def _train_epoch(
         "loss": sum(losses) / len(dataset),
         **{f"drawn:{name}": share for name, share in zip(scenarios.names, shares, strict=True)},
     }
+
+
+def discard_state(folder: Path) -> None:
+    """Delete the training state of a finished run, once its weights are saved."""
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
@@ -301,7 +307,12 @@ class _TrainingState:
         """Load the state if it is this run's; return the next epoch and the history so far."""
         if not self.path.is_file():
             return 0, []
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            raise InputError(
+                f"{self.path}: not a training state; delete it to start anew: {error}"
+            ) from error
         if state["identity"] != self.identity:
             tqdm.write(f"{self.path}: left by a run with other parameters; starting anew")
             return 0, []

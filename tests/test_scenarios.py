@@ -78,7 +78,9 @@ def test_probabilities_are_a_distribution_within_bounds(distortion, scale, tau, 
 def test_bounds_for_three_modalities():
     """For K = 7 and the paper's values no distortion takes p out of [0.0906, 0.2766]."""
     extremes = [np.eye(7)[0], 1 - np.eye(7)[0]]
-    found = np.concatenate([scenario_probabilities(d, smooth=False).probabilities for d in extremes])
+    found = np.concatenate(
+        [scenario_probabilities(d, smooth=False).probabilities for d in extremes]
+    )
     assert found.min() == pytest.approx(0.0906, abs=5e-5)
     assert found.max() == pytest.approx(0.2766, abs=5e-5)
 

@@ -7,10 +7,11 @@ from typing import Any
 from lsgs_core.errors import InputError
 from lsgs_core.models.author_weights import load_author_weights
 from lsgs_core.models.backbone import Backbone
-from lsgs_core.models.cbc import CBC, CBCSettings
+from lsgs_core.models.cbc import CBC
+from lsgs_core.models.cbc_settings import CBCSettings
 from lsgs_core.models.cmx import CMX, CMXSettings
 
-__all__ = ["PRESETS", "Backbone", "build_backbone", "load_author_weights"]
+__all__ = ["BACKBONES", "PRESETS", "Backbone", "build_backbone", "load_author_weights"]
 
 # For 64×64 patches on a CPU; the decoder's volume stops at half the patch.
 _CBC_DEMO: dict[str, Any] = {
@@ -23,7 +24,7 @@ _CBC_DEMO: dict[str, Any] = {
     "token_width": 64,
     "attention_heads": 4,
     "feed_forward_width": 128,
-    "dropout": 0.1,
+    "dropout": 0.0,
     "attention_dropout": 0.0,
     "decoder_channels": (32, 32, 16, 8),
     "decoder_depths": (2, 2, 1),
@@ -45,6 +46,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cmx": {"paper": {}, "demo": _CMX_DEMO},
 }
+BACKBONES = tuple(PRESETS)
 
 
 def build_backbone(
@@ -74,13 +76,18 @@ def build_backbone(
     if preset not in PRESETS[name]:
         raise InputError(f"preset {preset!r} is unknown; expected one of {sorted(PRESETS[name])}")
     kind: type[CBCSettings] | type[CMXSettings] = CMXSettings if name == "cmx" else CBCSettings
-    known = [field.name for field in fields(kind)]
-    if unknown := sorted(set(settings) - set(known)):
-        raise InputError(f"settings {unknown} of {name} are unknown; expected some of {known}")
-    values = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in {**PRESETS[name][preset], **settings}.items()
-    }
+    known = {field.name: field.default for field in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in {**PRESETS[name][preset], **settings}.items():
+        if key not in known:
+            raise InputError(
+                f"setting {key!r} of {name} is unknown; expected some of {list(known)}"
+            )
+        value = tuple(value) if isinstance(value, list) else value
+        # Not isinstance: a bool is no count.
+        if type(value) is not type(known[key]) and (type(value), type(known[key])) != (int, float):
+            raise InputError(f"setting {key}: found {value!r}, expected one like {known[key]!r}")
+        values[key] = value
     chosen = kind(**values)
     model: Backbone
     if isinstance(chosen, CMXSettings):
@@ -91,7 +98,6 @@ def build_backbone(
         key: list(value) if isinstance(value, tuple) else value
         for key, value in asdict(chosen).items()
     }
-    model.configuration = {
-        "name": name, "preset": preset, "bands": list(bands), "classes": classes, **plain
-    }  # fmt: skip
+    model.configuration = {"name": name, "preset": preset, "bands": list(bands)}
+    model.configuration |= {"classes": classes, **plain}
     return model

@@ -1,25 +1,23 @@
 """Loading the authors' checkpoints into our backbones."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone
 
-_MODALITIES = {"RGB": "0", "NIR": "1", "SWIR": "2", "rgb": "0", "nir": "1", "swir": "2", "mod": "1"}
+_INDEX = {"RGB": "0", "NIR": "1", "SWIR": "2", "rgb": "0", "nir": "1", "swir": "2", "mod": "1"}
 _M = "(RGB|NIR|SWIR)"
 _STREAM = "(rgb|mod)"
 
 # The start of an authors' name and what it is here; the rest of a name stays. Groups fill the
-# braces in order, with a modality or stream as its index.
+# braces in order, a modality or stream as its index.
 _CBC_NAMES = (
     (f"{_M}_pos", "positions.{}"),
     ("fused6_pos", "positions.3"),
@@ -55,31 +53,22 @@ _BLOCK_NAMES = {
     "cross_ffn_list.0.fn.fn.net": "feed_forward",
 }
 _CMX_NAMES = (
-    ("modal_proj", "mix.1"),
-    (rf"core\.backbone\.{_STREAM}_stem\.block", "stems.{}"),
-    *(
-        (rf"core\.backbone\.{_STREAM}_s{stage}\.block", f"stages.{{}}.{stage - 1}")
-        for stage in (1, 2, 3, 4)
-    ),
+    ("modal_proj", "starts.1.0"),
+    (rf"core\.backbone\.{_STREAM}_stem\.block", "starts.{}.1"),
+    (rf"core\.backbone\.{_STREAM}_s1\.block", "starts.{}.2"),
+    (r"core\.backbone\.rgb_s([2-4])\.block", "stages1.level{}"),
+    (r"core\.backbone\.mod_s([2-4])\.block", "stages2.level{}"),
     (r"core\.backbone\.frm\.(\d)\.(channel|spatial)_weights\.mlp", "rectifications.{}.{}_weights"),
-    *(
-        (rf"core\.backbone\.ffm\.(\d)\.cross\.{theirs}{stream + 1}", f"fusions.{{}}.{ours}.{stream}")
-        for theirs, ours in (
-            ("channel_proj", "split"),
-            (r"cross_attn\.kv", "key_value"),
-            ("end_proj", "end"),
-            ("norm", "end_norm"),
-        )
-        for stream in (0, 1)
-    ),
+    (r"core\.backbone\.ffm\.(\d)\.cross\.channel_proj([12])", "fusions.{}.stream{}.split"),
+    (r"core\.backbone\.ffm\.(\d)\.cross\.cross_attn\.kv([12])", "fusions.{}.stream{}.key_value"),
+    (r"core\.backbone\.ffm\.(\d)\.cross\.end_proj([12])", "fusions.{}.stream{}.end"),
+    (r"core\.backbone\.ffm\.(\d)\.cross\.norm([12])", "fusions.{}.stream{}.norm"),
     (r"core\.backbone\.ffm\.(\d)\.channel_emb\.residual", "fusions.{}.residual"),
     (r"core\.backbone\.ffm\.(\d)\.channel_emb\.channel_embed", "fusions.{}.merge"),
     (r"core\.backbone\.ffm\.(\d)\.channel_emb\.norm", "fusions.{}.norm"),
-    *(
-        (rf"core\.decode_head\.linear_c{level}\.proj", f"decoder.project.{level - 1}")
-        for level in (1, 2, 3, 4)
-    ),
-    (r"core\.decode_head\.linear_fuse", "decoder.fuse"),
+    (r"core\.decode_head\.linear_c([1-4])\.proj", "decoder.project.level{}"),
+    (r"core\.decode_head\.linear_fuse\.0", "decoder.fuse"),
+    (r"core\.decode_head\.linear_fuse\.1", "decoder.fuse_norm"),
     (r"core\.decode_head\.linear_pred", "decoder.head"),
 )
 # In the checkpoints, but in no forward pass.
@@ -140,7 +129,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a broken or refused pickle can raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: expected a file of plain tensors; {reason}") from error
 
@@ -167,7 +156,7 @@ def _our_name(key: str, name: str) -> str:
     """Return our name of an authors' entry, or "" when there is none."""
     for pattern, template in _CMX_NAMES if name == "cmx" else _CBC_NAMES:
         if match := re.match(pattern, key):
-            groups = (_MODALITIES.get(group, group) for group in match.groups())
+            groups = (_INDEX.get(group, group) for group in match.groups())
             ours = template.format(*groups) + key[match.end() :]
             for theirs, part in _BLOCK_NAMES.items():
                 ours = ours.replace(theirs, part)

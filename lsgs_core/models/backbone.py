@@ -107,11 +107,12 @@ class Backbone(nn.Module, ABC):
 
     def check_masks(self, masks: Tensor, field: str, rows: int | None = None) -> None:
         """Raise `InputError` unless `masks` is bool [rows, M] with a True in every row."""
-        expected = [len(masks) if rows is None and masks.ndim else rows, len(self.bands)]
-        if list(masks.shape) != expected or masks.dtype != torch.bool:
+        wanted = "K" if rows is None else rows
+        right = masks.ndim == 2 and len(masks) == (rows or len(masks)) and len(masks) > 0
+        if not right or masks.shape[1] != len(self.bands) or masks.dtype != torch.bool:
             raise InputError(
                 f"{field}: found {masks.dtype} of shape {list(masks.shape)}; "
-                f"expected torch.bool of shape [{'K' if rows is None else rows}, {expected[1]}]"
+                f"expected torch.bool of shape [{wanted}, {len(self.bands)}]"
             )
         if not bool(masks.any(dim=1).all()):
             raise InputError(f"{field}: a row has no modality; expected at least one in each")

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone, Images
 from lsgs_core.models.cbc_decoder import Decoder, Unit
 from lsgs_core.models.cbc_encoder import Encoder
+from lsgs_core.models.cbc_settings import CBCSettings
+from lsgs_core.models.cbc_transformer import TransformerBlock
+
+
+class PointConv(nn.Linear):
+    """A 1×1×1 convolution over the latent grid, as the linear layer over tokens that it is."""
 
 
 def _tokens(volume: Tensor) -> Tensor:
@@ -27,72 +30,37 @@ def _mask(features: Tensor, available: Tensor) -> Tensor:
 class CBC(Backbone):
     """CBC, and CBC-SLP with its private branches; the paper's shape at M = D = 3.
 
-    A 1×1×1 convolution over the latent grid is a linear layer over its tokens, and written so.
     The bands of a modality are repeated cyclically up to the largest band count.
-
-    Args:
-        bands: Number of bands of each of the M >= 2 modalities.
-        classes: Number of classes.
-        settings: Sizes.
-
-    Raises:
-        InputError: For bands or classes out of range.
     """
 
     def __init__(self, bands: Sequence[int], classes: int, settings: CBCSettings) -> None:
         super().__init__(bands, classes)
         self.settings = settings
-        count, width, channels = len(bands), settings.token_width, settings.latent_channels
-        self.depth = max(bands)
-        self.encoders = nn.ModuleList(
-            Encoder(
-                settings.stem_width,
-                settings.stage_widths,
-                settings.stage_blocks,
-                settings.reduced_channels,
-                channels,
-                settings.latent_grid,
-            )
-            for _ in bands
-        )
-        fused = [reduced * count for reduced in settings.reduced_channels]
-        levels = len(settings.decoder_depths)
-        self.skip_levels = tuple(range(4, 4 - levels, -1))  # fused level 5 is never used
-        self.fusions = nn.ModuleDict(
-            {f"level{level}": Unit(fused[level - 1], fused[level - 1], 1)
-             for level in self.skip_levels}
-        )  # fmt: skip
-        self.fusions["level6"] = Unit(channels * count, channels * count, 1)
-        self.tokenizers = nn.ModuleList(nn.Linear(channels, width) for _ in bands)
-        self.fused_tokenizer = nn.Linear(channels * count, width)
-        tokens = math.prod(settings.latent_grid)
+        count, width = len(bands), settings.token_width
+        latent = settings.latent_channels * count
+        self.encoders = nn.ModuleList(Encoder(settings) for _ in bands)
+        # Level 5 is never used, and the lowest levels only by a decoder that goes so far.
+        self.skip_levels = (4, 3, 2, 1)[: len(settings.decoder_depths)]
+        self.fusions = nn.ModuleDict({"level6": Unit(latent, latent, 1)})
+        for level in self.skip_levels:
+            channels = settings.reduced_channels[level - 1] * count
+            self.fusions[f"level{level}"] = Unit(channels, channels, 1)
+        self.tokenizers = nn.ModuleList(PointConv(settings.latent_channels, width) for _ in bands)
+        self.fused_tokenizer = PointConv(latent, width)
         self.positions = nn.ParameterList(
-            nn.Parameter(torch.zeros(1, tokens, width)) for _ in range(count + 1)
+            torch.zeros(1, math.prod(settings.latent_grid), width) for _ in range(count + 1)
         )
         self.blocks = nn.ModuleList(TransformerBlock(settings) for _ in bands)
-        self.between = nn.ModuleList(nn.Linear(width, 3 * width) for _ in bands)
+        self.between = nn.ModuleList(PointConv(width, 3 * width) for _ in bands)
         self.multimodal = TransformerBlock(settings)
-        self.to_latent = nn.Linear((count + 1) * width, channels * count)
+        self.to_latent = PointConv((count + 1) * width, latent)
         if settings.private_branches:
-            self.to_shared = nn.Linear(channels * count, channels // 2 * count)
-            self.to_private = nn.ModuleList(nn.Linear(width, channels // 2) for _ in bands)
-        self.decoder = Decoder(
-            channels * count,
-            fused[:4],
-            settings.decoder_channels,
-            settings.decoder_depths,
-            self.head_count * classes,
-        )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Draw every convolution, the linear layers that stand for one too, Kaiming-normal."""
-        transformers = {id(part) for block in (*self.blocks, self.multimodal)
-                        for part in block.modules()}  # fmt: skip
+            half = settings.latent_channels // 2
+            self.to_shared = PointConv(latent, half * count)
+            self.to_private = nn.ModuleList(PointConv(width, half) for _ in bands)
+        self.decoder = Decoder(settings, count, self.head_count * classes)
         for module in self.modules():
-            if id(module) not in transformers and isinstance(
-                module, nn.Conv2d | nn.Conv3d | nn.Linear
-            ):
+            if isinstance(module, PointConv | nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def heads(self, images: Images, available: Tensor) -> Tensor:
@@ -143,21 +111,16 @@ class CBC(Backbone):
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return the multimodal transformer's two projections and the early fusions."""
-        attention = self.multimodal.attention
-        layers: dict[str, nn.Module] = {
-            "multimodal.attention.qkv": attention.qkv,
-            "multimodal.attention.projection": attention.projection,
-        }
-        for name in self.fusions:
-            layers[f"fusions.{name}.conv"] = self.get_submodule(f"fusions.{name}.conv")
-        return layers
+        names = ["multimodal.attention.qkv", "multimodal.attention.projection"]
+        names += [f"fusions.{name}.conv" for name in self.fusions]
+        return {name: self.get_submodule(name) for name in names}
 
     def _encode(self, patches: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return x1…x4, each [B, M, c, D, h, w], and x6 [B, M, C, d, h, w], nothing masked."""
         encoded = []
         for encoder, patch in zip(self.encoders, patches, strict=True):
-            bands = torch.arange(self.depth, device=patch.device) % patch.shape[1]
-            encoded.append(encoder(patch if patch.shape[1] == self.depth else patch[:, bands]))
+            bands = [index % patch.shape[1] for index in range(max(self.bands))]
+            encoded.append(encoder(patch[:, bands] if len(bands) > patch.shape[1] else patch))
         skips = [torch.stack(level, dim=1) for level in zip(*(s for s, _ in encoded), strict=True)]
         return skips, torch.stack([x6 for _, x6 in encoded], dim=1)
 

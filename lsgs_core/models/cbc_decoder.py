@@ -6,14 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsgs_core.models.cbc_settings import CBCSettings
+
 
 class Unit(nn.Module):
     """Convolution, ReLU, instance normalisation; [B, inputs, d, h, w] to [B, outputs, d, h, w]."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, padding_mode: str = "zeros") -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, replicate: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv3d(
-            inputs, outputs, kernel, padding=kernel // 2, padding_mode=padding_mode
+            inputs,
+            outputs,
+            kernel,
+            padding=kernel // 2,
+            padding_mode="replicate" if replicate else "zeros",
         )
         self.norm = nn.InstanceNorm3d(outputs)
 
@@ -35,8 +41,8 @@ class DecoderLevel(nn.Module):
     def __init__(self, inputs: int, carried: int, skip: int, outputs: int) -> None:
         super().__init__()
         self.refine = Refinement(skip)
-        self.enlarge = Unit(inputs, carried, 3, padding_mode="replicate")
-        self.join = Unit(skip + carried, outputs, 3, padding_mode="replicate")
+        self.enlarge = Unit(inputs, carried, 3, replicate=True)
+        self.join = Unit(skip + carried, outputs, 3, replicate=True)
         self.out = Unit(outputs, outputs, 1)
 
     def forward(self, x: Tensor, skip: Tensor, depth: int) -> Tensor:
@@ -51,43 +57,30 @@ class Decoder(nn.Module):
     """From the latent and the fused levels 4, 3, … to the logits of all heads and classes.
 
     Args:
-        latent_channels: Channels of the latent.
-        skip_channels: Channels of the fused levels 1…4.
-        channels: Channels of the reduced latent, then of the volume after each level.
-        depths: Depth of the volume at each level; one entry is one level, from level 4 down.
+        settings: Sizes, of which one decoder level for each of `decoder_depths`.
+        modalities: M, how many modalities the latent and the fused levels hold.
         outputs: Channels of the result, heads × classes.
     """
 
-    def __init__(
-        self,
-        latent_channels: int,
-        skip_channels: Sequence[int],
-        channels: Sequence[int],
-        depths: Sequence[int],
-        outputs: int,
-    ) -> None:
+    def __init__(self, settings: CBCSettings, modalities: int, outputs: int) -> None:
         super().__init__()
-        self.depths = tuple(depths)
+        self.depths = settings.decoder_depths
+        channels, latent_channels = settings.decoder_channels, settings.latent_channels * modalities
         self.refine = Refinement(latent_channels)
         self.reduce = nn.Conv3d(latent_channels, channels[0], 1)
         self.levels = nn.ModuleDict()
-        for index in range(len(depths)):
-            level = 4 - index
-            before, after = channels[index], channels[index + 1]
+        for index in range(len(self.depths)):
+            level, inputs, width = 4 - index, channels[index], channels[index + 1]
+            skip = settings.reduced_channels[level - 1] * modalities
             # Only the first level keeps its width while it enlarges.
-            carried = before if index == 0 else after
-            self.levels[f"level{level}"] = DecoderLevel(
-                before, carried, skip_channels[level - 1], after
-            )
-        self.head = nn.Conv3d(channels[len(depths)], outputs, 1)
+            carried = inputs if index == 0 else width
+            self.levels[f"level{level}"] = DecoderLevel(inputs, carried, skip, width)
+        self.head = nn.Conv3d(channels[len(self.depths)], outputs, 1)
 
     def forward(self, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Return logits [B, outputs, H, W].
+        """Return logits [B, outputs, H, W] from a latent [B, C, d, h, w].
 
-        Args:
-            latent: [B, latent_channels, d, h, w].
-            skips: Fused levels from 4 down, one per decoder level, each [B, c, D, h, w].
-            size: H and W of the images.
+        The skips are the fused levels from 4 down, [B, c, D, h, w]; the size is H and W.
         """
         x = self.reduce(self.refine(latent))
         for level, skip, depth in zip(self.levels.values(), skips, self.depths, strict=True):

@@ -1,16 +1,16 @@
 """The encoder of one modality in CBC and CBC-SLP: a residual network over its bands."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lsgs_core.models.cbc_settings import CBCSettings
 
 
 class Bottleneck(nn.Module):
     """ResNet bottleneck of 1×1, 3×3 and 1×1 convolutions; [N, inputs, h, w] to [N, width, ...]."""
 
-    def __init__(self, inputs: int, width: int, stride: int, project: bool) -> None:
+    def __init__(self, inputs: int, width: int, stride: int = 1, project: bool = False) -> None:
         super().__init__()
         middle = width // 4
         self.conv1 = nn.Conv2d(inputs, middle, 1, bias=False)
@@ -38,48 +38,28 @@ class Encoder(nn.Module):
     The bands are the depth of a one-channel volume. Only the stem's kernel spans depth, and only
     by one band to each side, so every layer is a 2-D convolution over B·D images: the stem reads
     each band with its two neighbours as three channels, which is its 3×7×7 kernel exactly.
-
-    Args:
-        stem_width: Channels after the stem.
-        stage_widths: Channels after each of the four stages.
-        stage_blocks: Bottlenecks in each stage.
-        reduced_channels: Channels of x1…x5 after their reduction.
-        latent_channels: Channels of x6.
-        grid: Depth, height and width of x6.
     """
 
-    def __init__(
-        self,
-        stem_width: int,
-        stage_widths: Sequence[int],
-        stage_blocks: Sequence[int],
-        reduced_channels: Sequence[int],
-        latent_channels: int,
-        grid: tuple[int, int, int],
-    ) -> None:
+    def __init__(self, settings: CBCSettings) -> None:
         super().__init__()
-        self.grid = grid
-        self.stem = nn.Conv2d(3, stem_width, 7, stride=2, padding=3, bias=False)
-        self.stem_norm = nn.BatchNorm2d(stem_width)
+        self.grid = settings.latent_grid
+        self.stem = nn.Conv2d(3, settings.stem_width, 7, stride=2, padding=3, bias=False)
+        self.stem_norm = nn.BatchNorm2d(settings.stem_width)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        widths = (settings.stem_width, *settings.stage_widths)
         self.stages = nn.ModuleDict()
-        inputs = stem_width
-        for level, (width, blocks) in enumerate(zip(stage_widths, stage_blocks, strict=True), 2):
-            stride = 1 if level == 2 else 2
-            first = Bottleneck(inputs, width, stride, project=True)
-            rest = (Bottleneck(width, width, 1, project=False) for _ in range(blocks - 1))
-            self.stages[f"level{level}"] = nn.Sequential(first, *rest)
-            inputs = width
-        widths = (stem_width, *stage_widths)
-        self.reduce = nn.ModuleDict(
-            {
-                f"level{level}": nn.Conv2d(width, reduced, 1)
-                for level, (width, reduced) in enumerate(
-                    zip(widths, reduced_channels, strict=True), 1
+        self.reduce = nn.ModuleDict()
+        for level, (width, reduced) in enumerate(
+            zip(widths, settings.reduced_channels, strict=True), 1
+        ):
+            self.reduce[f"level{level}"] = nn.Conv2d(width, reduced, 1)
+            if level > 1:
+                first = Bottleneck(widths[level - 2], width, 1 if level == 2 else 2, project=True)
+                rest = (
+                    Bottleneck(width, width) for _ in range(settings.stage_blocks[level - 2] - 1)
                 )
-            }
-        )
-        self.merge = nn.Conv3d(sum(reduced_channels), latent_channels, 1)
+                self.stages[f"level{level}"] = nn.Sequential(first, *rest)
+        self.merge = nn.Conv3d(sum(settings.reduced_channels), settings.latent_channels, 1)
 
     def forward(self, bands: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return [x1, x2, x3, x4], each [B, c, D, h, w], and x6 [B, C, d, h, w] on the grid."""

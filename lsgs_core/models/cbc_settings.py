@@ -36,7 +36,7 @@ class CBCSettings:
     stage_blocks: tuple[int, ...] = (3, 4, 6, 3)
     reduced_channels: tuple[int, ...] = (8, 16, 32, 64, 64)
     latent_channels: int = 64
-    latent_grid: tuple[int, int, int] = (8, 8, 8)
+    latent_grid: tuple[int, ...] = (8, 8, 8)
     token_width: int = 512
     attention_heads: int = 8
     feed_forward_width: int = 512
@@ -47,15 +47,16 @@ class CBCSettings:
 
     def __post_init__(self) -> None:
         levels = len(self.decoder_depths)
-        for field, found, right in (
-            ("stage_widths", self.stage_widths, len(self.stage_widths) == 4),
-            ("stage_blocks", self.stage_blocks, len(self.stage_blocks) == 4),
-            ("reduced_channels", self.reduced_channels, len(self.reduced_channels) == 5),
-            ("latent_grid", self.latent_grid, len(self.latent_grid) == 3),
-            ("latent_channels", self.latent_channels, self.latent_channels % 2 == 0),
-            ("token_width", self.token_width, self.token_width % self.attention_heads == 0),
-            ("decoder_depths", self.decoder_depths, 1 <= levels <= 4),
-            ("decoder_channels", self.decoder_channels, len(self.decoder_channels) > levels),
-        ):
+        fits = {
+            "stage_widths": len(self.stage_widths) == 4,
+            "stage_blocks": len(self.stage_blocks) == 4,
+            "reduced_channels": len(self.reduced_channels) == 5,
+            "latent_channels": self.latent_channels % 2 == 0,
+            "latent_grid": len(self.latent_grid) == 3,
+            "token_width": self.token_width % self.attention_heads == 0,
+            "decoder_depths": 1 <= levels <= 4,
+            "decoder_channels": len(self.decoder_channels) > levels,
+        }
+        for field, right in fits.items():
             if not right:
-                raise InputError(f"{field} is {found}, which does not fit: see CBCSettings")
+                raise InputError(f"{field}: found {getattr(self, field)}; see CBCSettings for it")

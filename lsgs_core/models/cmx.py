@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone, Images
+
+STREAMS = (slice(0, 1), slice(1, None))  # which modalities go into which stream
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,39 @@ class Rectification(nn.Module):
         return x1 + 0.5 * (channel2 + spatial2) * x2, x2 + 0.5 * (channel1 + spatial1) * x1
 
 
+class FusionStream(nn.Module):
+    """One stream of the fusion, over tokens [B, N, C]."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.split = nn.Linear(channels, 2 * channels)
+        self.key_value = nn.Linear(channels, 2 * channels, bias=False)
+        self.end = nn.Linear(2 * channels, channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def describe(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y and u, [B, N, C] each, and the context [B, heads, C/heads, C/heads]."""
+        y, u = F.relu(self.split(x)).chunk(2, dim=2)
+        # (B, N, 2C) -> 2 × (B, heads, N, C / heads)
+        key, value = self.key_value(u).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        context = key.transpose(2, 3) @ value * key.shape[3] ** -0.5
+        return y, u, context.softmax(dim=2)  # over the channels of the key
+
+    def attend(self, x: Tensor, y: Tensor, u: Tensor, other_context: Tensor) -> Tensor:
+        """Return the tokens [B, N, C] after attention to the other stream's context."""
+        query = u.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        out = (query @ other_context).transpose(1, 2).flatten(2)
+        return self.norm(x + self.end(torch.cat((y, out), dim=2)))
+
+
 class Fusion(nn.Module):
     """CMX's feature fusion: cross attention over channels, then one feature map of the two."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.split = nn.ModuleList(nn.Linear(channels, 2 * channels) for _ in range(2))
-        self.key_value = nn.ModuleList(
-            nn.Linear(channels, 2 * channels, bias=False) for _ in range(2)
-        )
-        self.end = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(2))
-        self.end_norm = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
+        self.stream1 = FusionStream(channels, heads)
+        self.stream2 = FusionStream(channels, heads)
         self.residual = nn.Conv2d(2 * channels, channels, 1, bias=False)
         self.merge = nn.Sequential(
             nn.Conv2d(2 * channels, channels, 1),
@@ -110,23 +134,13 @@ class Fusion(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Return the fused feature [B, C, h, w] of two streams of that shape."""
-        tokens = [x.flatten(2).transpose(1, 2) for x in (x1, x2)]  # (B, N, C)
-        kept, crossed, contexts = [], [], []
-        for split, key_value, x in zip(self.split, self.key_value, tokens, strict=True):
-            y, u = F.relu(split(x)).chunk(2, dim=2)
-            # (B, N, 2C) -> 2 × (B, heads, N, C / heads)
-            key, value = key_value(u).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            context = key.transpose(2, 3) @ value * key.shape[3] ** -0.5
-            contexts.append(context.softmax(dim=2))  # over the key's channels
-            kept.append(y)
-            crossed.append(u.unflatten(2, (self.heads, -1)).transpose(1, 2))
-        joined = []
-        for index, x in enumerate(tokens):
-            out = crossed[index] @ contexts[1 - index]  # (B, heads, N, C / heads)
-            out = torch.cat((kept[index], out.transpose(1, 2).flatten(2)), dim=2)
-            joined.append(self.end_norm[index](x + self.end[index](out)))
-        # (B, N, 2C) -> (B, 2C, h, w)
-        both = torch.cat(joined, dim=2).transpose(1, 2).unflatten(2, tuple(x1.shape[2:]))
+        size = tuple(x1.shape[2:])
+        x1, x2 = (x.flatten(2).transpose(1, 2) for x in (x1, x2))  # (B, N, C)
+        y1, u1, context1 = self.stream1.describe(x1)
+        y2, u2, context2 = self.stream2.describe(x2)
+        x1 = self.stream1.attend(x1, y1, u1, context2)
+        x2 = self.stream2.attend(x2, y2, u2, context1)
+        both = torch.cat((x1, x2), dim=2).transpose(1, 2).unflatten(2, size)  # (B, 2C, h, w)
         return self.norm(self.residual(both) + self.merge(both))
 
 
@@ -135,48 +149,53 @@ class CMXDecoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], width: int, outputs: int, dropout: float) -> None:
         super().__init__()
-        self.project = nn.ModuleList(nn.Linear(inputs, width) for inputs in widths)
-        self.fuse = nn.Sequential(
-            nn.Conv2d(len(widths) * width, width, 1), nn.BatchNorm2d(width), nn.ReLU()
+        self.project = nn.ModuleDict(
+            {f"level{level}": nn.Linear(inputs, width) for level, inputs in enumerate(widths, 1)}
         )
+        self.fuse = nn.Conv2d(len(widths) * width, width, 1)
+        self.fuse_norm = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout2d(dropout)
         self.head = nn.Conv2d(width, outputs, 1)
-        for conv in (self.fuse[0], self.head):
+        for conv in (self.fuse, self.head):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            nn.init.constant_(conv.get_parameter("bias"), 0.0)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """Return the logits; levels are [B, C_i, h_i, w_i], the largest first."""
         size = levels[0].shape[2:]
         projected = []
-        for project, level in zip(self.project, levels, strict=True):
+        for project, level in zip(self.project.values(), levels, strict=True):
             x = project(level.flatten(2).transpose(1, 2)).transpose(1, 2)
             x = x.unflatten(2, tuple(level.shape[2:]))
             projected.append(F.interpolate(x, size, mode="bilinear", align_corners=False))
-        return self.head(self.dropout(self.fuse(torch.cat(projected[::-1], dim=1))))
+        x = F.relu(self.fuse_norm(self.fuse(torch.cat(projected[::-1], dim=1))))
+        return self.head(self.dropout(x))
 
 
 class CMX(Backbone):
-    """CMX with two convolutional streams: the first modality, and all others together.
-
-    Args:
-        bands: Number of bands of each of the M >= 2 modalities.
-        classes: Number of classes.
-        settings: Sizes.
-
-    Raises:
-        InputError: For bands or classes out of range.
-    """
+    """CMX with two convolutional streams: the first modality, and all others together."""
 
     def __init__(self, bands: Sequence[int], classes: int, settings: CMXSettings) -> None:
         super().__init__(bands, classes)
-        first = nn.Identity() if bands[0] == 3 else nn.Conv2d(bands[0], 3, 1, bias=False)
-        self.mix = nn.ModuleList((first, nn.Conv2d(sum(bands[1:]), 3, 1, bias=False)))
         widths = (settings.stem_width, *settings.stage_widths)
-        self.stems = nn.ModuleList(Stage(3, widths[0]) for _ in range(2))
-        self.stages = nn.ModuleList(
-            nn.ModuleList(Stage(a, b) for a, b in zip(widths, widths[1:], strict=False))
-            for _ in range(2)
+        # Up to the first rectification a stream depends on its own modalities alone.
+        self.starts = nn.ModuleList(
+            nn.Sequential(
+                # The first modality needs no mixing when it has three bands.
+                nn.Identity() if inputs is None else nn.Conv2d(inputs, 3, 1, bias=False),
+                Stage(3, widths[0]),
+                Stage(widths[0], widths[1]),
+            )
+            for inputs in (None if bands[0] == 3 else bands[0], sum(bands[1:]))
+        )
+        self.stages1, self.stages2 = (
+            nn.ModuleDict(
+                {
+                    f"level{level}": Stage(a, b)
+                    for level, (a, b) in enumerate(pairwise(widths[1:]), 2)
+                }
+            )
+            for _ in STREAMS
         )
         self.rectifications = nn.ModuleList(Rectification(width) for width in widths[1:])
         self.fusions = nn.ModuleList(
@@ -187,35 +206,37 @@ class CMX(Backbone):
     def heads(self, images: Images, available: Tensor) -> Tensor:
         """Return the one output of CMX as every head, [B, heads, classes, H, W]."""
         patches = self.check(images, available)
-        logits = self.decoder(self._levels(*self._streams(patches, available)))
+        pairs = self._rectified(*self._streams(patches, available))
+        logits = self.decoder([fuse(*pair) for fuse, pair in zip(self.fusions, pairs, strict=True)])
         size = patches[0].shape[2:]
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits[:, None].expand(-1, self.head_count, -1, -1, -1)
 
     def latent(self, images: Images, available: Tensor) -> Tensor:
         """Return the output of the fourth fusion, [B, C, H/32, W/32]."""
-        return self._level4(*self._streams(self.check(images, available), available))
+        streams = self._streams(self.check(images, available), available)
+        return self.fusions[3](*self._rectified(*streams)[3])
 
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C, H/32, W/32] of K scenarios, masks bool [K, M].
 
-        Up to the first rectification a stream depends on its own modalities alone, so it runs
-        once for each state of those: twice and 2^(M-1) times for all scenarios of M modalities.
+        The start of a stream runs once for each state of its modalities, not once a scenario.
 
         Raises:
             InputError: For images or masks of another shape or dtype, or an empty scenario.
         """
         patches = self.check_images(images)
         self.check_masks(masks, "masks")
-        groups = ((patches[:1], masks[:, :1]), (patches[1:], masks[:, 1:]))
-        outputs: list[list[Tensor]] = []
-        for index, (group, states) in enumerate(groups):
-            unique, which = states.unique(dim=0, return_inverse=True)
-            started = [
-                self._start(index, group, state.expand(len(group[0]), -1)) for state in unique
-            ]
-            outputs.append([started[position] for position in which.tolist()])
-        return torch.stack([self._level4(x1, x2) for x1, x2 in zip(*outputs, strict=True)])
+        starts: dict[tuple[int | bool, ...], Tensor] = {}
+        latents = []
+        for mask in masks:
+            states = [(stream, *mask[part].tolist()) for stream, part in enumerate(STREAMS)]
+            for state in states:
+                if state not in starts:
+                    starts[state] = self._start(state[0], patches, mask.expand(len(patches[0]), -1))
+            streams = [starts[state] for state in states]
+            latents.append(self.fusions[3](*self._rectified(*streams)[3]))
+        return torch.stack(latents)
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return every linear and convolutional layer outside the decoder."""
@@ -225,35 +246,25 @@ class CMX(Backbone):
             if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("decoder.")
         }
 
-    def _streams(self, patches: list[Tensor], available: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both streams after their first stage, [B, C, H/4, W/4]."""
-        return (
-            self._start(0, patches[:1], available[:, :1]),
-            self._start(1, patches[1:], available[:, 1:]),
-        )
-
-    def _start(self, index: int, patches: list[Tensor], available: Tensor) -> Tensor:
-        """Return one stream after its first stage from its modalities and their availability."""
+    def _start(self, stream: int, patches: list[Tensor], available: Tensor) -> Tensor:
+        """Return one stream after its first stage, [B, C, H/4, W/4]."""
+        absent = ~available[:, STREAMS[stream], None, None, None]
         kept = [
-            patch.masked_fill(~available[:, m, None, None, None], 0.0)
-            for m, patch in enumerate(patches)
+            patch.masked_fill(absent[:, m], 0.0) for m, patch in enumerate(patches[STREAMS[stream]])
         ]
-        x = self.mix[index](torch.cat(kept, dim=1))
-        return self.stages[index][0](self.stems[index](x))
+        return self.starts[stream](torch.cat(kept, dim=1))
+
+    def _streams(self, patches: list[Tensor], available: Tensor) -> list[Tensor]:
+        """Return both streams after their first stage."""
+        return [self._start(stream, patches, available) for stream in (0, 1)]
 
     def _rectified(self, x1: Tensor, x2: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return both streams after the rectification of each of the four levels."""
         levels = [self.rectifications[0](x1, x2)]
-        for level in range(1, 4):
-            x1, x2 = (stages[level](x) for stages, x in zip(self.stages, levels[-1], strict=True))
-            levels.append(self.rectifications[level](x1, x2))
+        later = zip(
+            self.stages1.values(), self.stages2.values(), self.rectifications[1:], strict=True
+        )
+        for stage1, stage2, rectify in later:
+            x1, x2 = levels[-1]
+            levels.append(rectify(stage1(x1), stage2(x2)))
         return levels
-
-    def _levels(self, x1: Tensor, x2: Tensor) -> list[Tensor]:
-        """Return the fused feature of every level, the largest first."""
-        pairs = self._rectified(x1, x2)
-        return [fusion(*pair) for fusion, pair in zip(self.fusions, pairs, strict=True)]
-
-    def _level4(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """Return the fused feature of the fourth level alone."""
-        return self.fusions[3](*self._rectified(x1, x2)[3])

@@ -1,0 +1,102 @@
+"""Outputs carry what made them, are whole or not there, and others are refused."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from lsgs_core import InputError
+from lsgs_core.artifacts import (
+    Record,
+    check,
+    load_json,
+    load_table,
+    load_weights,
+    save,
+    save_json,
+    save_table,
+    save_weights,
+    sidecar_path,
+)
+from lsgs_core.files import file_sha256, written_beside
+
+RECORD = Record({"fold": 1, "bands": (3, 3), "seed": 0}, {"weights": "abc"})
+TABLE = pd.DataFrame({"scenario": ["A", "B"], "p": [0.1, 1 / 3]})
+
+
+def test_round_trips(tmp_path):
+    save_table(tmp_path / "t.csv", TABLE, RECORD)
+    pd.testing.assert_frame_equal(load_table(tmp_path / "t.csv"), TABLE, rtol=1e-8)
+    save_json(tmp_path / "j.json", {"p": [0.5, float("nan")]}, RECORD)
+    assert load_json(tmp_path / "j.json") == {"p": [0.5, None]}
+    weights = {"w": torch.randn(2, 3).T, "n": torch.tensor(3)}
+    save_weights(tmp_path / "w.safetensors", weights, RECORD)
+    loaded, record = load_weights(tmp_path / "w.safetensors", {"fold": 1})
+    assert torch.equal(loaded["w"], weights["w"])
+    assert record["parameters"]["bands"] == [3, 3]
+
+
+def test_the_record_says_how_and_where(tmp_path):
+    save_table(tmp_path / "t.csv", TABLE, RECORD)
+    record = json.loads(sidecar_path(tmp_path / "t.csv").read_text())
+    assert record["parameters"] == {"fold": 1, "bands": [3, 3], "seed": 0}
+    assert record["inputs"] == {"weights": "abc"}
+    assert record["environment"]["threads"] == torch.get_num_threads()
+    assert {"python", "packages", "device", "commit", "date"} <= set(record["environment"])
+
+
+def test_equal_content_is_equal_bytes(tmp_path):
+    weights = {name: torch.arange(5.0) for name in "cab"}
+    digests = set()
+    for name in ("one", "two"):
+        path = save_weights(tmp_path / f"{name}.safetensors", weights, Record({"name": name}))
+        digests.add(file_sha256(path))
+    assert len(digests) == 1
+
+
+def test_other_parameters_are_refused(tmp_path):
+    path = save_table(tmp_path / "t.csv", TABLE, RECORD)
+    check(path, {"fold": 1, "bands": (3, 3)}, {"weights": "abc"})
+    with pytest.raises(InputError, match=r"t\.csv: made with fold = 1, expected 2"):
+        check(path, {"fold": 2})
+    with pytest.raises(InputError, match="preset"):
+        check(path, {"preset": "demo"})  # it says nothing about it
+    with pytest.raises(InputError, match="another weights"):
+        check(path, made_from={"weights": "abd"})
+
+
+def test_damage_is_noticed(tmp_path):
+    path = save_table(tmp_path / "t.csv", TABLE, RECORD)
+    path.write_text(path.read_text().replace("A", "C"))
+    with pytest.raises(InputError, match="not the file"):
+        load_table(path)
+    sidecar_path(path).write_text("{}")
+    with pytest.raises(InputError, match="record"):
+        load_table(path)
+    sidecar_path(path).unlink()
+    with pytest.raises(InputError, match="not there"):
+        load_table(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = save_table(tmp_path / "t.csv", TABLE, RECORD)
+    before = path.read_bytes()
+
+    def fail(to):
+        to.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save(path, fail, RECORD)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv", "t.csv.record.json"]
+
+
+def test_written_beside_keeps_the_suffix(tmp_path):
+    with written_beside(tmp_path / "figure.png") as temporary:
+        assert temporary.suffix == ".png"
+        assert temporary.parent == tmp_path
+        temporary.write_bytes(b"x")
+        assert not (tmp_path / "figure.png").exists()
+    assert (tmp_path / "figure.png").read_bytes() == b"x"

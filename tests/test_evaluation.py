@@ -1,0 +1,205 @@
+"""Losses and metrics, with PyTorch and torchmetrics as the oracles."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics.functional.classification as oracle
+
+from lsgs_core import Batch, InputError, ScenarioSet
+from lsgs_core.evaluation import (
+    AlwaysPositive,
+    class_map,
+    class_scores,
+    evaluate,
+    predict,
+    scenario_scores,
+    summary,
+)
+from lsgs_core.losses import paper_loss, segmentation_loss
+
+SCENARIOS = ScenarioSet.of(["A", "B"])
+KINDS = ["binary", "multilabel", "multiclass"]
+
+
+def random_batch(kind: str, classes: int, count: int = 6, size: int = 8) -> Batch:
+    torch.manual_seed(0)
+    if kind == "multiclass":
+        target = torch.randint(classes, (count, size, size))
+    else:
+        target = (torch.rand(count, classes, size, size) < 0.3).float()
+    return Batch(
+        images=tuple(torch.randn(count, classes, size, size) for _ in range(2)),
+        available=torch.ones(count, 2, dtype=torch.bool),
+        target=target,
+        valid=torch.rand(count, size, size) < 0.7,
+        patch_ids=torch.arange(count),
+        block_ids=torch.arange(count) // 2,
+    )
+
+
+class SumOfImages(torch.nn.Module):
+    """Its logits are the sum of the available images."""
+
+    def forward(self, images, available):
+        return sum(i * a[:, None, None, None] for i, a in zip(images, available.T, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_agree_with_torchmetrics(kind):
+    classes = 1 if kind == "binary" else 4
+    names = tuple(f"class{index}" for index in range(classes))
+    batch = random_batch(kind, classes)
+    records = evaluate(SumOfImages(), [batch], SCENARIOS, names, kind)
+    assert list(records.columns) == ["block", "scenario", "class", "tp", "fp", "fn"]
+    assert len(records) == 3 * len(SCENARIOS) * classes
+    logits = batch.images[0]  # scenario A
+    if kind == "multiclass":
+        target = torch.where(batch.valid, batch.target, -1)
+        jaccard = oracle.multiclass_jaccard_index(
+            logits, target, classes, average="none", ignore_index=-1
+        )
+        f1 = oracle.multiclass_f1_score(logits, target, classes, average="none", ignore_index=-1)
+    else:
+        target = torch.where(batch.valid[:, None], batch.target, -1).long()
+        arguments = {"num_labels": classes, "average": "none", "ignore_index": -1}
+        if kind == "binary":
+            jaccard = oracle.binary_jaccard_index(logits.sigmoid(), target, ignore_index=-1)[None]
+            f1 = oracle.binary_f1_score(logits.sigmoid(), target, ignore_index=-1)[None]
+        else:
+            jaccard = oracle.multilabel_jaccard_index(logits.sigmoid(), target, **arguments)
+            f1 = oracle.multilabel_f1_score(logits.sigmoid(), target, **arguments)
+    ours = class_scores(records, ["scenario"]).query("scenario == 'A'")
+    np.testing.assert_allclose(ours["iou"], jaccard.numpy(), atol=1e-6)
+    np.testing.assert_allclose(ours["f1"], f1.numpy(), atol=1e-6)
+
+
+def test_pooling_over_batches_blocks_and_folds_is_adding():
+    batch = random_batch("multilabel", 2)
+    names = ("x", "y")
+    whole = evaluate(SumOfImages(), [batch], SCENARIOS, names, "multilabel")
+    singles = [
+        Batch(
+            tuple(image[i : i + 1] for image in batch.images),
+            *(
+                getattr(batch, field)[i : i + 1]
+                for field in ("available", "target", "valid", "patch_ids", "block_ids")
+            ),
+        )
+        for i in range(6)
+    ]
+    parts = evaluate(SumOfImages(), singles, SCENARIOS, names, "multilabel")
+    pd.testing.assert_frame_equal(whole, parts)
+
+
+def test_pixels_that_are_not_valid_do_not_count():
+    batch = random_batch("binary", 1)
+    nothing = Batch(batch.images, batch.available, batch.target, torch.zeros_like(batch.valid),
+                    batch.patch_ids, batch.block_ids)  # fmt: skip
+    records = evaluate(SumOfImages(), [nothing], SCENARIOS, ("x",), "binary")
+    assert records[["tp", "fp", "fn"]].to_numpy().sum() == 0
+    assert class_scores(records, ["scenario"])["iou"].isna().all()  # not defined, not 0 or 1
+
+
+def test_undefined_classes_are_left_out_of_means():
+    counts = pd.DataFrame(
+        {
+            "block": 0,
+            "scenario": "A",
+            "class": ["x", "never"],
+            "tp": [1, 0],
+            "fp": [1, 0],
+            "fn": [2, 0],
+            "method": "m",
+        }
+    )
+    assert scenario_scores(counts, ["method"])["iou"].item() == pytest.approx(0.25)
+
+
+def test_the_trivial_predictor_scores_the_share_of_the_class():
+    batch = random_batch("multilabel", 3)
+    names = ("x", "y", "z")
+    records = evaluate(AlwaysPositive(3), [batch], SCENARIOS, names, "multilabel")
+    share = (batch.target * batch.valid[:, None]).sum(dim=(0, 2, 3)) / batch.valid.sum()
+    ours = class_scores(records.query("scenario == 'A'").assign(method="m"), ["method"])
+    np.testing.assert_allclose(ours["iou"], share.numpy(), atol=1e-6)
+
+
+def test_summary_finds_the_worst_scenario():
+    rows = [("A", 30), ("B", 10), ("A+B", 50)]
+    records = pd.DataFrame(
+        {
+            "block": 0,
+            "scenario": [name for name, _ in rows],
+            "class": "x",
+            "tp": [tp for _, tp in rows],
+            "fp": 0,
+            "fn": [100 - tp for _, tp in rows],
+            "method": "m",
+        }
+    )
+    row = summary(records, SCENARIOS, ["method"]).iloc[0]
+    assert row["worst_scenario"] == "B"
+    assert row["worst_iou"] == pytest.approx(0.1)
+    assert row["mean_iou"] == pytest.approx(0.3)
+    assert row["full_iou"] == pytest.approx(0.5)
+    assert row["drop"] == pytest.approx(0.2)
+
+
+def test_predictions_and_class_maps():
+    logits = torch.tensor([[[[2.0, -1.0]], [[3.0, -2.0]]]])  # (1, 2, 1, 2)
+    assert predict(logits, "multilabel").tolist() == [[[[True, False]], [[True, False]]]]
+    assert predict(logits, "multiclass").tolist() == [[[[False, True]], [[True, False]]]]
+    assert class_map(logits, "multilabel").tolist() == [[[1, -1]]]
+    assert class_map(logits, "multiclass").tolist() == [[[1, 0]]]
+
+
+def test_no_batch():
+    with pytest.raises(InputError, match="at least one"):
+        evaluate(SumOfImages(), [], SCENARIOS, ("x",), "binary")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_pytorchs_over_valid_pixels(kind):
+    classes = 1 if kind == "binary" else 3
+    batch = random_batch(kind, classes)
+    logits = torch.randn(6, classes, 8, 8, requires_grad=True)
+    loss, per_sample = segmentation_loss(logits, batch.target, batch.valid, kind)
+    if kind == "multiclass":
+        expected = F.cross_entropy(logits, torch.where(batch.valid, batch.target, -100))
+    else:
+        chosen = batch.valid[:, None].expand_as(logits)
+        expected = F.binary_cross_entropy_with_logits(logits[chosen], batch.target[chosen])
+    torch.testing.assert_close(loss, expected)
+    assert per_sample.shape == (6,)
+    weight = batch.valid.sum(dim=(1, 2))
+    torch.testing.assert_close((per_sample * weight).sum() / weight.sum(), loss.detach())
+    loss.backward()
+    assert (logits.grad * ~batch.valid[:, None] == 0).all()
+    # whatever the ignored pixels hold
+    target = batch.target.clone()
+    target[~batch.valid if kind == "multiclass" else ~batch.valid[:, None].expand_as(target)] = 255
+    torch.testing.assert_close(segmentation_loss(logits, target, batch.valid, kind)[0], loss)
+
+
+def test_a_batch_without_labels_has_no_loss():
+    logits = torch.randn(2, 1, 4, 4, requires_grad=True)
+    nothing = torch.zeros(2, 4, 4, dtype=torch.bool)
+    loss, per_sample = segmentation_loss(logits, torch.zeros(2, 1, 4, 4), nothing, "binary")
+    loss.backward()
+    assert loss.item() == 0
+    assert per_sample.tolist() == [0, 0]
+    assert logits.grad.abs().sum() == 0
+
+
+def test_paper_loss_is_the_sigmoid_twice():
+    heads = torch.randn(2, 3, 1, 4, 4)
+    target, valid = (torch.rand(2, 1, 4, 4) < 0.5).float(), torch.ones(2, 4, 4, dtype=torch.bool)
+    expected = torch.stack(
+        [F.binary_cross_entropy_with_logits(heads[:, h].sigmoid(), target) for h in range(3)]
+    ).mean()
+    torch.testing.assert_close(paper_loss(heads, target, valid)[0], expected)
+    perfect = (40 * (2 * target - 1))[:, None].expand_as(heads)
+    floor = target.mean() * np.log1p(np.exp(-1)) + (1 - target.mean()) * np.log(2)
+    torch.testing.assert_close(paper_loss(perfect, target, valid)[0], floor.float())

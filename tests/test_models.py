@@ -1,0 +1,381 @@
+"""The backbones at the "demo" size: shapes, contracts, checks of input, and that they learn."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lsgs_core.errors import InputError
+from lsgs_core.models import Backbone, build_backbone, load_author_weights
+from lsgs_core.models.cbc_decoder import Refinement
+
+NAMES = ("cbc_slp", "cbc", "cmx")
+SCENARIOS = torch.tensor(
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]],
+    dtype=torch.bool,
+)
+
+
+def demo(name: str, **settings: Any) -> Backbone:
+    torch.manual_seed(0)
+    model = build_backbone(name, "demo", **settings)
+    for module in model.modules():
+        # Statistics of a trained model, so that no layer is blind to its scale.
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.double().eval()
+
+
+def patches(batch: int, bands: tuple[int, ...], size: int = 64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return [
+        torch.randn(batch, count, size, size, generator=generator, dtype=torch.float64)
+        for count in bands
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bands", "classes", "size"),
+    [
+        ((3, 3, 3), 1, 64),
+        ((3, 3, 3), 5, 32),
+        ((2, 4), 1, 64),
+        ((3, 1, 2), 2, 64),
+        ((4, 3, 1, 2), 1, 96),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes(name: str, bands: tuple[int, ...], classes: int, size: int) -> None:
+    model = demo(name, bands=bands, classes=classes)
+    images, available = patches(2, bands, size), torch.ones(2, len(bands), dtype=torch.bool)
+    available[1, 0] = False
+    with torch.inference_mode():
+        heads = model.heads(images, available)
+        logits = model(images, available)
+        latent = model.latent(images, available)
+    assert heads.shape == (2, 3, classes, size, size)
+    assert torch.equal(logits, heads[:, 0])
+    assert logits.min() < 0  # not through a sigmoid
+    if name == "cmx":
+        assert latent.shape == (2, 96, size // 32, size // 32)
+        assert torch.equal(heads[:, 0], heads[:, 2])
+    else:
+        assert latent.shape == (2, 16 * len(bands), 2, 4, 4)
+        assert not torch.allclose(heads[:, 0], heads[:, 2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_tensor_gives_the_same_as_a_sequence(name: str) -> None:
+    model, images = demo(name), patches(2, (3, 3, 3))
+    assert torch.equal(
+        model(torch.stack(images, dim=1), SCENARIOS[3:5]), model(images, SCENARIOS[3:5])
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+    model, images, available = demo(name), patches(3, (3, 3, 3)), SCENARIOS[[6, 1, 4]]
+    for function in (model.heads, model.latent):
+        together = function(images, available)
+        for index in range(3):
+            one = slice(index, index + 1)
+            alone = function([image[one] for image in images], available[one])
+            torch.testing.assert_close(together[one], alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scenario_latents_are_the_loop_over_latent(name: str) -> None:
+    model, images = demo(name), patches(2, (3, 3, 3))
+    found = model.scenario_latents(images, SCENARIOS)
+    expected = Backbone.scenario_latents(model, images, SCENARIOS)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    assert found.shape[:2] == (7, 2)
+    for first in range(7):  # and every scenario differs from every other
+        for second in range(first):
+            assert not torch.allclose(found[first], found[second], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cbc_slp", "cbc"])
+def test_scenario_latents_encode_each_modality_once(name: str) -> None:
+    model = demo(name)
+    calls = {"encoders": 0, "blocks": 0, "decoder": 0}
+
+    def counter(kind: str) -> Callable[..., None]:
+        def count(*_: object) -> None:
+            calls[kind] += 1
+
+        return count
+
+    for kind in ("encoders", "blocks"):
+        for module in model.get_submodule(kind).children():
+            module.register_forward_hook(counter(kind))
+    model.get_submodule("decoder").register_forward_hook(counter("decoder"))
+    model.scenario_latents(patches(2, (3, 3, 3)), SCENARIOS)
+    assert calls == {"encoders": 3, "blocks": 6, "decoder": 0}
+
+
+def test_cmx_starts_each_stream_once_per_state() -> None:
+    model, seen = demo("cmx"), [0, 0]
+    for stream, start in enumerate(model.get_submodule("starts").children()):
+        start.register_forward_hook(
+            lambda *_, stream=stream: seen.__setitem__(stream, seen[stream] + 1)
+        )
+    model.scenario_latents(patches(2, (3, 3, 3)), SCENARIOS)
+    assert seen == [2, 4]
+
+
+@pytest.mark.parametrize("value", [1e4, float("nan")])
+@pytest.mark.parametrize("name", NAMES)
+def test_absent_pixels_have_no_influence(name: str, value: float) -> None:
+    model, images, available = demo(name), patches(2, (3, 3, 3)), SCENARIOS[[4, 1]]
+    changed = [image.clone() for image in images]
+    for sample, modality in (~available).nonzero().tolist():
+        changed[modality][sample] = value
+    for function in (model.heads, model.latent):
+        assert torch.equal(function(images, available), function(changed, available))
+    changed[0][0] = 2.0  # an available one has
+    assert not torch.allclose(model(images, available)[0], model(changed, available)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_band_has_influence(name: str) -> None:
+    bands = (3, 1, 2)
+    model, images = demo(name, bands=bands), patches(1, bands)
+    for image in images:
+        image.requires_grad_()
+    model(images, torch.ones(1, 3, dtype=torch.bool)).square().sum().backward()
+    for image in images:
+        assert (image.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
+
+
+def test_configuration_builds_the_same_model_again() -> None:
+    for name in NAMES:
+        model = build_backbone(name, "demo", bands=[3, 1], classes=2, dropout=0.25)
+        configuration = json.loads(json.dumps(model.configuration))
+        assert (configuration["name"], configuration["bands"]) == (name, [3, 1])
+        again = build_backbone(**configuration)
+        assert again.configuration == model.configuration
+        again.load_state_dict(model.state_dict())
+
+
+def test_fewer_decoder_levels_have_no_modules_for_the_others() -> None:
+    names = build_backbone("cbc", "demo", decoder_depths=(2, 2)).state_dict()
+    assert any("levels.level3" in name for name in names)
+    assert not any("level2" in name for name in names if name.startswith(("decoder", "fusions")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_low_rank_layers(name: str) -> None:
+    model = build_backbone(name, "demo")
+    layers = model.low_rank_layers()
+    assert all(model.get_submodule(key) is layer for key, layer in layers.items())
+    if name == "cmx":
+        wanted = {
+            key for key, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and not key.startswith("decoder")
+        }  # fmt: skip
+    else:
+        wanted = {"multimodal.attention.qkv", "multimodal.attention.projection"}
+        wanted |= {f"fusions.level{level}.conv" for level in (2, 3, 4, 6)}
+    assert set(layers) == wanted
+
+
+def test_initialisation() -> None:
+    model = build_backbone("cbc_slp", "demo")
+    refinement = next(part for part in model.modules() if isinstance(part, Refinement))
+    for layer in (refinement[1].conv, model.encoders[0].stem, model.between[0], model.to_latent):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
+    assert all(not position.any() for position in model.positions)
+    fusion = build_backbone("cmx", "demo").fusions[3]
+    assert fusion.stream1.split.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert fusion.merge[1].weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns(name: str) -> None:
+    torch.manual_seed(0)
+    target = F.interpolate(torch.randn(8, 3, 6, 6), (64, 64), mode="bilinear").argmax(dim=1)
+    signal = torch.einsum(
+        "mdc,bchw->bmdhw", torch.randn(3, 3, 3), F.one_hot(target).movedim(3, 1).float()
+    )
+    images = signal + 0.5 * torch.randn_like(signal)
+    model = build_backbone(name, "demo", classes=3)
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(images, SCENARIOS[torch.randint(7, (8,))]), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "unet"}, "'unet' is unknown.*cbc_slp"),
+        ({"name": "cbc", "preset": "huge"}, "'huge' is unknown.*demo"),
+        ({"name": "cbc", "token_with": 64}, "'token_with'.*token_width"),
+        ({"name": "cmx", "token_width": 64}, "'token_width'.*stage_widths"),
+        ({"name": "cmx", "bands": (3,)}, "two or more"),
+        ({"name": "cmx", "bands": (3, 0)}, "at least 1"),
+        ({"name": "cmx", "classes": 0}, "classes is 0"),
+        ({"name": "cmx", "stage_widths": (24, 32, 64, 97)}, "stage_widths"),
+        ({"name": "cbc", "decoder_depths": 4}, "decoder_depths: found 4"),
+        ({"name": "cbc", "decoder_depths": ()}, "decoder_depths"),
+        ({"name": "cbc", "decoder_depths": (2, 2, 2, 2)}, "decoder_channels"),
+        ({"name": "cbc", "attention_heads": 7}, "token_width"),
+    ],
+)
+def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_backbone(**{"preset": "demo", **arguments})
+
+
+GOOD = torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("images", "available", "message"),
+    [
+        (torch.zeros(2, 3, 64, 64), GOOD, r"\[B, M, D, H, W\]"),
+        (torch.zeros(2, 2, 3, 64, 64), GOOD, "found 2 modalities, not 3"),
+        (torch.zeros(2, 3, 4, 64, 64), GOOD, r"modality 0: found shape \[2, 4, 64, 64\]"),
+        ([torch.zeros(2, 3, 64, 64)] * 2 + [torch.zeros(2, 3, 32, 32)], GOOD, "modality 2"),
+        ([torch.zeros(3, 64, 64)] * 3, GOOD, "modality 0"),
+        (torch.zeros(2, 3, 3, 0, 64), GOOD, "above 0"),
+        (torch.zeros(2, 3, 3, 64, 64, dtype=torch.uint8), GOOD, "torch.uint8"),
+        (torch.zeros(2, 3, 3, 64, 64), GOOD[:, :2], r"available.*\[2, 2\]"),
+        (torch.zeros(2, 3, 3, 64, 64), GOOD[:1], r"available.*\[1, 3\]"),
+        (torch.zeros(2, 3, 3, 64, 64), GOOD[0], r"available.*\[3\]"),
+        (torch.zeros(2, 3, 3, 64, 64), GOOD.float(), r"available.*torch.float32"),
+        (torch.zeros(2, 3, 3, 64, 64), GOOD & torch.tensor([[True], [False]]), "no modality"),
+    ],
+)
+def test_wrong_input(images: Any, available: Tensor, message: str) -> None:
+    for name in ("cbc_slp", "cmx"):
+        model = build_backbone(name, "demo")
+        for function in (model.forward, model.heads, model.latent):
+            with pytest.raises(InputError, match=message):
+                function(images, available)
+
+
+@pytest.mark.parametrize("masks", [GOOD[0], GOOD[:, :2], GOOD[:0], GOOD.int(), ~GOOD])
+@pytest.mark.parametrize("name", ["cbc_slp", "cmx"])
+def test_wrong_masks(name: str, masks: Tensor) -> None:
+    with pytest.raises(InputError, match="masks"):
+        build_backbone(name, "demo").scenario_latents(torch.zeros(2, 3, 3, 64, 64), masks)
+
+
+# The loader, on CMX of the paper's size, whose author names are the quickest to fill.
+
+
+def author_state(name: str) -> dict[str, Tensor]:
+    shapes = json.loads(
+        (Path(__file__).parent / "reference" / f"{name}.state_dict.json").read_text()
+    )
+    return {
+        key: torch.full(entry["shape"], 0.5, dtype=getattr(torch, entry["dtype"])).clone()
+        if "num_batches" not in key
+        else torch.zeros(entry["shape"], dtype=torch.int64)
+        for key, entry in shapes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def cmx() -> Backbone:
+    return build_backbone("cmx", "paper")
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    return author_state("cmx")
+
+
+@pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module.", ".pt", ".safetensors"])
+def test_author_weights_in_every_form(
+    form: str, cmx: Backbone, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    for parameter in cmx.parameters():
+        nn.init.zeros_(parameter)
+    weights: Any = state
+    if form in {"state_dict", "model"}:
+        weights = {form: state, "epoch": 3}
+    elif form == "module.":
+        weights = {f"module.{key}": value for key, value in state.items()}
+    elif form == ".pt":
+        weights = tmp_path / "weights.pt"
+        torch.save({"state_dict": state}, weights)
+    elif form == ".safetensors":
+        weights = str(tmp_path / "weights.safetensors")
+        save_file(state, weights)
+    load_author_weights(cmx, weights)
+    assert all((parameter == 0.5).all() for parameter in cmx.parameters())
+
+
+def test_author_weights_that_do_not_fit(cmx: Backbone, state: dict[str, Tensor]) -> None:
+    before = cmx.state_dict()["starts.1.0.weight"].clone()
+    bias = "core.decode_head.linear_pred.bias"
+    for change, message in (
+        ({bias: None}, r"decoder.head.bias \(our name\) is missing"),
+        ({bias: torch.zeros(2)}, r"linear_pred.bias has shape \[2\]"),
+        ({bias: torch.tensor([float("nan")])}, "linear_pred.bias is not finite"),
+        ({bias: "zero"}, "linear_pred.bias is a str"),
+        ({"core.extra.weight": torch.zeros(1)}, "core.extra.weight is unexpected"),
+        ({f"core.extra{i}": torch.zeros(1) for i in range(9)}, "core.extra4 is.* and 4 more"),
+    ):
+        broken = {key: value for key, value in {**state, **change}.items() if value is not None}
+        with pytest.raises(InputError, match=message):
+            load_author_weights(cmx, broken)
+    assert torch.equal(cmx.state_dict()["starts.1.0.weight"], before)
+
+
+def test_author_weights_of_another_model(cmx: Backbone, state: dict[str, Tensor]) -> None:
+    with pytest.raises(InputError, match="weights of cbc_slp, expected those of cmx"):
+        load_author_weights(cmx, {"RGB_pos": torch.zeros(1), "shared_conv.bias": torch.zeros(1)})
+    with pytest.raises(InputError, match="unknown model"):
+        load_author_weights(cmx, {"layer.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="expected a state dict"):
+        load_author_weights(cmx, {3: torch.zeros(1)})
+    for other in ({"preset": "demo"}, {"classes": 2}, {"bands": (3, 3)}):
+        with pytest.raises(InputError, match="need a model with"):
+            load_author_weights(build_backbone(**{"name": "cmx", **other}), state)
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_unreadable_files(cmx: Backbone, tmp_path: Path) -> None:
+    target, file = tmp_path / "ran", tmp_path / "weights.pt"
+    torch.save({"state_dict": Malicious(target)}, file)
+    with pytest.raises(InputError, match=r"weights\.pt: expected a file of plain tensors"):
+        load_author_weights(cmx, file)
+    file.write_bytes(pickle.dumps(Malicious(target), protocol=2))
+    with pytest.raises(InputError, match="plain tensors"):
+        load_author_weights(cmx, file)
+    assert not target.exists()
+    for name, content in (("empty.pt", b""), ("text.pt", b"hello"), ("a.safetensors", b"hello")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            load_author_weights(cmx, tmp_path / name)
+    with pytest.raises(InputError, match="no such file"):
+        load_author_weights(cmx, tmp_path / "none.pt")

@@ -1,0 +1,120 @@
+"""The project's own promises: its files agree with each other and with the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def pins(lines) -> dict[str, str]:
+    """Versions by package name, of lines such as `numpy==2.4.6  # why`."""
+    found = (re.match(r"([A-Za-z0-9._-]+)==([^\s#]+)", line.strip()) for line in lines)
+    return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in found if m}
+
+
+def test_environment_and_lock_agree():
+    lock = pins((ROOT / "requirements.lock").read_text().splitlines())
+    direct = pins((ROOT / "requirements.in").read_text().splitlines())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
+    assert pins(pip) == direct
+    assert "--constraint requirements.lock" in pip
+    assert direct.items() <= lock.items()
+    python = next(p for p in environment["dependencies"] if str(p).startswith("python="))
+    assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11)
+
+
+def test_the_lock_holds_what_is_installed_and_no_torchvision():
+    from importlib.metadata import version
+
+    lock = pins((ROOT / "requirements.lock").read_text().splitlines())
+    assert lock["torch"] == "2.13.0"
+    assert "torchvision" not in lock
+    direct = pins((ROOT / "requirements.in").read_text().splitlines())
+    for name, pinned in direct.items():
+        assert version(name).split("+")[0] == pinned, name
+
+
+def make(*arguments: str) -> str:
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", ["README.md", "Snakefile"])
+def test_make_commands_that_are_named_exist(document):
+    text = (ROOT / document).read_text()
+    commands = set(re.findall(r"`?\bmake ((?:[a-z]+-?)+(?: [A-Z]+=\w+)*)`", text))
+    for command in commands:
+        make(*command.split())
+    if document == "README.md":
+        assert {"study", "test", "test-slow", "lab"} <= commands
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "```sh\nmake study\nmake test\n```" in (ROOT / "README.md").read_text()
+
+
+def test_files_that_the_readme_names_are_there():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_as_they_should_be(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[0].cell_type == "markdown"
+    assert "**Purpose.**" in notebook.cells[0].source
+    checked = 0
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        is_checked = "NBVAL_CHECK_OUTPUT" in cell.source
+        assert is_checked == ("keep_output" in cell.metadata.get("tags", []))
+        assert bool(cell.outputs) == is_checked, cell.source
+        checked += is_checked
+        assert all(output.output_type == "stream" for output in cell.outputs)
+        assert all(output.name == "stdout" for output in cell.outputs)
+    assert checked >= 1
+
+
+def test_no_path_of_a_machine_and_no_registry_in_tracked_files():
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
+    bad = re.compile(r"(?<![\w./-])/(?:work|tmp|root|home)/[\w.-]+|index-" r"url|pypi\.org/simple")
+    for name in filter(None, listed):
+        path = ROOT / name
+        if not path.is_file() or path.suffix in {".png", ".pdf", ".npz"}:
+            continue
+        found = bad.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{name}: {found}"
+
+
+def test_importing_is_cheap():
+    code = "import sys, lsgs_core; print([m for m in ('torch', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_mathematics_knows_nothing_of_files_or_torch():
+    for name in ("scenarios", "smoothing", "sampling"):
+        text = (ROOT / "lsgs_core" / f"{name}.py").read_text()
+        imported = re.findall(r"^(?:from|import) ([\w.]+)", text, flags=re.MULTILINE)
+        forbidden = {"torch", "pathlib", "rasterio", "pandas", "lsgs_core.patches"}
+        assert not forbidden & set(imported), name
+    for path in (ROOT / "lsgs_core" / "models").glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"lsgs_core\.(patches|manifest|rasters|folds)", text), path.name

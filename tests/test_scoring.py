@@ -1,0 +1,160 @@
+"""Distortion scoring on networks whose answer is known, and the published JSON."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core.distortion import clustered_standard_error
+from lsgs_core.published import published_scoring, read_final_probabilities
+
+SCENARIOS = ScenarioSet.of(["A", "B", "C"])
+
+
+class SumOfMeans(nn.Module):
+    """A foreign model: its latent is the weighted sum of what is present. It has no decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
+        self.calls = 0
+
+    def latent(self, images, available):
+        self.calls += 1
+        means = torch.stack([image.mean(dim=(2, 3)) for image in images], dim=1)  # (B, M, D)
+        return (means * (self.weights * available)[..., None]).sum(dim=1)  # (B, D)
+
+
+def ones(count: int) -> list[torch.Tensor]:
+    return [torch.ones(count, 2, 4, 4) for _ in range(3)]
+
+
+def test_distortion_of_a_known_latent():
+    """All images are 1, so the latent is the sum of the present weights: D is known exactly."""
+    scores = score_scenarios(SumOfMeans(), [ones(2), ones(1)], SCENARIOS, progress=False)
+    missing = 7 - SCENARIOS.masks @ np.array([1, 2, 4])
+    np.testing.assert_allclose(scores.distortion, missing.astype(float) ** 2)
+    np.testing.assert_allclose(scores.latent_shift, -missing[:, None].repeat(2, axis=1))
+    assert scores.patch_distortion.shape == (3, 7)
+    assert scores.distortion[SCENARIOS.full] == 0
+    assert scores.patch_ids.tolist() == scores.block_ids.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(scores.standard_error, 0, atol=1e-12)
+
+
+def test_one_tensor_or_many():
+    images = torch.randn(4, 3, 2, 5, 5)
+    together = score_scenarios(SumOfMeans(), [images], SCENARIOS, progress=False)
+    listed = score_scenarios(SumOfMeans(), [list(images.unbind(1))], SCENARIOS, progress=False)
+    np.testing.assert_array_equal(together.patch_distortion, listed.patch_distortion)
+
+
+def test_the_full_scenario_is_computed_once_per_batch():
+    model = SumOfMeans()
+    score_scenarios(model, [ones(2), ones(2)], SCENARIOS, progress=False)
+    assert model.calls == 2 * len(SCENARIOS)
+
+
+def test_batches_and_modes_make_no_difference():
+    images = torch.randn(6, 3, 2, 5, 5)
+    model = SumOfMeans().train()
+    whole = score_scenarios(model, [images], SCENARIOS, progress=False)
+    parts = score_scenarios(model, images.split(4), SCENARIOS, progress=False)
+    np.testing.assert_allclose(whole.distortion, parts.distortion, rtol=1e-6)
+    np.testing.assert_allclose(whole.latent_shift, parts.latent_shift, atol=1e-6)
+    assert model.training  # left as it was
+
+
+def batch(available: list[list[bool]], blocks: list[int]) -> Batch:
+    count = len(available)
+    return Batch(
+        images=tuple(torch.randn(count, 2, 4, 4) for _ in range(3)),
+        available=torch.tensor(available),
+        patch_ids=torch.arange(10, 10 + count),
+        block_ids=torch.tensor(blocks),
+    )
+
+
+def test_incomplete_patches_are_left_out():
+    whole = [True, True, True]
+    given = batch([whole, [True, False, True], whole], [5, 6, 7])
+    scores = score_scenarios(SumOfMeans(), [given], SCENARIOS, progress=False)
+    assert scores.patch_ids.tolist() == [10, 12]
+    assert scores.block_ids.tolist() == [5, 7]
+    with pytest.raises(InputError, match="every modality"):
+        score_scenarios(
+            SumOfMeans(), [batch([[True, False, True]], [1])], SCENARIOS, progress=False
+        )
+
+
+def test_a_latent_that_is_not_finite_names_the_patch():
+    given = batch([[True] * 3] * 2, [0, 1])
+    given.images[0][1, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"\[11\]"):
+        score_scenarios(SumOfMeans(), [given], SCENARIOS, progress=False)
+
+
+def test_standard_error_of_independent_values_is_the_usual_one():
+    values = np.random.default_rng(0).normal(size=(50, 2))
+    expected = values.std(axis=0, ddof=1) / np.sqrt(50)
+    np.testing.assert_allclose(clustered_standard_error(values, np.arange(50)), expected)
+
+
+def test_clusters_of_copies_count_once():
+    """Ten copies of every value are no more evidence than one of each."""
+    values = np.random.default_rng(1).normal(size=(20, 3))
+    copies, clusters = values.repeat(10, axis=0), np.arange(20).repeat(10)
+    np.testing.assert_allclose(
+        clustered_standard_error(copies, clusters), clustered_standard_error(values, np.arange(20))
+    )
+    assert np.isnan(clustered_standard_error(values, np.zeros(20, dtype=int))).all()
+
+
+PUBLISHED_FIELDS = (
+    "modelType checkpoint_path output_json alpha tau gamma_floor lambda rbf_sigma scenario_names "
+    "mask_array meta_info D_sh U scenario_features_X kernel_matrix kernel_scores_r "
+    "normalized_kernel_scores softmax_probs final_probs"
+).split()
+
+
+@pytest.fixture
+def published(tmp_path):
+    scores = score_scenarios(SumOfMeans(), [ones(2)], SCENARIOS, progress=False)
+    settings = {"direction": 1.0, "inverse_temperature": 0.5, "mixing": 0.5, "ridge": 1e-3}
+    result = scenario_probabilities(scores.distortion, **settings)
+    content = published_scoring(scores, result, settings, "toy", "in", "out", {"foldNo": 1})
+    path = tmp_path / "probabilities.json"
+    path.write_text(json.dumps(content))
+    return path, content, result
+
+
+def test_published_fields(published):
+    path, content, result = published
+    assert list(content) == PUBLISHED_FIELDS
+    np.testing.assert_allclose(read_final_probabilities(path, SCENARIOS), result.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"final_probs": [0.5, 0.5]}, "one per scenario"),
+        ({"final_probs": [1.0] * 7}, "sum to 1"),
+        ({"final_probs": ["a"] * 7}, "final_probs"),
+        ({"mask_array": [[1, 1, 1]] * 7}, "mask_array"),
+    ],
+)
+def test_foreign_probabilities_are_checked(published, change, message):
+    path, content, _ = published
+    path.write_text(json.dumps({**content, **change}))
+    with pytest.raises(InputError, match=message):
+        read_final_probabilities(path, SCENARIOS)
+
+
+def test_not_a_scoring(tmp_path):
+    path = tmp_path / "other.json"
+    for text in ("[1, 2]", "{}", "no json"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="other.json"):
+            read_final_probabilities(path, SCENARIOS)

@@ -1,0 +1,292 @@
+"""The trainer: what it learns, that it repeats itself, and that a killed run loses nothing."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
+from lsgs_core.lora import add_lora, merge_lora, trained_parameters, training_mode
+from lsgs_core.methods import METHODS, find_method
+from lsgs_core.sampling import FixedSampler
+from lsgs_core.training import (
+    TrainingSettings,
+    choose_device,
+    make_deterministic,
+    seed_weights,
+    train,
+    turned,
+)
+
+SCENARIOS = ScenarioSet.of(["A", "B", "C"])
+SETTINGS = TrainingSettings(epochs=3, batch_size=4, learning_rate=2e-3)
+UNIFORM = FixedSampler.uniform(7)
+
+
+class Blobs:
+    """Patches whose first bands show a bright square where the target is 1."""
+
+    task_kind = "binary"
+
+    def __init__(self, count: int = 10, size: int = 32) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.target = torch.zeros(count, 1, size, size)
+        for index, (row, column) in enumerate(
+            torch.randint(4, 18, (count, 2), generator=generator)
+        ):
+            self.target[index, 0, row : row + 10, column : column + 10] = 1
+        noise = torch.randn(3, count, 3, size, size, generator=generator)
+        self.images = noise * 0.3 + 2 * self.target[None]
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def batches(self, batch_size, order):
+        for start in range(0, len(order), batch_size):
+            chosen = torch.as_tensor(order[start : start + batch_size])
+            yield Batch(
+                images=tuple(self.images[:, chosen]),
+                available=torch.ones(len(chosen), 3, dtype=torch.bool),
+                target=self.target[chosen],
+                valid=torch.ones(len(chosen), *self.target.shape[2:], dtype=torch.bool),
+                patch_ids=chosen,
+                block_ids=chosen,
+            )
+
+
+def small(name: str = "cmx"):
+    seed_weights(0)
+    return build_backbone(name, preset="demo", bands=(3, 3, 3), classes=1)
+
+
+def run(folder: Path, model=None, settings=SETTINGS, patches=None, **changes):
+    model = model or small()
+    arguments = {"sampler": UNIFORM, "seed": 0, "identity": {"data": "blobs"}, **changes}
+    history = train(
+        model,
+        patches or Blobs(),
+        SCENARIOS,
+        settings=settings,
+        folder=folder,
+        progress=False,
+        **arguments,
+    )
+    return model, history
+
+
+def same(first, second) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", ["cbc_slp", "cbc", "cmx"])
+def test_it_learns(tmp_path, name):
+    _, history = run(tmp_path, small(name), replace(SETTINGS, epochs=12))
+    assert history["loss"].iloc[-1] < 0.6 * history["loss"].iloc[0]
+    assert history["epoch"].tolist() == list(range(12))
+
+
+def test_the_same_command_gives_the_same_bytes(tmp_path):
+    first, one = run(tmp_path / "a", small("cbc_slp"))
+    second, other = run(tmp_path / "b", small("cbc_slp"))
+    assert same(first, second)
+    assert one.equals(other)
+    third, _ = run(tmp_path / "c", small("cbc_slp"), seed=1)
+    assert not same(first, third)
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of an epoch."""
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 8])
+def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, at):
+    """Steps 1 to 3 are epoch 0: stopped before any state, at its end, and later."""
+    whole, history = run(tmp_path / "whole", small("cbc_slp"))
+    steps = 0
+
+    class Stopping(FixedSampler):
+        def observe(self, scenario, loss):
+            nonlocal steps
+            steps += 1
+            if steps == at:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", small("cbc_slp"), sampler=Stopping.uniform(7))
+    resumed, history_of_both = run(tmp_path / "cut", small("cbc_slp"))
+    assert same(whole, resumed)
+    assert history.equals(history_of_both)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+import test_training as t
+model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=20))
+torch.save(model.state_dict(), {out!r})
+"""
+
+
+def test_a_killed_process_loses_nothing(tmp_path):
+    """kill -9 as soon as there is a state; the rerun goes on and ends with the same weights."""
+    folder, out = tmp_path / "run", tmp_path / "weights.pt"
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 120
+    while not (folder / "training_state.pt").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    went_on = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
+    )
+    assert "going on after epoch" in went_on.stdout
+    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=20))
+    resumed = torch.load(out, weights_only=True)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"identity": {"data": "others"}}])
+def test_the_state_of_another_run_is_not_gone_on_with(tmp_path, capsys, change):
+    run(tmp_path)
+    fresh, _ = run(tmp_path / "elsewhere", **change)
+    again, history = run(tmp_path, **change)
+    assert "starting anew" in capsys.readouterr().out
+    assert same(fresh, again)
+    assert len(history) == SETTINGS.epochs
+
+
+def test_a_damaged_state_is_said(tmp_path):
+    (tmp_path / "training_state.pt").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"training_state\.pt"):
+        run(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_patches_and_scenarios(tmp_path):
+    model = small()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"patches \[.*\] under scenarios \['"):
+        run(tmp_path, model)
+
+
+def test_history_says_what_was_drawn(tmp_path):
+    sampler = FixedSampler([0, 0, 0, 0, 0, 0, 1.0])
+    _, history = run(tmp_path, sampler=sampler, validate=lambda model: {"score": 0.5})
+    assert (history["drawn:A+B+C"] == 1).all()
+    assert (history["drawn:A"] == 0).all()
+    assert (history["score"] == 0.5).all()
+
+
+def test_learning_rate_decays_in_steps(tmp_path):
+    settings = replace(SETTINGS, epochs=4, rate_decay=0.5, rate_decay_every=2)
+    _, history = run(tmp_path, settings=settings)
+    assert history["learning_rate"].tolist() == [2e-3, 2e-3, 1e-3, 1e-3]
+
+
+def test_paper_loss_and_sgd_run(tmp_path):
+    settings = replace(SETTINGS, loss="paper", optimiser="sgd", epochs=1)
+    _, history = run(tmp_path, small("cbc_slp"), settings)
+    assert history["loss"].iloc[0] > np.log1p(np.exp(-1))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"epochs": -1}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"rate_decay": 1.5}, "rate_decay"),
+        ({"optimiser": "adamw"}, "optimiser"),
+        ({"loss": "dice"}, "loss"),
+    ],
+)
+def test_bad_settings(change, field):
+    with pytest.raises(InputError, match=field):
+        replace(SETTINGS, **change)
+
+
+def test_devices_and_threads():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="device"):
+        choose_device("abacus")
+    with pytest.raises(InputError, match="threads"):
+        make_deterministic(0)
+
+
+def test_symmetries_move_images_and_targets_alike():
+    batch = next(Blobs(8).batches(8, np.arange(8)))
+    moved = turned(batch, np.arange(8) / 8)
+    bright = (moved.images[0].mean(dim=1, keepdim=True) > 1).float()
+    assert (bright == moved.target).float().mean() > 0.97
+    assert torch.equal(moved.target[0], batch.target[0])
+    copies = turned(next(Blobs(8).batches(8, np.zeros(8, dtype=int))), np.arange(8) / 8)
+    assert len({tuple(patch.flatten().tolist()) for patch in copies.images[0]}) == 8
+
+
+@pytest.mark.parametrize("name", ["cbc_slp", "cbc", "cmx"])
+def test_low_rank_updates(tmp_path, name):
+    model, untouched = small(name), small(name)
+    trained = add_lora(model, rank=4)
+    assert trained == trained_parameters(model) < 0.35 * trained_parameters(untouched)
+    patches = Blobs(size=64)  # large enough for every layer to matter
+    batch = next(patches.batches(4, np.arange(4)))
+    model.eval(), untouched.eval()
+    torch.testing.assert_close(  # the update starts at zero
+        model(batch.images, batch.available), untouched(batch.images, batch.available)
+    )
+    frozen = {n: v.clone() for n, v in untouched.state_dict().items()}
+    run(tmp_path, model, replace(SETTINGS, epochs=2), patches)
+    model.eval()
+    adapted = model(batch.images, batch.available)
+    adapted_layers = {f"{layer}.weight" for layer in model.low_rank_layers()}
+    merge_lora(model)
+    torch.testing.assert_close(model(batch.images, batch.available), adapted)
+    after = model.state_dict()
+    assert set(after) == set(frozen)  # an ordinary backbone again
+    changed = {n for n in frozen if not torch.equal(after[n], frozen[n])}
+    assert changed == adapted_layers  # all else, running statistics included, stayed
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_low_rank_updates_only_once():
+    model = small()
+    with pytest.raises(InputError, match="rank"):
+        add_lora(model, rank=0)
+    add_lora(model)
+    with pytest.raises(InputError, match="low-rank"):
+        add_lora(model)
+
+
+def test_batch_norm_of_a_network_that_trains_is_not_frozen():
+    model = small()
+    training_mode(model)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.training for norm in norms)
+
+
+def test_methods_by_name():
+    scored = np.array([0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1])
+    drawn_from = {
+        name: find_method(name).sampler(SCENARIOS, scored).probabilities(0) for name in METHODS
+    }
+    np.testing.assert_allclose(drawn_from["uniform"], 1 / 7)
+    np.testing.assert_allclose(drawn_from["lora"], 1 / 7)
+    np.testing.assert_allclose(drawn_from["lsgs"], scored)
+    assert [name for name in METHODS if METHODS[name].low_rank] == ["lora"]
+    with pytest.raises(InputError, match="method"):
+        find_method("magic")
