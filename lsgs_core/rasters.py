@@ -5,7 +5,6 @@ the source and with an internal mask of valid pixels, and `<scene>/labels.tif`. 
 beside them records what they were made from, so that whole scenes are never made twice.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,19 +27,13 @@ from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
-from lsgs_core.manifest import IGNORE, Dataset, PolygonLabels, Strict
+from lsgs_core.manifest import IGNORE, Dataset, Strict
 
 RECORD = "prepared.json"
 LABELS = "labels"
 STEP = 1024  # side of the windows that are worked on, in pixels: bounds the memory
-PROFILE = {
-    "driver": "GTiff",
-    "tiled": True,
-    "blockxsize": 256,
-    "blockysize": 256,
-    "compress": "deflate",
-    "BIGTIFF": "IF_SAFER",
-}
+PROFILE = {"driver": "GTiff", "tiled": True, "blockxsize": 256, "blockysize": 256}
+PROFILE |= {"compress": "deflate", "BIGTIFF": "IF_SAFER"}
 # With several threads GDAL hands out a truncated JPEG 2000 file without raising anything. The mask
 # is kept inside the GeoTIFF: a scene is then one file per modality.
 ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True}
@@ -73,20 +66,17 @@ class Grid:
     width: int
     height: int
 
-    @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        """Return left, bottom, right, top in the units of the coordinate reference system."""
-        bounds: tuple[float, float, float, float] = rasterio.transform.array_bounds(
-            self.height, self.width, self.transform
-        )
-        return bounds
+    def overlaps(self, bounds: tuple[float, ...]) -> bool:
+        """Return whether left, bottom, right, top in the grid's units share area with it."""
+        own = rasterio.transform.array_bounds(self.height, self.width, self.transform)
+        return bool(shapely.box(*own).intersection(shapely.box(*bounds)).area > 0)
 
-    def windows(self) -> Iterator[Window]:
-        """Yield windows of at most `STEP` × `STEP` pixels that cover the grid."""
-        for row in range(0, self.height, STEP):
-            for column in range(0, self.width, STEP):
-                height, width = min(STEP, self.height - row), min(STEP, self.width - column)
-                yield Window(column, row, width, height)
+
+def windows(height: int, width: int) -> Iterator[Window]:
+    """Yield windows of at most `STEP` × `STEP` pixels that cover a raster."""
+    for row in range(0, height, STEP):
+        for column in range(0, width, STEP):
+            yield Window(column, row, min(STEP, width - column), min(STEP, height - row))
 
 
 def load_prepared(folder: Path) -> Prepared | None:
@@ -110,31 +100,33 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
             elsewhere than the reference band, or has no such channel or column.
     """
     raw_folder, prepared_folder = Path(raw_folder), Path(prepared_folder)
-    previous = load_prepared(prepared_folder)
+    previous = load_prepared(prepared_folder) or Prepared(scenes={})
     done: dict[str, PreparedScene] = {}
     hashes: dict[str, dict[str, str]] = {}
     for scene in dataset.scenes:
-        hashes[scene] = {name: _raw_sha256(raw_folder / name) for name in dataset.files(scene)}
-        known = previous.scenes.get(scene) if previous else None
+        hashes[scene] = {name: _sha256(raw_folder / name) for name in dataset.files(scene)}
+        if missing := [name for name, sha256 in hashes[scene].items() if not sha256]:
+            raise InputError(f"{raw_folder / missing[0]}: the file is missing")
+        known = previous.scenes.get(scene)
         if (
             known
             and known.definition == dataset.raster_definition(scene)
             and known.raw == hashes[scene]
-            and all(_is_whole(prepared_folder / n, sha) for n, sha in known.outputs.items())
+            and all(_sha256(prepared_folder / n) == sha for n, sha in known.outputs.items())
         ):
             done[scene] = known
     pending = [scene for scene in dataset.scenes if scene not in done]
     with rasterio.Env(**ENVIRONMENT):
         grids = {scene: _check_scene(dataset, scene, raw_folder) for scene in pending}
         for scene in pending:
+            # Before and after each scene: a killed preparation goes on with the scene that it was
+            # working on, whose files nobody takes for whole until then.
+            _write_record(Prepared(scenes=done), prepared_folder)
             done[scene] = _prepare_scene(
                 dataset, scene, raw_folder, prepared_folder, grids[scene], hashes[scene]
             )
-            # Written after each scene: a killed preparation goes on with the next one.
-            record = Prepared(scenes={name: done[name] for name in dataset.scenes if name in done})
-            with written_beside(prepared_folder / RECORD) as path:
-                path.write_text(json.dumps(record.model_dump(), indent=1) + "\n", "utf-8")
-    return Prepared(scenes={name: done[name] for name in dataset.scenes})
+            _write_record(Prepared(scenes=done), prepared_folder)
+    return Prepared(scenes=done)
 
 
 def read_labels(dataset: Dataset, prepared_folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -144,98 +136,68 @@ def read_labels(dataset: Dataset, prepared_folder: Path) -> Iterator[tuple[str, 
             with rasterio.open(Path(prepared_folder) / scene / f"{LABELS}.tif") as raster:
                 yield scene, raster.read(1)
         except RasterioError as error:
-            raise InputError(
-                f"{prepared_folder}: scene {scene} is not prepared: {error}"
-            ) from error
+            raise InputError(f"{prepared_folder}: {scene} is not prepared: {error}") from error
 
 
-def _raw_sha256(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"{path}: the file is missing")
-    return file_sha256(path)
+def _sha256(path: Path) -> str:
+    """Return the hash of a file, "" when there is none."""
+    return file_sha256(path) if path.is_file() else ""
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256
+def _write_record(record: Prepared, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_beside(folder / RECORD) as path:
+        path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
 
 def _check_scene(dataset: Dataset, scene: str, raw_folder: Path) -> Grid:
     """Read all raw files of a scene once and return its grid. Raises `InputError`."""
-    reference = dataset.bands[dataset.reference_band]
-    with _open(raw_folder / dataset.file(reference.file, scene)) as raster:
-        grid = Grid(raster.crs, raster.transform, raster.width, raster.height)
-    channels: dict[Path, int] = {}
-    for band in dataset.bands.values():
+    grid = None
+    names = dict.fromkeys([dataset.reference_band, *dataset.bands])  # the reference first
+    for band in tqdm([dataset.bands[n] for n in names], desc=f"check {scene}", unit="band"):
         path = raw_folder / dataset.file(band.file, scene)
-        channels[path] = max(channels.get(path, 1), band.channel)
-    for path, channel in tqdm(channels.items(), desc=f"check {scene}", unit="file"):
-        with _open(path) as raster:
-            if channel > raster.count:
-                raise InputError(f"{path}: has no channel {channel}, only {raster.count}")
-            bounds = transform_bounds(raster.crs, grid.crs, *raster.bounds)
-            if not _overlap(bounds, grid.bounds):
-                raise InputError(f"{path}: does not overlap the band {dataset.reference_band}")
-            for window in Grid(None, None, raster.width, raster.height).windows():
-                try:
-                    raster.read(window=window)
-                except RasterioError as error:
-                    raise InputError(
-                        f"{path}: is damaged or truncated ({error.__cause__ or error})"
-                    ) from error
-    polygons = _polygons(
-        dataset.labels, raw_folder / dataset.file(dataset.labels.file, scene), grid
-    )
-    if not len(polygons) or not _overlap(tuple(polygons.total_bounds), grid.bounds):
-        raise InputError(f"{dataset.labels.file}: no polygon of the listed values overlaps {scene}")
+        try:
+            with rasterio.open(path) as raster:
+                if raster.crs is None:
+                    raise InputError(f"{path}: expected a coordinate reference system, found none")
+                if band.channel > raster.count:
+                    raise InputError(f"{path}: has no channel {band.channel}, only {raster.count}")
+                grid = grid or Grid(raster.crs, raster.transform, raster.width, raster.height)
+                if not grid.overlaps(transform_bounds(raster.crs, grid.crs, *raster.bounds)):
+                    raise InputError(f"{path}: does not overlap the band {dataset.reference_band}")
+                for window in windows(raster.height, raster.width):
+                    raster.read(band.channel, window=window)
+        except RasterioError as error:
+            problem = error.__cause__ or error
+            raise InputError(f"{path}: is damaged, truncated or no raster ({problem})") from error
+    assert grid is not None
+    _burnt_labels(dataset, scene, raw_folder, grid)
     return grid
 
 
-def _open(path: Path) -> Any:
-    """Open a raster that has a place on Earth. Raises `InputError`."""
+def _burnt_labels(dataset: Dataset, scene: str, raw_folder: Path, grid: Grid) -> np.ndarray:
+    """Return the label ids of a scene [H, W] uint8: a pixel belongs where its centre lies."""
+    labels = dataset.labels
+    path = raw_folder / dataset.file(labels.file, scene)
     try:
-        raster = rasterio.open(path)
-    except RasterioError as error:
-        raise InputError(f"{path}: cannot be opened as a raster ({error})") from error
-    if raster.crs is None:
-        raster.close()
-        raise InputError(f"{path}: expected a coordinate reference system, found none")
-    return raster
-
-
-def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
-    return bool(shapely.box(*first).intersection(shapely.box(*second)).area > 0)
-
-
-def _polygons(labels: PolygonLabels, path: Path, grid: Grid) -> geopandas.GeoDataFrame:
-    """Return the listed polygons on the grid's reference system, in burning order, with `id`."""
-    try:
-        columns = list(pyogrio.read_info(path)["fields"])
-        if labels.column not in columns:
-            raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
-        frame = geopandas.read_file(path, columns=[labels.column])
+        frame = geopandas.read_file(path)
     except pyogrio.errors.DataSourceError as error:
         raise InputError(f"{path}: cannot be read as polygons ({error})") from error
+    columns = list(frame.columns.drop("geometry", errors="ignore"))
+    if labels.column not in columns:
+        raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
     if frame.crs is None:
         raise InputError(f"{path}: expected a coordinate reference system, found none")
     frame["id"] = frame[labels.column].map(labels.ids)
-    shapes = frame.geometry.to_numpy()
-    frame = frame[frame["id"].notna() & ~(shapely.is_missing(shapes) | shapely.is_empty(shapes))]
-    frame = frame.to_crs(grid.crs)
-    frame.geometry = shapely.make_valid(frame.geometry.to_numpy())
-    return frame.sort_values("id", kind="stable")
-
-
-def _aligned(raster: Any, grid: Grid, resampling: str) -> WarpedVRT:
-    """Return a view of a raster on the grid; its last band is 0 where there is no data."""
-    return WarpedVRT(
-        raster,
-        crs=grid.crs,
-        transform=grid.transform,
-        width=grid.width,
-        height=grid.height,
-        resampling=Resampling[resampling],
-        add_alpha=True,
-    )
+    frame = frame[frame["id"].notna() & ~(frame.geometry.isna() | frame.geometry.is_empty)]
+    # Later ones are burned over earlier ones.
+    frame = frame.to_crs(grid.crs).sort_values("id", kind="stable")
+    if frame.empty or not grid.overlaps(tuple(frame.total_bounds)):
+        raise InputError(f"{path}: no polygon of the listed values overlaps {scene}")
+    ids: np.ndarray = np.full((grid.height, grid.width), IGNORE, dtype=np.uint8)
+    shapes = zip(frame.geometry.make_valid(), frame["id"].astype(int), strict=True)
+    rasterize(shapes, out=ids, transform=grid.transform)
+    return ids
 
 
 def _prepare_scene(
@@ -247,83 +209,67 @@ def _prepare_scene(
     hashes: dict[str, str],
 ) -> PreparedScene:
     """Write all rasters of one scene and return its record."""
-    folder = prepared_folder / scene
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = dataset.labels
-    polygons = _polygons(labels, raw_folder / dataset.file(labels.file, scene), grid)
-    counts = np.zeros(IGNORE + 1, dtype=np.int64)
-    invalid = dict.fromkeys(dataset.modalities, 0)
-    names = {name: f"{scene}/{name}.tif" for name in [*dataset.modalities, LABELS]}
-    with ExitStack() as outputs:  # its files are renamed last, when all are closed
-        paths = {n: outputs.enter_context(written_beside(folder / f"{n}.tif")) for n in names}
-        with ExitStack() as stack:
-            views: dict[str, list[tuple[WarpedVRT, int]]] = {}
-            rasters: dict[str, Any] = {}
-            for name, bands in dataset.modalities.items():
-                views[name] = []
-                for band in (dataset.bands[b] for b in bands):
-                    raw = stack.enter_context(_open(raw_folder / dataset.file(band.file, scene)))
-                    view = stack.enter_context(_aligned(raw, grid, dataset.resampling))
-                    views[name].append((view, band.channel))
-                kind = np.result_type(*(view.dtypes[channel - 1] for view, channel in views[name]))
-                rasters[name] = stack.enter_context(_create(paths[name], grid, bands, kind))
-            rasters[LABELS] = stack.enter_context(
-                _create(paths[LABELS], grid, ["label id"], np.dtype(np.uint8), nodata=IGNORE)
-            )
-            rasters[LABELS].update_tags(
-                **{f"id_{index}": value for value, index in labels.ids.items()},
-                **{f"id_{IGNORE}": "ignore"},
-            )
-            for window in tqdm(list(grid.windows()), desc=f"prepare {scene}", unit="window"):
-                target = _burn(polygons, grid, window)
-                for name, bands_of in views.items():
-                    pixels, valid = _read(bands_of, window)
-                    rasters[name].write(pixels, window=window)
-                    rasters[name].write_mask(valid, window=window)
-                    invalid[name] += int((~valid).sum())
-                    target[~valid] = IGNORE
-                rasters[LABELS].write(target, 1, window=window)
-                counts += np.bincount(target.ravel(), minlength=IGNORE + 1)
-        sums = {names[name]: file_sha256(path) for name, path in paths.items()}
+    (prepared_folder / scene).mkdir(parents=True, exist_ok=True)
+    files = {name: f"{scene}/{name}.tif" for name in [*dataset.modalities, LABELS]}
+    ids = _burnt_labels(dataset, scene, raw_folder, grid)
+    invalid = {}
+    for name, bands in dataset.modalities.items():
+        used = [dataset.bands[band] for band in bands]
+        sources = [(raw_folder / dataset.file(b.file, scene), b.channel) for b in used]
+        with written_beside(prepared_folder / files[name]) as path:
+            valid = _write_bands(path, grid, bands, sources, dataset.resampling)
+        ids[~valid] = IGNORE
+        invalid[name] = int((~valid).sum())
+    values = dataset.labels.ids
+    with (
+        written_beside(prepared_folder / files[LABELS]) as path,
+        _create(path, grid, ["label id"], np.dtype(np.uint8), nodata=IGNORE) as raster,
+    ):
+        names = {index: value for value, index in values.items()} | {IGNORE: "ignore"}
+        raster.update_tags(**{f"id_{index}": name for index, name in names.items()})
+        for window in windows(grid.height, grid.width):
+            raster.write(ids[window.toslices()], 1, window=window)
     return PreparedScene(
         definition=dataset.raster_definition(scene),
         raw=hashes,
-        outputs=sums,
+        outputs={file: file_sha256(prepared_folder / file) for file in files.values()},
         height=grid.height,
         width=grid.width,
-        label_pixels={value: int(counts[index]) for value, index in labels.ids.items()},
+        label_pixels={value: int((ids == index).sum()) for value, index in values.items()},
         invalid_pixels=invalid,
     )
 
 
+def _write_bands(
+    path: Path, grid: Grid, names: list[str], sources: list[tuple[Path, int]], resampling: str
+) -> np.ndarray:
+    """Write bands, given as (file, channel), on the grid; return where all have data [H, W]."""
+    valid: np.ndarray = np.empty((grid.height, grid.width), dtype=bool)
+    with ExitStack() as stack:
+        views = []
+        for file, channel in sources:
+            raw = stack.enter_context(rasterio.open(file))
+            # The alpha band, its last, is 0 where there is no data.
+            view = WarpedVRT(raw, **vars(grid), resampling=Resampling[resampling], add_alpha=True)
+            views.append((stack.enter_context(view), channel))
+        kind = np.result_type(*(view.dtypes[channel - 1] for view, channel in views))
+        output = stack.enter_context(_create(path, grid, names, kind))
+        for window in tqdm(list(windows(grid.height, grid.width)), desc=path.stem, unit="window"):
+            pixels = np.stack([view.read(channel, window=window) for view, channel in views])
+            inside = np.isfinite(pixels).all(axis=0)
+            for view, _ in views:
+                inside &= view.read(view.count, window=window) > 0
+            pixels[:, ~inside] = 0
+            output.write(pixels, window=window)
+            output.write_mask(inside, window=window)
+            valid[window.toslices()] = inside
+    return valid
+
+
 def _create(path: Path, grid: Grid, bands: list[str], kind: np.dtype, **options: Any) -> Any:
     """Open a tiled, compressed GeoTIFF on the grid for writing, its bands named."""
-    size = {"width": grid.width, "height": grid.height, "count": len(bands)}
-    place = {"crs": grid.crs, "transform": grid.transform}
+    options |= PROFILE | vars(grid) | {"count": len(bands), "dtype": kind}
     predictor = 3 if np.issubdtype(kind, np.floating) else 2
-    raster = rasterio.open(
-        path, "w", dtype=kind, predictor=predictor, **PROFILE, **size, **place, **options
-    )
+    raster = rasterio.open(path, "w", predictor=predictor, **options)
     raster.descriptions = bands
     return raster
-
-
-def _read(views: list[tuple[WarpedVRT, int]], window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bands [D, h, w], 0 where any has no data, and where all have data [h, w] bool."""
-    pixels = np.stack([view.read(channel, window=window) for view, channel in views])
-    valid = np.isfinite(pixels).all(axis=0)
-    for view, _ in views:
-        valid &= view.read(view.count, window=window) > 0
-    pixels[:, ~valid] = 0
-    return pixels, valid
-
-
-def _burn(polygons: geopandas.GeoDataFrame, grid: Grid, window: Window) -> np.ndarray:
-    """Return the label ids of a window, uint8 [h, w]: a pixel belongs where its centre lies."""
-    bounds = rasterio.windows.bounds(window, grid.transform)
-    near = np.sort(polygons.sindex.query(shapely.box(*bounds)))  # sorted: keeps the burning order
-    shapes = zip(polygons.geometry.iloc[near], polygons["id"].iloc[near].astype(int), strict=True)
-    target: np.ndarray = np.full((window.height, window.width), IGNORE, dtype=np.uint8)
-    if len(near):
-        rasterize(shapes, out=target, transform=rasterio.windows.transform(window, grid.transform))
-    return target

@@ -82,7 +82,7 @@ def publish(tier: Tier) -> list[Path]:
     beside = target.with_name(f".{tier.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     sources = {
-        "data": tier.folder.prepared(tier.dataset) / "figures",
+        "data": tier.folder.prepared(tier.setting("data", "dataset")) / "figures",
         "pretrained": tier.folder.root / "pretrained",
         "scores": tier.folder.root / "scores",
         "evaluation": tier.folder.evaluation,
@@ -97,7 +97,7 @@ def publish(tier: Tier) -> list[Path]:
     provenance = {
         "command": f"make study TIER={tier.name}",
         "parameters": {name: dict(section) for name, section in tier.sections.items()},
-        "grid": vars(tier.grid),
+        "grid": tier.grid.model_dump(),
         "environment": record["environment"],
     }
     with written_beside(beside / "provenance.json") as temporary:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,82 +151,25 @@ def train(
     """
     if not len(dataset):
         raise InputError("training: expected at least one training patch, found none")
+    if settings.loss == "paper" and dataset.task_kind == "multiclass":
+        raise InputError("loss: 'paper' is for binary and multi-label tasks")
+    folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
-    state = _TrainingState(folder / STATE, json.dumps(whole, sort_keys=True))
-    optimiser = _optimiser(model, settings)
-    first, history = state.restore(model, optimiser, sampler)
+    run = _Run(
+        model, dataset, scenarios, sampler, settings, seed, _optimiser(model, settings),
+        folder / STATE, json.dumps(whole, sort_keys=True),
+    )  # fmt: skip
+    history = run.restore()
     steps = -(-len(dataset) // settings.batch_size)
-    bar = tqdm(
-        total=settings.epochs * steps,
-        initial=first * steps,
-        unit="step",
-        desc="training",
-        disable=not progress,
-    )
-    with bar:
-        for epoch in range(first, settings.epochs):
-            row = _train_epoch(
-                model, dataset, scenarios, sampler, optimiser, settings, seed, epoch, bar.update
-            )
+    done, total = len(history) * steps, settings.epochs * steps
+    with tqdm(initial=done, total=total, unit="step", desc="training", disable=not progress) as bar:
+        for epoch in range(len(history), settings.epochs):
+            row = run.epoch(epoch, bar)
             if validate is not None:
                 row |= validate(model)
             history.append(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
-            state.write(model, optimiser, sampler, history)
+            run.keep(history)
     return pd.DataFrame(history)
-
-
-def _train_epoch(
-    model: Backbone,
-    dataset: PatchDataset,
-    scenarios: ScenarioSet,
-    sampler: ScenarioSampler,
-    optimiser: torch.optim.Optimizer,
-    settings: TrainingSettings,
-    seed: int,
-    epoch: int,
-    done: Callable[[], object],
-) -> dict[str, float]:
-    rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    device = next(model.parameters()).device
-    # Dropout of an epoch does not depend on what ran before it, so a resumed run repeats it.
-    torch.manual_seed(int(generator("dropout", seed, epoch).integers(2**63)))
-    order = generator("order", seed, epoch).permutation(len(dataset))
-    training_mode(model)
-    losses: list[float] = []
-    drawn: list[NDArray[np.int64]] = []
-    for batch in dataset.batches(settings.batch_size, order):
-        assert batch.patch_ids is not None
-        ids = batch.patch_ids.numpy()
-        chosen = draw_scenarios(
-            sampler.probabilities(epoch), seed, epoch, ids, _servable(batch, scenarios)
-        )
-        if settings.augment:
-            batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
-        present = torch.from_numpy(scenarios.masks[chosen])
-        loss, per_sample = _loss(model, batch.to(device), present.to(device), dataset, settings)
-        if not torch.isfinite(loss):
-            names = [scenarios.names[index] for index in chosen]
-            raise FloatingPointError(
-                f"training: the loss is {loss.item()} in epoch {epoch} for patches {ids.tolist()} "
-                f"under scenarios {names}; try a lower learning rate"
-            )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        sampler.observe(chosen, per_sample.cpu().double().numpy())
-        losses.append(float(loss.detach()) * len(ids))
-        drawn.append(chosen)
-        done()
-    shares = np.bincount(np.concatenate(drawn), minlength=len(scenarios)) / len(dataset)
-    return {
-        "epoch": epoch,
-        "learning_rate": rate,
-        "loss": sum(losses) / len(dataset),
-        **{f"drawn:{name}": share for name, share in zip(scenarios.names, shares, strict=True)},
-    }
 
 
 def discard_state(folder: Path) -> None:
@@ -249,94 +192,123 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
             patches.append(patch.flip(-1) if symmetry >= 4 else patch)
         return torch.stack(patches)
 
-    return Batch(
+    return replace(
+        batch,
         images=tuple(turn(image) for image in batch.images),
-        available=batch.available,
         target=None if batch.target is None else turn(batch.target),
         valid=None if batch.valid is None else turn(batch.valid),
-        patch_ids=batch.patch_ids,
-        block_ids=batch.block_ids,
     )
 
 
-def _servable(batch: Batch, scenarios: ScenarioSet) -> NDArray[np.bool_] | None:
-    """Scenarios whose modalities every patch has, bool [B, K]; None when all patches have all."""
-    available = batch.available.numpy()
-    if available.all():
-        return None
-    return ~(scenarios.masks[None] & ~available[:, None]).any(axis=2)
+@dataclass(frozen=True)
+class _Run:
+    """A training run, with what it needs to go on: written and renamed after every epoch."""
 
+    model: Backbone
+    dataset: PatchDataset
+    scenarios: ScenarioSet
+    sampler: ScenarioSampler
+    settings: TrainingSettings
+    seed: int
+    optimiser: torch.optim.Optimizer
+    path: Path
+    identity: str
 
-def _loss(
-    model: Backbone,
-    batch: Batch,
-    present: Tensor,
-    dataset: PatchDataset,
-    settings: TrainingSettings,
-) -> tuple[Tensor, Tensor]:
-    assert batch.target is not None
-    assert batch.valid is not None
-    if settings.loss == "paper":
-        if dataset.task_kind == "multiclass":
-            raise InputError("loss: 'paper' is for binary and multi-label tasks")
-        return paper_loss(model.heads(batch.images, present), batch.target, batch.valid)
-    logits = model(batch.images, present)
-    return segmentation_loss(logits, batch.target, batch.valid, dataset.task_kind)
-
-
-def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if settings.optimiser == "sgd":
-        return torch.optim.SGD(
-            trained, settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay
-        )
-    return torch.optim.Adam(trained, settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-class _TrainingState:
-    """What a run needs to go on: written beside and renamed after every epoch."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path = path
-        self.identity = identity
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def restore(
-        self, model: Backbone, optimiser: torch.optim.Optimizer, sampler: ScenarioSampler
-    ) -> tuple[int, list[dict[str, float]]]:
-        """Load the state if it is this run's; return the next epoch and the history so far."""
+    def restore(self) -> list[dict[str, float]]:
+        """Load the state if it is this run's, and return the history so far."""
         if not self.path.is_file():
-            return 0, []
+            return []
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # a damaged file can make torch raise anything
             raise InputError(
                 f"{self.path}: not a training state; delete it to start anew: {error}"
             ) from error
         if state["identity"] != self.identity:
             tqdm.write(f"{self.path}: left by a run with other parameters; starting anew")
-            return 0, []
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        sampler.load_state_dict(json.loads(state["sampler"]))
-        history = json.loads(state["history"])
+            return []
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.sampler.load_state_dict(json.loads(state["sampler"]))
+        history: list[dict[str, float]] = json.loads(state["history"])
         tqdm.write(f"{self.path}: going on after epoch {len(history) - 1}")
-        return len(history), history
+        return history
 
-    def write(
-        self,
-        model: Backbone,
-        optimiser: torch.optim.Optimizer,
-        sampler: ScenarioSampler,
-        history: list[dict[str, float]],
-    ) -> None:
-        """Keep the state after an epoch."""
+    def keep(self, history: list[dict[str, float]]) -> None:
+        """Write the state after an epoch."""
         state = {
             "identity": self.identity,
-            "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "sampler": json.dumps(sampler.state_dict()),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sampler": json.dumps(self.sampler.state_dict()),
             "history": json.dumps(history),
         }
         with written_beside(self.path) as temporary:
             torch.save(state, temporary)
+
+    def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
+        """Train one epoch and return its row of the history."""
+        settings, seed = self.settings, self.seed
+        rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        # Dropout of an epoch does not depend on what ran before it, so a resumed run repeats it.
+        torch.manual_seed(int(generator("dropout", seed, epoch).integers(2**63)))
+        order = generator("order", seed, epoch).permutation(len(self.dataset))
+        training_mode(self.model)
+        total = 0.0
+        drawn = np.zeros(len(self.scenarios))
+        for batch in self.dataset.batches(settings.batch_size, order):
+            assert batch.patch_ids is not None
+            ids = batch.patch_ids.numpy()
+            probabilities = self.sampler.probabilities(epoch)
+            chosen = draw_scenarios(probabilities, seed, epoch, ids, self._servable(batch))
+            if settings.augment:
+                batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
+            loss, per_sample = self._loss(batch, self.scenarios.masks[chosen])
+            if not torch.isfinite(loss):
+                names = [self.scenarios.names[index] for index in chosen]
+                raise FloatingPointError(
+                    f"training: the loss is {loss.item()} in epoch {epoch} for patches "
+                    f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
+                )
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimiser.step()
+            self.sampler.observe(chosen, per_sample.cpu().double().numpy())
+            total += loss.item() * len(ids)
+            np.add.at(drawn, chosen, 1)
+            bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+        shares = dict(zip(self.scenarios.names, (drawn / len(self.dataset)).tolist(), strict=True))
+        return {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "loss": total / len(self.dataset),
+            **{f"drawn:{name}": share for name, share in shares.items()},
+        }
+
+    def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:
+        """Scenarios whose modalities every patch has, bool [B, K]; None when all have all."""
+        absent = ~batch.available.numpy()
+        if not absent.any():
+            return None
+        return ~(self.scenarios.masks[None] & absent[:, None]).any(axis=2)
+
+    def _loss(self, batch: Batch, present: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        device = next(self.model.parameters()).device
+        batch, available = batch.to(device), torch.from_numpy(present).to(device)
+        assert batch.target is not None
+        assert batch.valid is not None
+        if self.settings.loss == "paper":
+            return paper_loss(self.model.heads(batch.images, available), batch.target, batch.valid)
+        logits = self.model(batch.images, available)
+        return segmentation_loss(logits, batch.target, batch.valid, self.dataset.task_kind)
+
+
+def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)

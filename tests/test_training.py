@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
     assert not same(first, third)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for a kill in the middle of an epoch."""
 
 
@@ -116,9 +116,9 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, at):
             nonlocal steps
             steps += 1
             if steps == at:
-                raise Stopped
+                raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run(tmp_path / "cut", small("cbc_slp"), sampler=Stopping.uniform(7))
     resumed, history_of_both = run(tmp_path / "cut", small("cbc_slp"))
     assert same(whole, resumed)

@@ -1,0 +1,142 @@
+"""The launcher: what it clears up, what it refuses, and a study that is killed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from lsgs_core import InputError
+from lsgs_core.artifacts import Record, save_table
+from lsgs_core.files import file_sha256
+from lsgs_core.study import MARK, _only_one, end_orphans, main, publish
+from lsgs_core.tiers import load_tier
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_orphans_are_ended_and_others_are_not(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    ours = subprocess.Popen(sleep, env={**os.environ, MARK: str(tmp_path)})
+    others = subprocess.Popen(sleep, env={**os.environ, MARK: str(tmp_path / "other")})
+    try:
+        time.sleep(0.3)  # until the environment of the new process can be read
+        assert end_orphans(tmp_path) == 1
+        assert ours.poll() is not None
+        assert others.poll() is None
+        assert end_orphans(tmp_path) == 0
+    finally:
+        ours.kill(), others.kill()
+
+
+def test_one_study_per_folder(tmp_path):
+    with _only_one(tmp_path), pytest.raises(InputError, match="already"), _only_one(tmp_path):
+        pass
+    with _only_one(tmp_path):  # given up when the first one ended
+        pass
+
+
+@pytest.mark.parametrize("arguments", [["run", "dmeo"], ["check", "nothing"]])
+def test_unknown_tier_fails_before_anything_runs(arguments, capsys):
+    assert main(arguments) == 2
+    assert "expected one of" in capsys.readouterr().err
+
+
+def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("lsgs_core.study.ROOT", tmp_path)
+    tier = load_tier("smoke", ROOT)
+    folder = tmp_path / tier.folder.evaluation
+    save_table(folder / "records.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
+    (folder / "figure.png").write_bytes(b"png")
+    (folder / "weights.safetensors").write_bytes(b"large")
+    stale = tmp_path / "results" / "smoke" / "old.csv"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("old")
+    names = {path.relative_to(tmp_path / "results" / "smoke").as_posix() for path in publish(tier)}
+    assert names == {"evaluation/records.csv", "evaluation/figure.png", "provenance.json"}
+    assert not stale.exists()
+    provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
+    assert provenance["command"] == "make study TIER=smoke"
+    assert provenance["environment"]["date"]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The tracked files and the cached download, in a folder of their own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file() and not name.startswith("results/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / name)
+    if (ROOT / "work" / "downloads").is_dir():
+        shutil.copytree(ROOT / "work" / "downloads", tmp_path / "work" / "downloads")
+    return tmp_path
+
+
+def launch(folder: Path, tier: str = "smoke") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lsgs_core.study", "run", tier, "--cores", "2"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Hash of every record, probability and weight of a study."""
+    found = {}
+    for pattern in ("**/records.csv", "**/probabilities.json", "**/weights.safetensors"):
+        for path in (folder / "work" / "smoke").glob(pattern):
+            found[path.relative_to(folder).as_posix()] = file_sha256(path)
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_study_ends_with_the_same_bytes(clone, tmp_path_factory):
+    """kill -9 of the launcher three times; the rerun ends the orphans and loses nothing."""
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(clone, whole, dirs_exist_ok=True)
+    uninterrupted = launch(whole)
+    said, _ = uninterrupted.communicate(timeout=600)
+    assert uninterrupted.returncode == 0, said
+    ended = 0
+    for seconds in (20, 30, 40):
+        process = launch(clone)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        ended += sum(_marked(clone))
+    assert ended > 0  # kills did leave processes behind
+    last = launch(clone)
+    said, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, said
+    assert sum(_marked(clone)) == 0
+    assert outputs(clone) == outputs(whole)
+    assert len(outputs(clone)) >= 15
+    # nothing left to do: says so, at once, and changes nothing
+    before = outputs(clone)
+    again = launch(clone)
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert "results/smoke" in said
+    assert outputs(clone) == before
+
+
+def _marked(folder: Path) -> list[bool]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            found.append(process.environ().get(MARK) == str(folder / "work" / "smoke"))
+        except psutil.Error:
+            continue
+    return found
