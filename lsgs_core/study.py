@@ -26,7 +26,7 @@ from lsgs_core.tiers import Tier, load_tier
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
-MARK = "LSGS_STUDY_FOLDER"
+MARK = "LSGS_STUDY_ROOT"
 PUBLISHED_KINDS = {".csv", ".json", ".png", ".pdf"}
 
 
@@ -42,20 +42,18 @@ def run(tier: Tier, cores: int, dry_run: bool = False) -> int:
         Exit status of Snakemake.
 
     Raises:
-        InputError: Another process runs this tier now.
+        InputError: Another process runs a study of this checkout now.
     """
-    folder = ROOT / tier.folder.root
-    folder.mkdir(parents=True, exist_ok=True)
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
         *("--directory", str(ROOT), "--config", f"tier={tier.name}"),
     ]
-    with _only_one(folder):
-        ended = end_orphans(folder)
-        if ended:
-            print(f"ended {ended} processes that an earlier run had left behind")
-        marked = {**os.environ, MARK: str(folder)}
-        subprocess.run([*snakemake, "--unlock", "--quiet", "all"], env=marked, check=True)
+    with _only_one(ROOT):
+        if ended := end_orphans(ROOT):
+            print(f"ended {ended} processes that an earlier run had left behind", flush=True)
+        marked = {**os.environ, MARK: str(ROOT)}
+        if any((ROOT / ".snakemake" / "locks").glob("*")):
+            subprocess.run([*snakemake, "--unlock", "--quiet", "all"], env=marked, check=True)
         options = ["--cores", str(cores), "--resources", "gpu=1", "--rerun-incomplete"]
         # By date and parameters: a comment edited in the Snakefile is no reason to train again.
         options += ["--rerun-triggers", "mtime", "--keep-going", "--quiet", "rules", "host"]
@@ -107,13 +105,13 @@ def publish(tier: Tier) -> list[Path]:
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
-def end_orphans(folder: Path) -> int:
-    """End the processes that an earlier run of this folder left behind; return their number."""
+def end_orphans(root: Path) -> int:
+    """End the processes that an earlier run of this checkout left behind; return their number."""
     own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     orphans = []
     for process in psutil.process_iter():
         try:
-            if process.pid not in own and process.environ().get(MARK) == str(folder):
+            if process.pid not in own and process.environ().get(MARK) == str(root):
                 orphans.append(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
@@ -125,13 +123,15 @@ def end_orphans(folder: Path) -> int:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which a killed process gives up by itself."""
-    with (folder / ".study.lock").open("w") as handle:
+def _only_one(root: Path) -> Iterator[None]:
+    """Hold the checkout's lock, which a killed process gives up by itself."""
+    lock = root / "work" / "study.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{folder}: a study is running here already") from error
+            raise InputError(f"{root}: a study is running here already") from error
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
-from lsgs_core.models.cbc_decoder import Refinement
+from lsgs_core.models.cbc_layers import Refinement
 
 NAMES = ("cbc_slp", "cbc", "cmx")
 SCENARIOS = torch.tensor(
@@ -95,7 +95,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
 def test_scenario_latents_are_the_loop_over_latent(name: str) -> None:
     model, images = demo(name), patches(2, (3, 3, 3))
     found = model.scenario_latents(images, SCENARIOS)
-    expected = Backbone.scenario_latents(model, images, SCENARIOS)
+    expected = torch.stack([model.latent(images, mask.expand(2, -1)) for mask in SCENARIOS])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert found.shape[:2] == (7, 2)
     for first in range(7):  # and every scenario differs from every other
@@ -183,7 +183,7 @@ def test_low_rank_layers(name: str) -> None:
             if isinstance(module, nn.Linear | nn.Conv2d) and not key.startswith("decoder")
         }  # fmt: skip
     else:
-        wanted = {"multimodal.attention.qkv", "multimodal.attention.projection"}
+        wanted = {"multimodal.qkv", "multimodal.proj"}
         wanted |= {f"fusions.level{level}.conv" for level in (2, 3, 4, 6)}
     assert set(layers) == wanted
 
@@ -191,12 +191,17 @@ def test_low_rank_layers(name: str) -> None:
 def test_initialisation() -> None:
     model = build_backbone("cbc_slp", "demo")
     refinement = next(part for part in model.modules() if isinstance(part, Refinement))
-    for layer in (refinement[1].conv, model.encoders[0].stem, model.between[0], model.to_latent):
+    for layer in (
+        refinement[1].conv,
+        model.encoders[0].stages.level1[0],
+        model.between[0],
+        model.to_latent,
+    ):
         fan_in = layer.weight[0].numel()
         assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
     assert all(not position.any() for position in model.positions)
     fusion = build_backbone("cmx", "demo").fusions[3]
-    assert fusion.stream1.split.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert fusion.stream1.channel_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert fusion.merge[1].weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.15)
 
 

@@ -136,7 +136,7 @@ def _marked(folder: Path) -> list[bool]:
     found = []
     for process in psutil.process_iter():
         try:
-            found.append(process.environ().get(MARK) == str(folder / "work" / "smoke"))
+            found.append(process.environ().get(MARK) == str(folder))
         except psutil.Error:
             continue
     return found

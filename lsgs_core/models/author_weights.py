@@ -12,67 +12,62 @@ from torch import Tensor
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone
 
-_INDEX = {"RGB": "0", "NIR": "1", "SWIR": "2", "rgb": "0", "nir": "1", "swir": "2", "mod": "1"}
-_M = "(RGB|NIR|SWIR)"
-_STREAM = "(rgb|mod)"
-
-# The start of an authors' name and what it is here; the rest of a name stays. Groups fill the
-# braces in order, a modality or stream as its index.
+# What turns the authors' names into ours, one replacement after the other.
 _CBC_NAMES = (
-    (f"{_M}_pos", "positions.{}"),
-    ("fused6_pos", "positions.3"),
-    (rf"{_M}_encoder\.e1_c1", "encoders.{}.stem"),
-    (rf"{_M}_encoder\.e1_bn", "encoders.{}.stem_norm"),
-    (rf"{_M}_encoder\.e([2-5])\.(\d)\.conv", "encoders.{}.stages.level{}.{}.conv"),
-    (rf"{_M}_encoder\.e([2-5])\.(\d)\.bn", "encoders.{}.stages.level{}.{}.norm"),
-    (rf"{_M}_encoder\.e([2-5])\.(\d)\.downsample", "encoders.{}.stages.level{}.{}.shortcut"),
-    (rf"{_M}_encoder\.adapt([1-5])", "encoders.{}.reduce.level{}"),
-    (rf"{_M}_encoder\.conv6", "encoders.{}.merge"),
-    (f"{_M}_encode_conv", "tokenizers.{}"),
-    ("fused6_encode_conv", "fused_tokenizer"),
-    (rf"{_M}_transformer\.", "blocks.{}."),
-    (r"multimodal_transformer\.", "multimodal."),
-    (f"qkv_{_M}", "between.{}"),
-    ("multimodal_decode_conv", "to_latent"),
-    (r"fusion([12346])\.", "fusions.level{}."),
-    ("shared_conv", "to_shared"),
-    ("(rgb|nir|swir)_private_conv", "to_private.{}"),
-    (r"decoder_fuse\.RFM5_reduce", "decoder.reduce"),
-    (r"decoder_fuse\.RFM5\.fusion_layer", "decoder.refine"),
-    (r"decoder_fuse\.RFM([1-4])\.fusion_layer", "decoder.levels.level{}.refine"),
-    (r"decoder_fuse\.d([1-4])_c1", "decoder.levels.level{}.enlarge"),
-    (r"decoder_fuse\.d([1-4])_c2", "decoder.levels.level{}.join"),
-    (r"decoder_fuse\.d([1-4])_out", "decoder.levels.level{}.out"),
-    (r"decoder_fuse\.final_conv", "decoder.head"),
+    ("RGB|rgb", "0"),
+    ("NIR|nir", "1"),
+    ("SWIR|swir", "2"),
+    ("fused6", "3"),
+    (r"^(\d)_pos", r"positions.\1"),
+    (r"^(\d)_encoder\.", r"encoders.\1."),
+    (r"\.conv6", ".merge"),
+    (r"\.e1_c1", ".stages.level1.0"),
+    (r"\.e1_bn", ".stages.level1.2"),
+    (r"\.e([2-5])\.", r".stages.level\1."),
+    (r"\.conv([123])\.", r".part\1.0."),
+    (r"\.bn([123])\.", r".part\1.1."),
+    (r"\.downsample", ".shortcut"),
+    (r"\.adapt(\d)", r".reduce.level\1"),
+    (r"^(\d)_encode_conv", r"tokenizers.\1"),
+    (r"^(\d)_transformer", r"blocks.\1"),
+    ("^multimodal_transformer", "multimodal"),
+    (r"cross_(attention|ffn)_list\.0\.fn\.norm", r"\1_norm"),
+    (r"cross_attention_list\.0\.fn\.fn\.", ""),
+    (r"cross_ffn_list\.0\.fn\.fn\.net", "ffn"),
+    ("^qkv_", "between."),
+    ("^multimodal_decode_conv", "to_latent"),
+    (r"^fusion(\d)", r"fusions.level\1"),
+    ("^shared_conv", "to_shared"),
+    (r"^(\d)_private_conv", r"to_private.\1"),
+    (r"^decoder_fuse\.", "decoder."),
+    (r"RFM5\.fusion_layer", "refine"),
+    ("RFM5_reduce", "reduce"),
+    (r"RFM(\d)\.fusion_layer", r"levels.level\1.refine"),
+    (r"\.d(\d)_c1", r".levels.level\1.enlarge"),
+    (r"\.d(\d)_c2", r".levels.level\1.join"),
+    (r"\.d(\d)_out", r".levels.level\1.out"),
+    ("final_conv", "head"),
 )
-_BLOCK_NAMES = {
-    "cross_attention_list.0.fn.norm": "attention_norm",
-    "cross_attention_list.0.fn.fn.qkv": "attention.qkv",
-    "cross_attention_list.0.fn.fn.proj": "attention.projection",
-    "cross_ffn_list.0.fn.norm": "feed_forward_norm",
-    "cross_ffn_list.0.fn.fn.net": "feed_forward",
-}
 _CMX_NAMES = (
-    ("modal_proj", "starts.1.0"),
-    (rf"core\.backbone\.{_STREAM}_stem\.block", "starts.{}.1"),
-    (rf"core\.backbone\.{_STREAM}_s1\.block", "starts.{}.2"),
-    (r"core\.backbone\.rgb_s([2-4])\.block", "stages1.level{}"),
-    (r"core\.backbone\.mod_s([2-4])\.block", "stages2.level{}"),
-    (r"core\.backbone\.frm\.(\d)\.(channel|spatial)_weights\.mlp", "rectifications.{}.{}_weights"),
-    (r"core\.backbone\.ffm\.(\d)\.cross\.channel_proj([12])", "fusions.{}.stream{}.split"),
-    (r"core\.backbone\.ffm\.(\d)\.cross\.cross_attn\.kv([12])", "fusions.{}.stream{}.key_value"),
-    (r"core\.backbone\.ffm\.(\d)\.cross\.end_proj([12])", "fusions.{}.stream{}.end"),
-    (r"core\.backbone\.ffm\.(\d)\.cross\.norm([12])", "fusions.{}.stream{}.norm"),
-    (r"core\.backbone\.ffm\.(\d)\.channel_emb\.residual", "fusions.{}.residual"),
-    (r"core\.backbone\.ffm\.(\d)\.channel_emb\.channel_embed", "fusions.{}.merge"),
-    (r"core\.backbone\.ffm\.(\d)\.channel_emb\.norm", "fusions.{}.norm"),
-    (r"core\.decode_head\.linear_c([1-4])\.proj", "decoder.project.level{}"),
-    (r"core\.decode_head\.linear_fuse\.0", "decoder.fuse"),
-    (r"core\.decode_head\.linear_fuse\.1", "decoder.fuse_norm"),
-    (r"core\.decode_head\.linear_pred", "decoder.head"),
+    (r"^core\.(backbone|decode_head)\.", ""),
+    ("^modal_proj", "starts.1.0"),
+    ("^rgb_", "0_"),
+    ("^mod_", "1_"),
+    (r"^(\d)_stem\.block", r"starts.\1.1"),
+    (r"^(\d)_s1\.block", r"starts.\1.2"),
+    (r"^(\d)_s(\d)\.block", r"stages.level\2.\1"),
+    (r"^frm\.(\d)\.(\w+)\.mlp", r"rectifications.\1.\2"),
+    (r"^ffm\.", "fusions."),
+    (r"cross\.(cross_attn\.)?(\w+)([12])", r"stream\3.\2"),
+    (r"channel_emb\.channel_embed", "merge"),
+    (r"channel_emb\.", ""),
+    (r"^linear_c(\d)\.proj", r"decoder.project.level\1"),
+    (r"^linear_fuse\.0", "decoder.fuse"),
+    (r"^linear_fuse\.1", "decoder.fuse_norm"),
+    ("^linear_pred", "decoder.head"),
 )
 # In the checkpoints, but in no forward pass.
-_UNUSED = re.compile(rf"fusion5\.|decoder_fuse\.seg_(d[1-4]|layer)\.|{_M}_decode_conv\.")
+_UNUSED = re.compile(r"fusion5\.|decoder_fuse\.seg_(d[1-4]|layer)\.|(RGB|NIR|SWIR)_decode_conv\.")
 
 
 def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path) -> None:
@@ -90,28 +85,30 @@ def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path
         InputError: When the model is another one, the file cannot be read as plain tensors, or an
             entry is missing, unexpected, of the wrong shape or not finite.
     """
-    found = {key: model.configuration.get(key) for key in ("preset", "bands", "classes")}
     expected = {"preset": "paper", "bands": [3, 3, 3], "classes": 1}
+    found = {key: model.configuration.get(key) for key in expected}
     if found != expected:
         raise InputError(f"the authors' weights need a model with {expected}, found {found}")
-    source = "the authors' weights"
-    if isinstance(weights, str | Path):
-        source = str(weights)
-        weights = _read(Path(weights))
-    entries = _unwrap(weights, source)
-    name, kind = model.configuration["name"], _kind(entries)
-    if kind != name:
+    source = str(weights) if isinstance(weights, str | Path) else "the authors' weights"
+    entries = _entries(weights, source)
+    name = model.configuration["name"]
+    marks = (("core.", "cmx"), ("shared_conv", "cbc_slp"), ("RGB_", "cbc"))
+    kinds = [kind for mark, kind in marks if any(key.startswith(mark) for key in entries)]
+    if kinds[:1] != [name]:
+        kind = kinds[0] if kinds else "an unknown model"
         raise InputError(f"{source}: found weights of {kind}, expected those of {name}")
 
     targets = model.state_dict()
     values: dict[str, Tensor] = {}
-    problems: list[str] = []
+    problems = []
     for key, value in entries.items():
-        ours = _our_name(key, name)
-        if ours in targets:
+        ours = key
+        for pattern, replacement in _CMX_NAMES if name == "cmx" else _CBC_NAMES:
+            ours = re.sub(pattern, replacement, ours)
+        if ours in targets and ours not in values:
             values[ours] = value
             problems += _problems(key, value, targets[ours])
-        elif not (name != "cmx" and _UNUSED.match(key)):
+        elif name == "cmx" or not _UNUSED.match(key):
             problems.append(f"{key} is unexpected")
     # Missing entries can only be told by our name.
     problems += [f"{key} (our name) is missing" for key in targets if key not in values]
@@ -121,47 +118,26 @@ def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path
     model.load_state_dict({key: values[key].reshape(targets[key].shape) for key in targets})
 
 
-def _read(path: Path) -> Any:
-    """Read a file of tensors without running any code that it may hold."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or refused pickle can raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: expected a file of plain tensors; {reason}") from error
-
-
-def _unwrap(weights: Any, source: str) -> dict[str, Any]:
-    """Return the state dict itself, without wrapping and without "module." in its names."""
+def _entries(weights: Any, source: str) -> dict[str, Any]:
+    """Return the state dict without wrapping and "module."; no code that a file holds is run."""
+    if isinstance(weights, str | Path):
+        path = Path(weights)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected a checkpoint")
+        try:
+            if path.suffix == ".safetensors":
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken or refused pickle can raise almost anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path}: expected a file of plain tensors; {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(weights, Mapping) and isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
     if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
         raise InputError(f"{source}: found {type(weights).__name__}, expected a state dict")
     return {key.removeprefix("module."): value for key, value in weights.items()}
-
-
-def _kind(entries: Mapping[str, Any]) -> str:
-    """Tell by its names of which backbone a state dict is."""
-    for kind, start in (("cmx", "core."), ("cbc_slp", "shared_conv"), ("cbc", "RGB_")):
-        if any(key.startswith(start) for key in entries):
-            return kind
-    return "an unknown model"
-
-
-def _our_name(key: str, name: str) -> str:
-    """Return our name of an authors' entry, or "" when there is none."""
-    for pattern, template in _CMX_NAMES if name == "cmx" else _CBC_NAMES:
-        if match := re.match(pattern, key):
-            groups = (_INDEX.get(group, group) for group in match.groups())
-            ours = template.format(*groups) + key[match.end() :]
-            for theirs, part in _BLOCK_NAMES.items():
-                ours = ours.replace(theirs, part)
-            return ours
-    return ""
 
 
 def _problems(key: str, value: Any, target: Tensor) -> list[str]:

@@ -12,6 +12,15 @@ from lsgs_core.errors import InputError
 Images = Tensor | Sequence[Tensor]
 
 
+def zero_absent(features: Tensor, available: Tensor) -> Tensor:
+    """Zero features [B, ...] or [B, M, ...] where `available`, [B] or [B, M], is False.
+
+    A fill and no product, so that what is absent may hold anything.
+    """
+    added = (None,) * (features.ndim - available.ndim)
+    return features.masked_fill(~available[(..., *added)], 0.0)
+
+
 class Backbone(nn.Module, ABC):
     """A segmentation network for M modalities of which any non-empty subset may be available.
 
@@ -52,67 +61,48 @@ class Backbone(nn.Module, ABC):
     def latent(self, images: Images, available: Tensor) -> Tensor:
         """Return the latent [B, C, ...] where distortion is measured; the decoder does not run."""
 
+    def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
+        """Return the latents [K, B, C, ...] of the same images under K scenarios.
+
+        They are those of `latent`, by a loop; a backbone may compute once what scenarios share. The
+        masks are bool [K, M], the modalities available in each. Distortion wants eval mode.
+        """
+        patches = self.check(images, masks, scenarios=True)
+        batch = len(patches[0])
+        return torch.stack([self.latent(patches, mask.expand(batch, -1)) for mask in masks])
+
     @abstractmethod
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return the layers that low-rank adaptation changes, by their name in the model."""
 
-    def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
-        """Return the latents of the same images under K scenarios.
-
-        Args:
-            images: As for `forward`.
-            masks: Bool [K, M], the modalities available in each scenario.
-
-        Returns:
-            Latents [K, B, C, ...]. Distortion wants them from a model in eval mode.
+    def check(self, images: Images, masks: Tensor, scenarios: bool = False) -> list[Tensor]:
+        """Return the images as M tensors [B, D_m, H, W]; masks are [B, M] or of K scenarios [K, M].
 
         Raises:
-            InputError: For images or masks of another shape or dtype, or an empty scenario.
+            InputError: For images or masks of another shape or dtype, or an empty row.
         """
-        patches = self.check_images(images)
-        self.check_masks(masks, "masks")
-        batch = len(patches[0])
-        return torch.stack([self.latent(patches, mask.expand(batch, -1)) for mask in masks])
-
-    def check(self, images: Images, available: Tensor) -> list[Tensor]:
-        """Return the images as M tensors [B, D_m, H, W], or raise `InputError`."""
-        patches = self.check_images(images)
-        self.check_masks(available, "available", rows=len(patches[0]))
-        return patches
-
-    def check_images(self, images: Images) -> list[Tensor]:
-        """Return the images as M tensors [B, D_m, H, W], or raise `InputError`."""
-        if isinstance(images, Tensor):
-            if images.ndim != 5:
-                raise InputError(f"images: found shape {list(images.shape)}, not [B, M, D, H, W]")
-            patches = list(images.unbind(1))
-        else:
-            patches = list(images)
-        if len(patches) != len(self.bands):
-            raise InputError(f"images: found {len(patches)} modalities, not {len(self.bands)}")
-        dtype = next(self.parameters()).dtype
+        if isinstance(images, Tensor) and images.ndim != 5:
+            raise InputError(f"images: found shape {list(images.shape)}, not [B, M, D, H, W]")
+        patches = list(images.unbind(1) if isinstance(images, Tensor) else images)
+        count, dtype = len(self.bands), next(self.parameters()).dtype
+        if len(patches) != count:
+            raise InputError(f"images: found {len(patches)} modalities, not {count}")
         batch, _, height, width = patches[0].shape if patches[0].ndim == 4 else (0, 0, 0, 0)
-        for index, (patch, count) in enumerate(zip(patches, self.bands, strict=True)):
-            expected = [batch, count, height, width]
-            if list(patch.shape) != expected or 0 in expected:
+        for index, (patch, bands) in enumerate(zip(patches, self.bands, strict=True)):
+            shape, expected = list(patch.shape), [batch, bands, height, width]
+            if shape != expected or 0 in expected or patch.dtype != dtype:
                 raise InputError(
-                    f"images of modality {index}: found shape {list(patch.shape)}; expected "
-                    f"[B, {count}, H, W] with B, H, W above 0 and the same for every modality"
+                    f"images of modality {index}: found shape {shape} of {patch.dtype}; expected "
+                    f"[B, {bands}, H, W] of the model's {dtype}, with B, H, W above 0 and the "
+                    "same for every modality"
                 )
-            if patch.dtype != dtype:
-                raise InputError(
-                    f"images of modality {index}: found {patch.dtype}, not the model's {dtype}"
-                )
-        return patches
-
-    def check_masks(self, masks: Tensor, field: str, rows: int | None = None) -> None:
-        """Raise `InputError` unless `masks` is bool [rows, M] with a True in every row."""
-        wanted = "K" if rows is None else rows
-        right = masks.ndim == 2 and len(masks) == (rows or len(masks)) and len(masks) > 0
-        if not right or masks.shape[1] != len(self.bands) or masks.dtype != torch.bool:
+        field, rows = ("masks", "K") if scenarios else ("available", batch)
+        right = masks.ndim == 2 and len(masks) > 0 and (scenarios or len(masks) == batch)
+        if not right or masks.shape[1] != count or masks.dtype != torch.bool:
             raise InputError(
                 f"{field}: found {masks.dtype} of shape {list(masks.shape)}; "
-                f"expected torch.bool of shape [{wanted}, {len(self.bands)}]"
+                f"expected torch.bool of shape [{rows}, {count}]"
             )
         if not bool(masks.any(dim=1).all()):
             raise InputError(f"{field}: a row has no modality; expected at least one in each")
+        return patches

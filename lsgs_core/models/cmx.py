@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
-from lsgs_core.models.backbone import Backbone, Images
+from lsgs_core.models.backbone import Backbone, Images, zero_absent
 
 STREAMS = (slice(0, 1), slice(1, None))  # which modalities go into which stream
 
@@ -18,22 +18,15 @@ STREAMS = (slice(0, 1), slice(1, None))  # which modalities go into which stream
 class CMXSettings:
     """Sizes of CMX; the defaults are the paper's.
 
-    Attributes:
-        stem_width: Channels after the stem of a stream.
-        stage_widths: Channels after each of the four stages.
-        attention_heads: Heads of the fusion's cross attention; they divide every stage width.
-        decoder_width: Channels of the decoder.
-        dropout: Rate of the decoder's channel dropout.
-
     Raises:
         InputError: When the entries do not fit together.
     """
 
-    stem_width: int = 64
-    stage_widths: tuple[int, ...] = (64, 128, 320, 512)
-    attention_heads: int = 8
+    stem_width: int = 64  # channels after the stem of a stream
+    stage_widths: tuple[int, ...] = (64, 128, 320, 512)  # and after each of the four stages
+    attention_heads: int = 8  # of the fusion's cross attention; they divide every stage width
     decoder_width: int = 256
-    dropout: float = 0.1
+    dropout: float = 0.1  # rate of the decoder's channel dropout
 
     def __post_init__(self) -> None:
         if len(self.stage_widths) != 4 or any(w % self.attention_heads for w in self.stage_widths):
@@ -85,16 +78,16 @@ class FusionStream(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.split = nn.Linear(channels, 2 * channels)
-        self.key_value = nn.Linear(channels, 2 * channels, bias=False)
-        self.end = nn.Linear(2 * channels, channels)
+        self.channel_proj = nn.Linear(channels, 2 * channels)
+        self.kv = nn.Linear(channels, 2 * channels, bias=False)
+        self.end_proj = nn.Linear(2 * channels, channels)
         self.norm = nn.LayerNorm(channels)
 
     def describe(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return y and u, [B, N, C] each, and the context [B, heads, C/heads, C/heads]."""
-        y, u = F.relu(self.split(x)).chunk(2, dim=2)
+        y, u = F.relu(self.channel_proj(x)).chunk(2, dim=2)
         # (B, N, 2C) -> 2 × (B, heads, N, C / heads)
-        key, value = self.key_value(u).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        key, value = self.kv(u).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         context = key.transpose(2, 3) @ value * key.shape[3] ** -0.5
         return y, u, context.softmax(dim=2)  # over the channels of the key
 
@@ -102,7 +95,7 @@ class FusionStream(nn.Module):
         """Return the tokens [B, N, C] after attention to the other stream's context."""
         query = u.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
         out = (query @ other_context).transpose(1, 2).flatten(2)
-        return self.norm(x + self.end(torch.cat((y, out), dim=2)))
+        return self.norm(x + self.end_proj(torch.cat((y, out), dim=2)))
 
 
 class Fusion(nn.Module):
@@ -125,9 +118,7 @@ class Fusion(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, nn.Conv2d):
-                # √(2/fan_out) with the fan_out of one group
-                area = module.kernel_size[0] * module.kernel_size[1]
-                fan_out = area * module.out_channels // module.groups
+                fan_out = module.weight[:, 0].numel() / module.groups  # of one group
                 nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -158,15 +149,14 @@ class CMXDecoder(nn.Module):
         self.head = nn.Conv2d(width, outputs, 1)
         for conv in (self.fuse, self.head):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.constant_(conv.get_parameter("bias"), 0.0)
+            nn.init.zeros_(conv.get_parameter("bias"))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """Return the logits; levels are [B, C_i, h_i, w_i], the largest first."""
         size = levels[0].shape[2:]
         projected = []
         for project, level in zip(self.project.values(), levels, strict=True):
-            x = project(level.flatten(2).transpose(1, 2)).transpose(1, 2)
-            x = x.unflatten(2, tuple(level.shape[2:]))
+            x = project(level.movedim(1, 3)).movedim(3, 1)
             projected.append(F.interpolate(x, size, mode="bilinear", align_corners=False))
         x = F.relu(self.fuse_norm(self.fuse(torch.cat(projected[::-1], dim=1))))
         return self.head(self.dropout(x))
@@ -177,66 +167,55 @@ class CMX(Backbone):
 
     def __init__(self, bands: Sequence[int], classes: int, settings: CMXSettings) -> None:
         super().__init__(bands, classes)
-        widths = (settings.stem_width, *settings.stage_widths)
+        stem, *widths = settings.stem_width, *settings.stage_widths
+        # The first modality needs no mixing when it has three bands.
+        mixing = [
+            nn.Identity() if bands[0] == 3 else nn.Conv2d(bands[0], 3, 1, bias=False),
+            nn.Conv2d(sum(bands[1:]), 3, 1, bias=False),
+        ]
         # Up to the first rectification a stream depends on its own modalities alone.
         self.starts = nn.ModuleList(
-            nn.Sequential(
-                # The first modality needs no mixing when it has three bands.
-                nn.Identity() if inputs is None else nn.Conv2d(inputs, 3, 1, bias=False),
-                Stage(3, widths[0]),
-                Stage(widths[0], widths[1]),
-            )
-            for inputs in (None if bands[0] == 3 else bands[0], sum(bands[1:]))
+            nn.Sequential(mix, Stage(3, stem), Stage(stem, widths[0])) for mix in mixing
         )
-        self.stages1, self.stages2 = (
-            nn.ModuleDict(
-                {
-                    f"level{level}": Stage(a, b)
-                    for level, (a, b) in enumerate(pairwise(widths[1:]), 2)
-                }
-            )
-            for _ in STREAMS
+        self.stages = nn.ModuleDict(
+            {
+                f"level{level}": nn.ModuleList(Stage(*sizes) for _ in STREAMS)
+                for level, sizes in enumerate(pairwise(widths), 2)
+            }
         )
-        self.rectifications = nn.ModuleList(Rectification(width) for width in widths[1:])
-        self.fusions = nn.ModuleList(
-            Fusion(width, settings.attention_heads) for width in widths[1:]
-        )
-        self.decoder = CMXDecoder(widths[1:], settings.decoder_width, classes, settings.dropout)
+        self.rectifications = nn.ModuleList(Rectification(width) for width in widths)
+        self.fusions = nn.ModuleList(Fusion(width, settings.attention_heads) for width in widths)
+        self.decoder = CMXDecoder(widths, settings.decoder_width, classes, settings.dropout)
 
     def heads(self, images: Images, available: Tensor) -> Tensor:
         """Return the one output of CMX as every head, [B, heads, classes, H, W]."""
         patches = self.check(images, available)
-        pairs = self._rectified(*self._streams(patches, available))
-        logits = self.decoder([fuse(*pair) for fuse, pair in zip(self.fusions, pairs, strict=True)])
+        levels = self._levels(patches, available)
+        fused = [fuse(*level) for fuse, level in zip(self.fusions, levels, strict=True)]
         size = patches[0].shape[2:]
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+        logits = F.interpolate(self.decoder(fused), size, mode="bilinear", align_corners=False)
         return logits[:, None].expand(-1, self.head_count, -1, -1, -1)
 
     def latent(self, images: Images, available: Tensor) -> Tensor:
         """Return the output of the fourth fusion, [B, C, H/32, W/32]."""
-        streams = self._streams(self.check(images, available), available)
-        return self.fusions[3](*self._rectified(*streams)[3])
+        patches = self.check(images, available)
+        levels = self._levels(patches, available)
+        return self.fusions[-1](*levels[-1])
 
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C, H/32, W/32] of K scenarios, masks bool [K, M].
 
         The start of a stream runs once for each state of its modalities, not once a scenario.
-
-        Raises:
-            InputError: For images or masks of another shape or dtype, or an empty scenario.
         """
-        patches = self.check_images(images)
-        self.check_masks(masks, "masks")
-        starts: dict[tuple[int | bool, ...], Tensor] = {}
-        latents = []
-        for mask in masks:
-            states = [(stream, *mask[part].tolist()) for stream, part in enumerate(STREAMS)]
-            for state in states:
-                if state not in starts:
-                    starts[state] = self._start(state[0], patches, mask.expand(len(patches[0]), -1))
-            streams = [starts[state] for state in states]
-            latents.append(self.fusions[3](*self._rectified(*streams)[3]))
-        return torch.stack(latents)
+        patches = self.check(images, masks, scenarios=True)
+        batch = len(patches[0])
+        streams = []
+        for stream, part in enumerate(STREAMS):
+            states, indices = masks[:, part].unique(dim=0, return_inverse=True)
+            starts = [self._start(stream, patches, state.expand(batch, -1)) for state in states]
+            streams.append([starts[index] for index in indices.tolist()])
+        both = zip(*streams, strict=True)
+        return torch.stack([self.fusions[-1](*self._rectify(*pair)[-1]) for pair in both])
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return every linear and convolutional layer outside the decoder."""
@@ -247,24 +226,19 @@ class CMX(Backbone):
         }
 
     def _start(self, stream: int, patches: list[Tensor], available: Tensor) -> Tensor:
-        """Return one stream after its first stage, [B, C, H/4, W/4]."""
-        absent = ~available[:, STREAMS[stream], None, None, None]
-        kept = [
-            patch.masked_fill(absent[:, m], 0.0) for m, patch in enumerate(patches[STREAMS[stream]])
-        ]
-        return self.starts[stream](torch.cat(kept, dim=1))
+        """Return one stream, [B, C, H/4, W/4], with `available` of its own modalities alone."""
+        pairs = zip(patches[STREAMS[stream]], available.unbind(1), strict=True)
+        return self.starts[stream](torch.cat([zero_absent(*pair) for pair in pairs], dim=1))
 
-    def _streams(self, patches: list[Tensor], available: Tensor) -> list[Tensor]:
-        """Return both streams after their first stage."""
-        return [self._start(stream, patches, available) for stream in (0, 1)]
-
-    def _rectified(self, x1: Tensor, x2: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _levels(self, patches: list[Tensor], available: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return both streams after the rectification of each of the four levels."""
+        x1, x2 = (self._start(i, patches, available[:, part]) for i, part in enumerate(STREAMS))
+        return self._rectify(x1, x2)
+
+    def _rectify(self, x1: Tensor, x2: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what the starts of both streams become, as `_levels` does."""
         levels = [self.rectifications[0](x1, x2)]
-        later = zip(
-            self.stages1.values(), self.stages2.values(), self.rectifications[1:], strict=True
-        )
-        for stage1, stage2, rectify in later:
-            x1, x2 = levels[-1]
-            levels.append(rectify(stage1(x1), stage2(x2)))
+        for stages, rectify in zip(self.stages.values(), self.rectifications[1:], strict=True):
+            pairs = zip(stages.children(), levels[-1], strict=True)
+            levels.append(rectify(*(stage(x) for stage, x in pairs)))
         return levels
