@@ -26,7 +26,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
-	rm -rf work/smoke
+	rm -rf work/smoke # nbval runs the notebooks in order, in a fresh folder
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
 		--nbval-sanitize-with=tests/nbval.cfg -p no:randomly notebooks
 

@@ -79,16 +79,13 @@ def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as temporary:
         write(temporary)
-        description = {
-            "file": path.name,
-            "sha256": file_sha256(temporary),
-            "parameters": dict(record.parameters),
-            "inputs": dict(record.inputs),
-            "environment": environment(record.device),
-        }
-        with written_beside(sidecar_path(path)) as sidecar:
-            sidecar.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
+        _write_record(path, file_sha256(temporary), record)
     return path
+
+
+def describe(path: Path, record: Record) -> None:
+    """Write the record of an output that is there already."""
+    _write_record(path, file_sha256(path), record)
 
 
 def save_table(path: Path, table: pd.DataFrame, record: Record) -> Path:
@@ -168,6 +165,18 @@ def load_json(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str
     """A JSON output, checked as in `check`."""
     check(path, expected)
     return json.loads(path.read_text())
+
+
+def _write_record(path: Path, sha256: str, record: Record) -> None:
+    content = {
+        "file": path.name,
+        "sha256": sha256,
+        "parameters": dict(record.parameters),
+        "inputs": dict(record.inputs),
+        "environment": environment(record.device),
+    }
+    with written_beside(sidecar_path(path)) as sidecar:
+        sidecar.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _same(recorded: object, wanted: object) -> bool:

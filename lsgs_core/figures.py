@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from lsgs_core.artifacts import Record, save
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.files import written_beside
 from lsgs_core.methods import METHODS
 from lsgs_core.smoothing import ScenarioProbabilities
 
@@ -62,16 +62,17 @@ def method_colour(method: str) -> str:
     return PALETTE[known.index(method) % len(PALETTE)] if method in known else "#666666"
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write `<name>.png` and `<name>.pdf` and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
-        path = folder / f"{name}{suffix}"
-        with written_beside(path) as temporary:
-            figure.savefig(temporary, metadata=metadata)
-        paths.append(path)
-    return paths
+def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list[Path]:
+    """Write `<name>.png` and `<name>.pdf` with their records, and return their paths."""
+    png = save(
+        folder / f"{name}.png", lambda to: figure.savefig(to, metadata={"Software": None}), record
+    )
+    pdf = save(
+        folder / f"{name}.pdf",
+        lambda to: figure.savefig(to, metadata={"CreationDate": None}),
+        record,
+    )
+    return [png, pdf]
 
 
 def composite(bands: NDArray[Any], low: float = 2, high: float = 98) -> NDArray[np.float64]:

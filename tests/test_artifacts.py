@@ -2,6 +2,8 @@
 
 import json
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lsgs_core import InputError
 from lsgs_core.artifacts import (
     Record,
     check,
+    describe,
     load_json,
     load_table,
     load_weights,
@@ -19,6 +22,7 @@ from lsgs_core.artifacts import (
     save_weights,
     sidecar_path,
 )
+from lsgs_core.figures import composite, save_figure, use_style
 from lsgs_core.files import file_sha256, written_beside
 
 RECORD = Record({"fold": 1, "bands": (3, 3), "seed": 0}, {"weights": "abc"})
@@ -100,3 +104,32 @@ def test_written_beside_keeps_the_suffix(tmp_path):
         temporary.write_bytes(b"x")
         assert not (tmp_path / "figure.png").exists()
     assert (tmp_path / "figure.png").read_bytes() == b"x"
+
+
+def test_figures_are_equal_bytes_and_have_records(tmp_path):
+    use_style()
+    digests = []
+    for name in ("one", "two"):
+        figure, axes = plt.subplots()
+        axes.plot([1, 2, 3])
+        png, pdf = save_figure(figure, tmp_path, name, RECORD)
+        plt.close(figure)
+        digests.append((file_sha256(png), file_sha256(pdf)))
+        assert check(png, {"fold": 1})["file"] == f"{name}.png"
+    assert digests[0] == digests[1]
+
+
+def test_describing_what_is_there(tmp_path):
+    path = tmp_path / "patches.csv"
+    path.write_text("patch_id\n0\n")
+    describe(path, RECORD)
+    assert check(path, {"seed": 0})["inputs"] == {"weights": "abc"}
+
+
+def test_pictures_and_maps_of_odd_input():
+    flat = composite(np.full((1, 4, 4), 7, dtype=np.uint16))
+    assert flat.shape == (4, 4, 3)
+    assert np.isfinite(flat).all()
+    two = composite(np.arange(2 * 16).reshape(2, 4, 4))
+    assert two.min() == 0
+    assert two.max() == 1

@@ -97,6 +97,8 @@ def test_scenario_latents_are_the_loop_over_latent(name: str) -> None:
     found = model.scenario_latents(images, SCENARIOS)
     expected = torch.stack([model.latent(images, mask.expand(2, -1)) for mask in SCENARIOS])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    default = Backbone.scenario_latents(model, images, SCENARIOS)  # of a backbone without its own
+    torch.testing.assert_close(default, expected, rtol=0, atol=0)
     assert found.shape[:2] == (7, 2)
     for first in range(7):  # and every scenario differs from every other
         for second in range(first):
