@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -118,3 +119,18 @@ def test_the_mathematics_knows_nothing_of_files_or_torch():
     for path in (ROOT / "lsgs_core" / "models").glob("*.py"):
         text = path.read_text()
         assert not re.search(r"lsgs_core\.(patches|manifest|rasters|folds)", text), path.name
+
+
+def test_the_readmes_figures_are_the_committed_results():
+    folder = ROOT / "results" / "demo" / "evaluation"
+    summary = pd.read_csv(folder / "summary.csv")
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (\w+) \| ([\w -]+) \| ([\d.]+) \| ([\d.]+) \((\S+)\) \| ([\d.]+) \|", text, re.M
+    )
+    written = [(backbone, *map(float, (mean, worst, full)), name)
+               for backbone, _, mean, worst, name, full in rows]  # fmt: skip
+    columns = ["backbone", "mean_iou", "worst_iou", "full_iou", "worst_scenario"]
+    assert written == [tuple(row) for row in summary[columns].round(3).itertuples(index=False)]
+    trivial = pd.read_csv(folder / "trivial.csv")["iou"].mean()
+    assert f"says yes everywhere has {trivial:.3f}" in text
