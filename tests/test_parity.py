@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
+from lsgs_core.smoothing import scenario_probabilities
 
 REFERENCE = Path(__file__).parent / "reference"
 NAMES = ("cbc_slp", "cbc", "cmx")
@@ -89,6 +90,12 @@ def test_distortion(case: Case) -> None:
     distortion = squared.flatten(2).mean(dim=2).numpy()
     np.testing.assert_allclose(distortion, case.golden["distortion_per_image"], rtol=1e-5)
     np.testing.assert_allclose(distortion.mean(axis=0), case.golden["D"], rtol=1e-5)
+    result = scenario_probabilities(distortion.mean(axis=0))
+    np.testing.assert_allclose(result.kernel, case.golden["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(result.smoothed, case.golden["scores"], rtol=1e-5)
+    np.testing.assert_allclose(
+        result.probabilities, case.golden["probabilities"], rtol=0, atol=1e-6
+    )
 
 
 def test_predictions(case: Case) -> None:
