@@ -79,6 +79,7 @@ def predicted_patches(
     """
     model.eval()
     device = next(model.parameters()).device
+    masks = torch.tensor(scenarios.masks, device=device)
     shown = [*np.flatnonzero(scenarios.masks.sum(axis=1) == 1), scenarios.full]
     patches = []
     for index in indices:
@@ -88,7 +89,7 @@ def predicted_patches(
         predictions = {}
         with torch.inference_mode():
             for scenario in shown:
-                present = batch.available & torch.from_numpy(scenarios.masks[scenario]).to(device)
+                present = batch.available & masks[scenario]
                 logits = model(batch.images, present)
                 title = scenarios.names[scenario] if scenario != scenarios.full else "all"
                 predictions[title] = class_map(logits, dataset.task_kind)[0].cpu().numpy()

@@ -75,7 +75,7 @@ def score_scenarios(
     """
     parameter = next(model.parameters(), None)
     target = torch.device(device or (parameter.device if parameter is not None else "cpu"))
-    masks = torch.from_numpy(scenarios.masks.copy()).to(target)
+    masks = torch.tensor(scenarios.masks, device=target)
     per_patch: list[NDArray[np.float64]] = []
     patch_ids: list[NDArray[np.int64]] = []
     block_ids: list[NDArray[np.int64]] = []

@@ -87,7 +87,7 @@ def evaluate(
     """
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    masks = torch.from_numpy(scenarios.masks.copy()).to(device)
+    masks = torch.tensor(scenarios.masks, device=device)
     names = list(scenarios.names)
     rows: list[pd.DataFrame] = []
     training = model.training

@@ -62,7 +62,7 @@ def check_network(model: Backbone, batch: Batch, scenarios: ScenarioSet) -> pd.D
     """
     model.eval()
     batch = batch.to(next(model.parameters()).device)
-    masks = torch.from_numpy(scenarios.masks.copy()).to(batch.available.device)
+    masks = torch.tensor(scenarios.masks, device=batch.available.device)
     full = batch.available
     one_missing = full.clone()
     one_missing[:, 0] = False

@@ -217,7 +217,7 @@ def _prepare_scene(
         used = [dataset.bands[band] for band in bands]
         sources = [(raw_folder / dataset.file(b.file, scene), b.channel) for b in used]
         with written_beside(prepared_folder / files[name]) as path:
-            valid = _write_bands(path, grid, bands, sources, dataset.resampling)
+            valid = _write_bands(path, name, grid, bands, sources, dataset.resampling)
         ids[~valid] = IGNORE
         invalid[name] = int((~valid).sum())
     values = dataset.labels.ids
@@ -241,7 +241,12 @@ def _prepare_scene(
 
 
 def _write_bands(
-    path: Path, grid: Grid, names: list[str], sources: list[tuple[Path, int]], resampling: str
+    path: Path,
+    modality: str,
+    grid: Grid,
+    names: list[str],
+    sources: list[tuple[Path, int]],
+    resampling: str,
 ) -> np.ndarray:
     """Write bands, given as (file, channel), on the grid; return where all have data [H, W]."""
     valid: np.ndarray = np.empty((grid.height, grid.width), dtype=bool)
@@ -254,7 +259,8 @@ def _write_bands(
             views.append((stack.enter_context(view), channel))
         kind = np.result_type(*(view.dtypes[channel - 1] for view, channel in views))
         output = stack.enter_context(_create(path, grid, names, kind))
-        for window in tqdm(list(windows(grid.height, grid.width)), desc=path.stem, unit="window"):
+        parts = list(windows(grid.height, grid.width))
+        for window in tqdm(parts, desc=f"align {modality}", unit="window"):
             pixels = np.stack([view.read(channel, window=window) for view, channel in views])
             inside = np.isfinite(pixels).all(axis=0)
             for view, _ in views:
