@@ -28,7 +28,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 	rm -rf work/smoke # nbval runs the notebooks in order, in a fresh folder
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
-		--nbval-sanitize-with=tests/nbval.cfg -p no:randomly notebooks
+		--nbval-sanitize-with=tests/nbval.cfg notebooks
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

@@ -161,12 +161,6 @@ def load_table(path: Path, expected: Mapping[str, Any] | None = None) -> pd.Data
     return pd.read_csv(path)
 
 
-def load_json(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON output, checked as in `check`."""
-    check(path, expected)
-    return json.loads(path.read_text())
-
-
 def _write_record(path: Path, sha256: str, record: Record) -> None:
     content = {
         "file": path.name,

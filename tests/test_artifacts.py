@@ -13,7 +13,6 @@ from lsgs_core.artifacts import (
     Record,
     check,
     describe,
-    load_json,
     load_table,
     load_weights,
     save,
@@ -33,7 +32,8 @@ def test_round_trips(tmp_path):
     save_table(tmp_path / "t.csv", TABLE, RECORD)
     pd.testing.assert_frame_equal(load_table(tmp_path / "t.csv"), TABLE, rtol=1e-8)
     save_json(tmp_path / "j.json", {"p": [0.5, float("nan")]}, RECORD)
-    assert load_json(tmp_path / "j.json") == {"p": [0.5, None]}
+    check(tmp_path / "j.json", {"fold": 1})
+    assert json.loads((tmp_path / "j.json").read_text()) == {"p": [0.5, None]}
     weights = {"w": torch.randn(2, 3).T, "n": torch.tensor(3)}
     save_weights(tmp_path / "w.safetensors", weights, RECORD)
     loaded, record = load_weights(tmp_path / "w.safetensors", {"fold": 1})
