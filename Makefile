@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: study test test-slow lab format outputs lock clean
+.PHONY: study test test-slow data-check lab format outputs lock clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -32,6 +32,10 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
+data-check: $(VENV)/installed
+	$(BIN)/python -m lsgs_core.data_check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw $(RAW))
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab notebooks

@@ -8,15 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lsgs_core.batch import Batch
     from lsgs_core.distortion import ScenarioScores, score_scenarios
     from lsgs_core.errors import InputError
     from lsgs_core.models import build_backbone, load_author_weights
-    from lsgs_core.patches import Batch
     from lsgs_core.scenarios import ScenarioSet
     from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
 
 _HOME = {
-    "Batch": "patches",
+    "Batch": "batch",
     "InputError": "errors",
     "ScenarioProbabilities": "smoothing",
     "ScenarioScores": "distortion",

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from lsgs_core.patches import Batch
 from lsgs_core.scenarios import ScenarioSet
 
 
@@ -62,7 +62,8 @@ def score_scenarios(
     Args:
         model: A backbone, or any module with the methods above.
         batches: `Batch` objects, or images alone: M tensors [B, D_m, H, W] or one [B, M, D, H, W].
-            Patches with an absent modality are left out: distortion is against the full scenario.
+            Patches that a modality does not see, in whole or in part, are left out: distortion is
+            against the full scenario.
         scenarios: Which scenarios, for the modalities in the model's order.
         device: Where to compute; None: where the model's parameters are.
         progress: Show a progress bar over the batches.
@@ -146,7 +147,7 @@ def _complete_patches(
 ) -> tuple[list[Tensor], NDArray[np.int64], NDArray[np.int64]]:
     """Images of the patches with every modality, their ids and their blocks."""
     if isinstance(item, Batch):
-        keep = item.available.all(dim=1).cpu()
+        keep = item.complete.cpu()
         images = [image if bool(keep.all()) else image[keep] for image in item.images]
         ids = _identifiers(item.patch_ids, len(keep), first_id)[keep.numpy()]
         if item.block_ids is None:

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.losses import TaskKind
-from lsgs_core.patches import Batch
 from lsgs_core.scenarios import ScenarioSet
 
 COUNTS = ["tp", "fp", "fn"]
@@ -68,7 +68,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Count true positives, false positives and false negatives under every scenario.
 
-    A patch without the files that a scenario needs is counted with what it has.
+    A patch without the files that a scenario needs is counted with what it has; pixels that no
+    modality of the scenario sees are not counted (`Batch.counted`).
 
     Args:
         model: Called as `model(images, available)` for logits [B, C, H, W]; evaluation mode, on
@@ -98,12 +99,12 @@ def evaluate(
                 if batch.target is None or batch.valid is None or batch.block_ids is None:
                     raise InputError("evaluation: expected batches with target, valid, block_ids")
                 moved = batch.to(device)
-                truth, valid = _truth(moved, len(classes), kind)
+                truth = _truth(moved, len(classes), kind)
                 for name, mask in zip(names, masks, strict=True):
-                    predicted = predict(
-                        model(moved.images, moved.available & mask), kind, threshold
-                    )
-                    counts = _counts(predicted, truth, valid)  # (B, C, 3)
+                    present = moved.available & mask
+                    predicted = predict(model(moved.images, present), kind, threshold)
+                    counted = moved.counted(present)[:, None]
+                    counts = _counts(predicted, truth, counted)  # (B, C, 3)
                     frame = pd.DataFrame(counts.flatten(end_dim=1).cpu().numpy(), columns=COUNTS)
                     frame["block"] = batch.block_ids.repeat_interleave(len(classes)).numpy()
                     frame["class"] = list(classes) * len(counts)
@@ -200,16 +201,14 @@ def summary(records: pd.DataFrame, scenarios: ScenarioSet, by: list[str]) -> pd.
     return pd.DataFrame(rows)
 
 
-def _truth(batch: Batch, classes: int, kind: TaskKind) -> tuple[Tensor, Tensor]:
-    """Truth as bool [B, C, H, W] and the pixels that count as bool [B, 1, H, W]."""
+def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:
+    """Truth as bool [B, C, H, W]; False where there is no label."""
     assert batch.target is not None
     assert batch.valid is not None
-    valid = batch.valid[:, None]
     if kind == "multiclass":
         known = torch.where(batch.valid, batch.target, 0)
-        one_hot = nn.functional.one_hot(known, classes).movedim(-1, 1).bool()
-        return one_hot, valid
-    return batch.target > 0.5, valid
+        return nn.functional.one_hot(known, classes).movedim(-1, 1).bool()
+    return batch.target > 0.5
 
 
 def _counts(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:

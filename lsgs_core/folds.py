@@ -1,45 +1,81 @@
-"""Patches and spatially separate folds.
+"""Patches, and folds whose training, validation and test pixels lie apart.
 
-Every scene is cut into square blocks. Block (r, c) of scene s is tested in fold (r + c + s) mod
-count, so each fold's test blocks form diagonals that cross the whole scene. Patches of one kind
-lie on a stride (training windows), those of the other do not overlap (test and validation tiles).
-In every fold, `margin` pixels of nothing lie between training, validation and test pixels.
-Scenes are taken to be separate places.
+Diagonal blocks (the default, see `lsgs_core.block_folds`): square blocks of every scene are held
+out, with a margin around them. Patches of one kind lie on a stride (training windows), those of the
+other do not overlap (test and validation tiles).
+
+Whole scenes, and a data set's official split: all patches of a scene have one part.
+
+Shuffled patches (the paper's authors): patches that do not overlap, dealt at random. Neighbours of
+test patches are trained on, so the scores are too good: `leaks` says so.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations, product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from lsgs_core.block_folds import add_blocks, block_parts, check_lengths, tiles
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
+from lsgs_core.manifest import (
+    DiagonalBlocks,
+    Folds,
+    OfficialSplit,
+    Patches,
+    ShuffledPatches,
+    WholeScenes,
+)
+from lsgs_core.raw_files import read_permutation
+from lsgs_core.sampling import generator
+from lsgs_core.separation import PARTS
 
-PARTS = ("training", "validation", "test")
-HELD_SHARE = 0.01  # a class is held by the validation tiles that have this part of its pixels
+TABLE = "patches.csv"
+VALIDATION_SHARE = 0.1  # of the patches that are not tested, as the paper's authors take it
+
+
+@dataclass(frozen=True)
+class LabelledScene:
+    """The labels of one scene, read by rows, so that no whole scene is held in memory.
+
+    Attributes:
+        name: Of the scene.
+        shape: Height and width in pixels.
+        rows: From the first and the last row (excluded) to label codes [rows, width].
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: Callable[[int, int], NDArray[Any]]
+
+
+def leaks(folds: Folds) -> bool:
+    """Return whether test patches have neighbours among the training patches."""
+    return isinstance(folds, ShuffledPatches)
 
 
 def patch_table(
-    labels: Iterable[tuple[str, np.ndarray]],
+    scenes: Iterable[LabelledScene],
+    member: NDArray[np.bool_],
     values: Sequence[str],
-    *,
-    size: int,
-    stride: int,
-    minimum_labelled: float,
-    count: int,
-    block_size: int,
-    margin: int,
-    validation_blocks: int,
+    patches: Patches,
+    folds: Folds,
+    index_file: Path | None = None,
 ) -> pd.DataFrame:
     """Return the table of patches and of their part in every fold.
 
     Columns: patch_id (0 … n − 1), scene, row, column (of the top left pixel), size, kind ("sliding"
-    or "tile"), block (unique over scenes; the block of the patch's centre), labelled_fraction,
-    `pixels_<value>` per label value, and `fold_<f>` with "training", "validation", "test" or ""
-    (not used in this fold).
+    or "tile"), block (unique over scenes; of diagonal blocks the one of the patch's centre, else
+    the scene, or the patch itself where patches are shuffled), labelled_fraction, `pixels_<value>`
+    per label value, and `fold_<f>` with "training", "validation", "test" or "" (not used).
+
+    Of diagonal blocks:
 
     - test: the tiles of the test blocks, all pixels of which are in the block.
     - validation: tiles in the middle of `validation_blocks` other blocks, `margin` pixels away
@@ -49,61 +85,73 @@ def patch_table(
     - training: windows that touch no pixel of a test block, of the margin around it, or of a
       validation block, and of which the part `minimum_labelled` is labelled.
 
+    Of whole scenes and official splits: windows of training scenes, tiles of the others; the
+    validation scenes are spread evenly over those that are not tested. Of shuffled patches, tiles
+    alone, at least `minimum_labelled` labelled.
+
     Patches without any labelled pixel, or without a part in any fold, are left out.
 
     Args:
-        labels: (scene, ids uint8 [H, W]) per scene; id i + 1 is `values[i]`, others unlabelled.
-        values: names of the label values.
-        size: side of a patch, in pixels.
-        stride: step of the training windows, in pixels.
-        minimum_labelled: smallest labelled part of a training window, 0 … 1.
-        count: number of folds.
-        block_size: side of a block in pixels, a multiple of `size`.
-        margin: pixels between the parts of a fold.
-        validation_blocks: number of validation blocks in each fold, 0 for none.
+        scenes: Labels per scene.
+        member: Which values a label code stands for, [codes, values].
+        values: Names of the label values.
+        patches: Size and stride.
+        folds: How patches are kept apart.
+        index_file: For shuffled patches, the permutation to deal by, instead of a seeded one.
 
     Raises:
         InputError: a length does not fit the others, or a fold would have no training or no test
-            patch, or fewer blocks than asked for can serve as validation.
+            patch, or fewer blocks or scenes than asked for can serve as validation.
     """
-    if min(size, stride, count - 1, margin + 1, validation_blocks + 1) < 1:
-        raise InputError(
-            "expected size ≥ 1, stride ≥ 1, count ≥ 2, margin ≥ 0 and validation_blocks ≥ 0, found "
-            f"{size}, {stride}, {count}, {margin} and {validation_blocks}"
-        )
-    if block_size < size or block_size % size:
-        raise InputError(
-            f"block_size: expected a multiple of the patch size {size}, found {block_size}"
-        )
-    if validation_blocks and block_size < size + 2 * margin:
-        raise InputError(
-            f"block_size: validation needs a tile of {size} and a margin of {margin} on each side "
-            f"in a block, {size + 2 * margin} pixels, found {block_size}"
-        )
+    size, stride = patches.size, patches.stride or patches.size
+    diagonal = folds if isinstance(folds, DiagonalBlocks) else None
+    if diagonal:
+        check_lengths(size, diagonal)
+    elif index_file is not None and not isinstance(folds, ShuffledPatches):
+        raise InputError("index_file: only shuffled patches are dealt by one")
     pixels = [f"pixels_{value}" for value in values]
-    folds = [f"fold_{fold}" for fold in range(count)]
     tables: list[pd.DataFrame] = []
     first_block = 0
-    for index, (scene, ids) in enumerate(labels):
-        if min(ids.shape) < size:
-            raise InputError(f"size: patches of {size} pixels do not fit scene {scene} {ids.shape}")
-        part = _places(ids.shape, size, stride, block_size, margin)
-        for value, name in enumerate(pixels, start=1):
-            part[name] = _true_pixels(ids == value, part, size)
-        first_block += _add_blocks(part, ids.shape, size, block_size, margin, first_block)
-        part[["first", "last"]] += index
-        tables.append(part.assign(scene=scene, size=size))
+    for index, scene in enumerate(scenes):
+        if min(scene.shape) < size:
+            raise InputError(
+                f"size: patches of {size} pixels do not fit scene {scene.name} {scene.shape}"
+            )
+        part = _places(scene.shape, size, stride, diagonal)
+        part[[*pixels, "labelled"]] = _label_pixels(scene, member, part, size)
+        if diagonal:
+            first_block += add_blocks(part, scene.shape, size, diagonal, first_block)
+            part[["first", "last"]] += index
+        else:
+            part["block"] = index
+        tables.append(part.assign(scene=scene.name, size=size))
     table = pd.concat(tables, ignore_index=True)
-    labelled = table["labelled_fraction"] = (table[pixels].sum(axis=1) / size**2).round(6)
-    enough = (labelled >= minimum_labelled) | (table["kind"] != "sliding")
-    table = table[enough & (labelled > 0)]
-    for fold, name in enumerate(folds):
-        table[name] = _parts(table, pixels, fold, count, validation_blocks)
-    table = table[(table[folds] != "").any(axis=1)]
+    table["labelled_fraction"] = (table["labelled"] / size**2).round(6)
+    shuffled = isinstance(folds, ShuffledPatches)
+    enough = table["labelled_fraction"] >= patches.minimum_labelled
+    enough |= (table["kind"] != "sliding") & (not shuffled)
+    table = table[enough & (table["labelled"] > 0)]
+    parts: Sequence[Any]
+    match folds:
+        case DiagonalBlocks():
+            parts = [block_parts(table, pixels, fold, folds) for fold in range(folds.count)]
+        case WholeScenes() | OfficialSplit():
+            table, parts = _scene_parts(table, folds)
+        case ShuffledPatches():
+            table = table[table["kind"] == "tile"].reset_index(drop=True)
+            table["block"] = table.index
+            parts = _shuffled_parts(len(table), folds, index_file)
+    names = [f"fold_{fold}" for fold in range(len(parts))]
+    for fold, (name, assigned) in enumerate(zip(names, parts, strict=True)):
+        table[name] = assigned
+        for needed in ("training", "test"):
+            if not (table[name] == needed).any():
+                raise InputError(f"fold {fold} has no {needed} patches: too few blocks or scenes")
+    table = table[(table[names] != "").any(axis=1)]
     table["kind"] = table["kind"].replace("inner", "tile")
     table["patch_id"] = np.arange(len(table))
     shown = ["patch_id", "scene", "row", "column", "size", "kind", "block", "labelled_fraction"]
-    return table[[*shown, *pixels, *folds]].reset_index(drop=True)
+    return table[[*shown, *pixels, *names]].reset_index(drop=True)
 
 
 def write_patch_table(table: pd.DataFrame, path: Path) -> None:
@@ -121,45 +169,6 @@ def read_patch_table(path: Path) -> pd.DataFrame:
     if missing := [name for name in ("patch_id", "scene", "row", "block") if name not in table]:
         raise InputError(f"{path}: expected a patch table, found none of the columns {missing}")
     return table
-
-
-def check_separation(table: pd.DataFrame, fold: int, margin: int) -> None:
-    """Prove by rasterising that a fold's training, validation and test pixels lie apart.
-
-    Raises:
-        InputError: two parts have pixels with fewer than `margin` pixels between them, along rows,
-            columns or diagonals.
-    """
-    for scene, patches in table.groupby("scene"):
-        shape = (patches[["row", "column"]].max() + patches["size"].max()).tolist()
-        split = patches[f"fold_{fold}"]
-        for first, second in combinations(PARTS, 2):
-            near = coverage(patches[split == second], shape, margin)
-            if close := int((coverage(patches[split == first], shape) & near).sum()):
-                raise InputError(
-                    f"fold {fold}: {close} {first} pixels of scene {scene} lie within {margin} "
-                    f"pixels of a {second} pixel"
-                )
-
-
-def coverage(patches: pd.DataFrame, shape: Sequence[int], margin: int = 0) -> np.ndarray:
-    """Return bool [H, W]: pixels in a patch, or at most `margin` pixels away from one."""
-    covered: np.ndarray = np.zeros(shape, dtype=bool)
-    for row, column, size in patches[["row", "column", "size"]].to_numpy():
-        top, left = max(0, row - margin), max(0, column - margin)
-        covered[top : row + size + margin, left : column + size + margin] = True
-    return covered
-
-
-def split_roles(
-    patches: pd.DataFrame, fold: int, shape: tuple[int, int]
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Return a fold's parts in one scene, uint8 [H, W], 0 for none, and the name of every id."""
-    roles: np.ndarray = np.zeros(shape, dtype=np.uint8)
-    names = dict(enumerate(PARTS, start=1))
-    for index, part in names.items():
-        roles[coverage(patches[patches[f"fold_{fold}"] == part], shape)] = index
-    return roles, names
 
 
 def class_shares(
@@ -180,94 +189,95 @@ def class_shares(
 
 
 def _places(
-    shape: Sequence[int], size: int, stride: int, block_size: int, margin: int
+    shape: Sequence[int], size: int, stride: int, folds: DiagonalBlocks | None
 ) -> pd.DataFrame:
     """Return where "sliding" windows, test tiles ("tile") and validation tiles ("inner") lie."""
+    block_size = folds.block_size if folds else max(shape)
     starts: dict[str, list[Sequence[int]]] = {
         "sliding": [range(0, length - size + 1, stride) for length in shape],
-        "tile": [_tiles(length, size, block_size, 0) for length in shape],
-        "inner": [_tiles(length, size, block_size, margin) for length in shape],
+        "tile": [tiles(length, size, block_size, 0) for length in shape],
     }
+    if folds:
+        starts["inner"] = [tiles(length, size, block_size, folds.margin) for length in shape]
     places = [(kind, *place) for kind, both in starts.items() for place in product(*both)]
     return pd.DataFrame(places, columns=["kind", "row", "column"])
 
 
-def _tiles(length: int, size: int, block_size: int, margin: int) -> list[int]:
-    """Return where tiles start that stay `margin` away from their block's ends, centred there."""
-    starts: list[int] = []
-    for start in range(0, length, block_size):
-        inside = min(block_size, length - start) - 2 * margin
-        # Without a margin, tiles keep to the grid of the block, also where the scene cuts it.
-        offset = margin + inside % size // 2 if margin else 0
-        starts += [start + offset + size * index for index in range(inside // size)]
-    return starts
+def _label_pixels(
+    scene: LabelledScene, member: NDArray[np.bool_], windows: pd.DataFrame, size: int
+) -> NDArray[np.int64]:
+    """Return the pixels of every label value, and of any, int64 [windows, values + 1]."""
+    lookup = np.column_stack([member, member.any(axis=1)])
+    counts = np.zeros((len(windows), lookup.shape[1]), dtype=np.int64)
+    rows, left = windows["row"].to_numpy(), windows["column"].to_numpy()
+    for top in np.unique(rows):
+        codes = scene.rows(top, top + size)
+        chosen = rows == top
+        for value in range(lookup.shape[1]):
+            columns = lookup[:, value][codes].sum(axis=0, dtype=np.int64)
+            sums = np.append(0, columns.cumsum())
+            counts[chosen, value] = sums[left[chosen] + size] - sums[left[chosen]]
+    return counts
 
 
-def _true_pixels(mask: np.ndarray, windows: pd.DataFrame, size: int) -> np.ndarray:
-    """Return the number of True pixels in each window (by an integral image)."""
-    integral = np.pad(mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
-    top, left = windows["row"].to_numpy(), windows["column"].to_numpy()
-    below = integral[top + size, left + size] - integral[top + size, left]
-    above = integral[top, left + size] - integral[top, left]
-    return below - above
+def _scene_parts(
+    table: pd.DataFrame, folds: WholeScenes | OfficialSplit
+) -> tuple[pd.DataFrame, list[pd.Series]]:
+    """Return the rows that are used, and the part of every one of them in every fold."""
+    scenes = list(dict.fromkeys(table["scene"]))
+    if isinstance(folds, WholeScenes):
+        if len(scenes) < folds.count:
+            raise InputError(f"folds.count: expected at most {len(scenes)}, one a scene")
+        splits = [
+            {s: "test" if i % folds.count == fold else "training" for i, s in enumerate(scenes)}
+            for fold in range(folds.count)
+        ]
+    else:
+        splits = [{scene: _official_part(scene, folds) for scene in scenes}]
+    for split in splits:
+        rest = [scene for scene, part in split.items() if part == "training"]
+        if len(rest) <= folds.validation_scenes:
+            raise InputError(
+                f"validation_scenes: expected fewer than the {len(rest)} scenes that are trained "
+                f"on, found {folds.validation_scenes}"
+            )
+        spread = np.linspace(0, len(rest) - 1, folds.validation_scenes + 2)[1:-1].round()
+        split |= {rest[int(position)]: "validation" for position in spread}
+    sliding = table["kind"] == "sliding"
+    parts = []
+    for split in splits:
+        part = table["scene"].map(split)
+        parts.append(part.where((part == "training") == sliding, ""))
+    return table, parts
 
 
-def _add_blocks(
-    table: pd.DataFrame, shape: Sequence[int], size: int, block_size: int, margin: int, number: int
-) -> int:
-    """Add which blocks, numbered from `number`, windows touch; return how many blocks there are.
+def _official_part(scene: str, folds: OfficialSplit) -> str:
+    patterns = {part: getattr(folds, part) for part in PARTS}
+    fitting = [p for p, given in patterns.items() if any(fnmatchcase(scene, g) for g in given)]
+    if len(fitting) != 1:
+        raise InputError(f"folds: scene {scene} is in {fitting or 'no part'}, expected one part")
+    return fitting[0]
 
-    Added are the block of the centre, the set of all blocks (`touched`), and the first and the last
-    diagonal r + c that a window touches, a sliding one with `margin` pixels around it. It touches
-    all diagonals between them too.
+
+def _shuffled_parts(
+    count: int, folds: ShuffledPatches, index_file: Path | None
+) -> list[NDArray[Any]]:
+    """Return the part of every patch in every fold, by the formula of the paper's authors.
+
+    Fold f (from 0) of F tests the places f · ⌊N/F⌋ … (f + 1) · ⌊N/F⌋ of the permutation; of the
+    others, in their order, the first ⌊0.1 · (N − ⌊N/F⌋)⌋ are validation and the rest training.
     """
-    top, left = table["row"].to_numpy(), table["column"].to_numpy()
-    rows, columns = (-(-length // block_size) for length in shape)
-    blocks = number + np.arange(rows * columns).reshape(rows, columns)
-
-    def block(down: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return (r, c) of the block under the pixel at an offset from every window's corner."""
-        row, column = np.clip(top + down, 0, shape[0] - 1), np.clip(left + right, 0, shape[1] - 1)
-        return row // block_size, column // block_size
-
-    table["block"] = blocks[block(size // 2, size // 2)]
-    # A window is no larger than a block: the blocks that it touches are those of its corners.
-    corners = [blocks[block(*offsets)].tolist() for offsets in product((0, size - 1), repeat=2)]
-    table["touched"] = pd.Series(map(set, zip(*corners, strict=True)), dtype=object)
-    around = np.where(table["kind"] == "sliding", margin, 0)
-    table["first"] = np.add(*block(-around, -around))
-    table["last"] = np.add(*block(size - 1 + around, size - 1 + around))
-    return rows * columns
-
-
-def _parts(
-    table: pd.DataFrame, pixels: list[str], fold: int, count: int, validation_blocks: int
-) -> pd.Series:
-    """Return the part of every patch in one fold."""
-    kind = table["kind"]
-    test = (fold - table["first"]) % count <= table["last"] - table["first"]
-    # One row per training window and block that it touches, with the window's index.
-    training = table.loc[(kind == "sliding") & ~test, "touched"].explode()
-    totals = table.loc[kind == "tile", pixels].sum()
-    rest = table[(kind == "inner") & ~test].groupby("block")[pixels].sum()
-    if len(rest) < validation_blocks:
-        raise InputError(f"validation_blocks: fold {fold} has {len(rest)} blocks to choose from")
-    chosen: list[int] = []
-    have = totals * 0
-    for _ in range(validation_blocks):
-        classes = ((rest + have >= HELD_SHARE * totals) & (totals > 0)).sum(axis=1)
-        lost = training.value_counts().reindex(rest.index, fill_value=0)
-        yields = rest.sum(axis=1) / lost.clip(lower=1)
-        best = max(rest.index, key=lambda block: (classes[block], yields[block]))
-        chosen.append(best)
-        have = have + rest.loc[best]
-        rest = rest.drop(index=best)
-        training = training.drop(training.index[training == best])
-    parts = pd.Series("", index=table.index, dtype=object)
-    parts[training.index] = "training"
-    parts[(kind == "tile") & test] = "test"
-    parts[(kind == "inner") & table["block"].isin(chosen)] = "validation"
-    for part in ("training", "test"):
-        if not (parts == part).any():
-            raise InputError(f"fold {fold} has no {part} patches: blocks are too few or too large")
+    if index_file is not None:
+        permutation = read_permutation(index_file, count)
+    else:
+        permutation = generator("order", folds.seed).permutation(count)
+    share = count // folds.count
+    parts = []
+    for fold in range(folds.count):
+        test = permutation[fold * share : (fold + 1) * share]
+        rest = np.delete(permutation, np.s_[fold * share : (fold + 1) * share])
+        held = int(VALIDATION_SHARE * len(rest))
+        part = np.full(count, "training", dtype=object)
+        part[test], part[rest[:held]] = "test", "validation"
+        parts.append(part)
     return parts

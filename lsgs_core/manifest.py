@@ -1,47 +1,32 @@
 """The data manifest: what each data set consists of, checked before anything is read.
 
-`data_manifest.yaml` describes a data set from its source to its folds. New kinds of source, labels
-or folds become further members of the unions below; what is there keeps its meaning.
+`data_manifest.yaml` describes a data set from its raw files to its folds: where the files come
+from, which bands make up which modality, how labels become classes, and how patches are kept apart.
 """
 
-from pathlib import Path, PureWindowsPath
-from string import Template
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lsgs_core.errors import InputError
-
-IGNORE = 255  # id of a pixel without a label, in every labels.tif
-SHOWN_PROBLEMS = 8  # one mistake can cause many messages; the first ones tell enough
-
-
-def relative_path(text: str) -> str:
-    """Return `text` if it is a relative path that stays in its folder, else raise ValueError."""
-    path = PureWindowsPath(text)  # knows both kinds of slash, and drives
-    if not text or path.anchor:
-        raise ValueError("expected a path relative to the data set's folder")
-    if ".." in path.parts:
-        raise ValueError("expected a path without '..'")
-    return text
-
-
-# Names become file names and column names.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-RelativePath = Annotated[str, AfterValidator(relative_path)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-NOT_EMPTY = Field(min_length=1)
-Names = Annotated[list[Name], NOT_EMPTY]
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class Strict(BaseModel):
-    """Base of all parts: unknown fields are mistakes, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from lsgs_core.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
+from lsgs_core.schema import (
+    NOT_EMPTY,
+    Count,
+    Name,
+    Names,
+    Placed,
+    Positive,
+    RelativePath,
+    Sha256,
+    Strict,
+    by_name,
+    fill,
+    read_yaml,
+    validated,
+)
 
 
 class Licence(Strict):
@@ -69,32 +54,77 @@ class PackageSource(Strict):
     members: Annotated[list[Member], NOT_EMPTY]
 
 
-class Band(Strict):
-    """One channel (counted from 1) of one raster file; the path may hold `${scene}`."""
+class ManualSource(Strict):
+    """Files that the user puts into a folder.
 
-    file: RelativePath
+    Attributes:
+        instructions: How to get them, shown when they are not there.
+        url: Where they are offered.
+        scene_count: Scenes of the whole data set, where that is known; fewer will do.
+        files: Those whose size and hash are known; they are checked.
+    """
+
+    access: Literal["manual"] = "manual"
+    instructions: str = "Put the files into the folder."
+    url: str = ""
+    scene_count: Positive | None = None
+    files: list[Member] = []
+
+
+class FileBand(Placed):
+    """One channel of one raster file.
+
+    Attributes:
+        channel: Counted from 1; from -1 backwards for files that differ in their first channels.
+        channel_count: How many the file must have.
+        description: What the file must call the channel, where it calls it anything.
+        nodata: Value of pixels without data, where the file does not declare it or errs.
+    """
+
+    channel: int = 1
+    channel_count: Positive | None = None
+    description: str | None = None
+    nodata: float | None = None
+
+
+class Difference(Strict):
+    """A band that is one file's band minus another's, such as VV - VH."""
+
+    difference: Annotated[list[Name], Field(min_length=2, max_length=2)]
+
+
+class Slope(Strict):
+    """The slope of a band of heights in degrees; `pixel_size` is in the unit of the heights."""
+
+    slope: Name
+    pixel_size: Annotated[float, Field(gt=0)]
+
+
+def _band_kind(value: Any) -> str:
+    fields = value if isinstance(value, dict) else vars(value) if value is not None else {}
+    return next((kind for kind in ("difference", "slope") if kind in fields), "file")
+
+
+Band = Annotated[
+    Annotated[FileBand, Tag("file")]
+    | Annotated[Difference, Tag("difference")]
+    | Annotated[Slope, Tag("slope")],
+    Discriminator(_band_kind),
+]
+
+
+class PixelMask(Placed):
+    """A raster that says which pixels a modality does not see, such as clouds."""
+
     channel: Positive = 1
-
-
-class PolygonLabels(Strict):
-    """Labels drawn as polygons. Later values are burned over earlier ones."""
-
-    kind: Literal["polygons"]
-    file: RelativePath
-    column: str
-    values: Annotated[Names, Field(max_length=IGNORE - 1)]
-
-    @property
-    def ids(self) -> dict[str, int]:
-        """Return the id of each value in the label rasters: its place in the list, from 1."""
-        return {value: index + 1 for index, value in enumerate(self.values)}
+    unseen: Annotated[list[int], NOT_EMPTY]
 
 
 class Task(Strict):
     """What is predicted: classes, each the union of some label values."""
 
     kind: Literal["binary", "multilabel", "multiclass"]
-    classes: Annotated[dict[Name, Names], NOT_EMPTY]
+    classes: Annotated[dict[Name, Names], NOT_EMPTY, BeforeValidator(by_name)]
 
     @model_validator(mode="after")
     def _classes_fit_the_kind(self) -> Self:
@@ -114,94 +144,214 @@ class Patches(Strict):
     """Size and stride of patches in pixels; see `lsgs_core.folds.patch_table`."""
 
     size: Positive
-    stride: Positive
+    stride: Positive | None = None  # None: as the size, so that patches do not overlap
     minimum_labelled: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class DiagonalBlocks(Strict):
-    """Spatial folds of square blocks, lengths in pixels; see `lsgs_core.folds.patch_table`."""
+    """Spatial folds of square blocks, lengths in pixels; see `lsgs_core.folds`."""
 
     kind: Literal["diagonal_blocks"]
     count: Annotated[int, Field(ge=2)]
     block_size: Positive
     margin: Count
-    validation_blocks: Count
+    validation_blocks: Count = 1
+
+
+class WholeScenes(Strict):
+    """Folds of whole scenes: scene s is tested in fold s mod count."""
+
+    kind: Literal["scenes"]
+    count: Annotated[int, Field(ge=2)]
+    validation_scenes: Count = 1
+
+
+class OfficialSplit(Strict):
+    """One fold, with the parts that the data set's makers chose.
+
+    Attributes:
+        training: Scene names, or patterns such as `6_1[0-2]` or `train_*`; likewise the others.
+        validation_scenes: Taken from training where the split has no validation part.
+    """
+
+    kind: Literal["official"]
+    training: Annotated[list[str], NOT_EMPTY]
+    validation: list[str] = []
+    test: Annotated[list[str], NOT_EMPTY]
+    validation_scenes: Count = 0
+
+
+class ShuffledPatches(Strict):
+    """Folds of patches dealt at random, as the paper's authors do. They leak: see `folds`."""
+
+    kind: Literal["shuffled_patches"]
+    count: Annotated[int, Field(ge=2)]
+    seed: Count = 0
+
+
+Folds = Annotated[
+    DiagonalBlocks | WholeScenes | OfficialSplit | ShuffledPatches, Field(discriminator="kind")
+]
+
+
+class FoundScenes(Strict):
+    """Scenes that are known by their files.
+
+    Attributes:
+        file: A path that every scene has one of; its variables become the scene's.
+        name: Of the scene, made of the variables.
+        exclude: Names of scenes to leave out.
+    """
+
+    file: RelativePath
+    name: str = "${scene}"
+    exclude: list[Name] = []
 
 
 class Dataset(Strict):
-    """One data set: source, scenes, bands, modalities, labels, tasks, patches and folds."""
+    """One data set: source, scenes, bands, modalities, labels, tasks, patches and folds.
+
+    Attributes:
+        scenes: Name and variables of every scene; or `find_scenes`. Neither: one scene.
+        bands: Single bands by name.
+        modalities: Names of bands. A modality of the manifest can also be `{file: …, channels:
+            [1, 2, 3]}`: its bands are then called `<modality>_<channel>`.
+        may_be_absent: Modalities whose files a scene need not have.
+        masks: Pixels that a modality does not see, per modality.
+        reference_band: Whose grid all others are brought onto; the first one by default.
+        tasks: By name. Every label value is a binary task of its own too.
+        folds: By name; the first is the default.
+    """
 
     title: str
-    citation: str
-    licences: Annotated[list[Licence], NOT_EMPTY]
-    # The next three turn into unions, told apart by `access` or `kind`, with their second member.
-    source: PackageSource
-    labels: PolygonLabels
-    folds: DiagonalBlocks
-    scenes: Annotated[dict[Name, dict[str, str]], NOT_EMPTY]
+    citation: str = ""
+    licences: list[Licence] = []
+    source: Annotated[PackageSource | ManualSource, Field(discriminator="access")] = ManualSource()
+    scenes: dict[Name, dict[str, str]] = {}
+    find_scenes: FoundScenes | None = None
     bands: Annotated[dict[Name, Band], NOT_EMPTY]
-    reference_band: Name
-    resampling: Literal["nearest", "bilinear", "cubic", "average"]
     modalities: Annotated[dict[Name, Names], Field(min_length=2)]
+    may_be_absent: list[Name] = []
+    masks: dict[Name, PixelMask] = {}
+    reference_band: Name
+    resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
+    labels: Labels
     tasks: Annotated[dict[Name, Task], NOT_EMPTY]
     patches: Patches
+    folds: Annotated[dict[Name, Folds], NOT_EMPTY]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, content: Any) -> Any:
+        """Write out modalities given as a file, and what has a default made of other fields."""
+        if not isinstance(content, dict) or not isinstance(content.get("modalities"), dict):
+            return content
+        content = dict(content)
+        bands, modalities = dict(content.get("bands") or {}), {}
+        for name, given in content["modalities"].items():
+            if isinstance(given, dict):
+                channels = given.get("channels")
+                if not isinstance(channels, list) or not channels:
+                    raise ValueError(f"modalities.{name}.channels: expected a list such as [1, 2]")
+                rest = {key: value for key, value in given.items() if key != "channels"}
+                made = {f"{name}_{channel}": rest | {"channel": channel} for channel in channels}
+                bands |= made
+                given = list(made)
+            modalities[name] = given
+        content |= {"bands": bands, "modalities": modalities}
+        content.setdefault("reference_band", next(iter(bands), None))
+        if not content.get("scenes") and not content.get("find_scenes"):
+            content["scenes"] = {"scene": {}}
+        labels = content.get("labels")
+        if "tasks" not in content and isinstance(labels, dict) and labels.get("values"):
+            values = list(labels["values"])
+            kind = "multiclass" if len(values) > 1 else "binary"
+            content["tasks"] = {"land_cover": {"kind": kind, "classes": values}}
+        return content
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        values = self.labels.values
-        if len(set(values)) != len(values):
-            raise ValueError("labels.values: a value is listed twice")
+        if len(self.labels.names) > MOST_VALUES:
+            raise ValueError(f"labels.values: expected at most {MOST_VALUES}")
+        if BACKGROUND in self.labels.values:
+            raise ValueError(f"labels.values: the name {BACKGROUND!r} is taken")
         if "labels" in self.modalities:
             raise ValueError("modalities: the name 'labels' is taken by the label raster")
-        uses = [("reference_band", "band", [self.reference_band])]
+        uses = [("reference_band", "band of a file", [self.reference_band])]
         uses += [(f"modalities.{name}", "band", bands) for name, bands in self.modalities.items()]
+        uses += [("may_be_absent", "modality", self.may_be_absent)]
+        uses += [("masks", "modality", list(self.masks))]
+        for name, band in self.bands.items():
+            if not isinstance(band, FileBand):
+                uses.append((f"bands.{name}", "band of a file", self.sources(name)))
+            elif band.channel == 0:
+                raise ValueError(f"bands.{name}.channel: channels count from 1, or back from -1")
         for name, task in self.tasks.items():
             for label, group in task.classes.items():
                 uses.append((f"tasks.{name}.classes.{label}", "label value", group))
-        known = {"band": list(self.bands), "label value": values}
+        known = {
+            "band": list(self.bands),
+            "band of a file": [n for n, b in self.bands.items() if isinstance(b, FileBand)],
+            "modality": list(self.modalities),
+            "label value": self.labels.names,
+        }
         for field, kind, names in uses:
             if missing := [name for name in names if name not in known[kind]]:
                 raise ValueError(f"{field}: no {kind} {missing}; there are {known[kind]}")
+        absent = [m for m in self.may_be_absent if self.reference_band in self.modalities[m]]
+        if absent or len(self.may_be_absent) == len(self.modalities):
+            raise ValueError("may_be_absent: the modality of the reference band is always needed")
         return self
 
     @model_validator(mode="after")
-    def _files_are_members(self) -> Self:
-        members = {member.path for member in self.source.members}
-        for scene in self.scenes:
-            for file in self.files(scene):
-                if file not in members:
-                    raise ValueError(f"source.members: does not list {file} of scene {scene}")
+    def _files_are_known(self) -> Self:
+        if bool(self.scenes) == bool(self.find_scenes):
+            raise ValueError("scenes: expected either scenes or find_scenes")
+        for scene, variables in self.scenes.items():
+            for templates in self.templates:
+                files = [fill(template, {"scene": scene} | variables) for template in templates]
+                if isinstance(self.source, PackageSource):
+                    members = {member.path for member in self.source.members}
+                    if not members & set(files):
+                        raise ValueError(f"source.members: does not list {files[0]} of {scene}")
         return self
 
-    def file(self, template: str, scene: str) -> str:
-        """Return a path of `bands` or `labels` with the scene's names put in.
+    @property
+    def templates(self) -> list[list[str]]:
+        """Return the paths of all files of a scene, variables not filled in."""
+        extents = [self.labels.extents] if isinstance(self.labels, ScaledPolygonLabels) else []
+        placed = [band for band in self.bands.values() if isinstance(band, FileBand)]
+        return [p.file for p in [*placed, *self.masks.values(), self.labels]] + extents
 
-        Raises:
-            ValueError: a name is not given for the scene, or the path leaves its folder.
-        """
-        try:
-            return relative_path(Template(template).substitute(self.scenes[scene], scene=scene))
-        except KeyError as error:
-            raise ValueError(f"scenes.{scene}: {template} needs the name {error}") from None
+    def sources(self, name: str) -> list[str]:
+        """Return the bands that a band is made from: itself, or those that it is derived from."""
+        match self.bands[name]:
+            case Difference(difference=bands):
+                return bands
+            case Slope(slope=band):
+                return [band]
+        return [name]
 
-    def files(self, scene: str) -> list[str]:
-        """Return the raw files of one scene, each once, bands first and labels last."""
-        templates = [band.file for band in self.bands.values()] + [self.labels.file]
-        return list(dict.fromkeys(self.file(template, scene) for template in templates))
+    def file_band(self, name: str) -> FileBand:
+        """Return a band that is in a file."""
+        band = self.bands[name]
+        assert isinstance(band, FileBand)  # checked in _names_exist
+        return band
 
-    def raster_definition(self, scene: str) -> dict[str, Any]:
-        """Return what decides the content of one scene's aligned rasters, ready for JSON."""
-        parts = {"bands", "reference_band", "resampling", "modalities", "labels"}
-        definition = self.model_dump(include=parts)
-        for part in [*definition["bands"].values(), definition["labels"]]:
-            part["file"] = self.file(part["file"], scene)
-        return definition
+    def raster_definition(self) -> dict[str, Any]:
+        """Return what decides the content of the aligned rasters, ready for JSON."""
+        parts = {"bands", "reference_band", "resampling", "modalities", "labels", "masks"}
+        return self.model_dump(mode="json", include=parts)
 
     def task(self, name: str) -> Task:
-        """Return a task by name. Raises `InputError` when there is none."""
-        if name not in self.tasks:
-            raise InputError(f"task {name!r} is unknown; there are {list(self.tasks)}")
-        return self.tasks[name]
+        """Return a task by name, or the binary task of a label value. Raises `InputError`."""
+        if name not in self.tasks and name in self.labels.names:
+            return Task(kind="binary", classes={name: [name]})
+        return _known("task", name, self.tasks)
+
+    def fold_definition(self, name: str = "") -> Folds:
+        """Return folds by name, "" for the first. Raises `InputError` when there are none."""
+        return _known("folds", name or next(iter(self.folds)), self.folds)
 
 
 class Manifest(Strict):
@@ -211,9 +361,7 @@ class Manifest(Strict):
 
     def dataset(self, name: str) -> Dataset:
         """Return a data set by name. Raises `InputError` when there is none."""
-        if name not in self.datasets:
-            raise InputError(f"data set {name!r} is unknown; there are {list(self.datasets)}")
-        return self.datasets[name]
+        return _known("data set", name, self.datasets)
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -221,37 +369,7 @@ def load_manifest(path: Path) -> Manifest:
     return validated(Manifest, read_yaml(path), str(path))
 
 
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file. Raises `InputError` when it cannot be read or parsed."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a YAML file in UTF-8: {error}") from error
-
-
-def validated(model: type[Model], content: Any, where: str) -> Model:
-    """Return `content` as a checked model.
-
-    Raises:
-        InputError: names `where` and, one a line, the fields that are wrong and what was expected.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors()]
-        if more := len(problems[SHOWN_PROBLEMS:]):
-            problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
-        raise InputError("\n  ".join([f"{where}: is not valid", *problems])) from error
-
-
-def _sentence(problem: Any) -> str:
-    """Return one of pydantic's errors as `field: what is wrong (found …)`."""
-    field = ".".join(str(part) for part in problem["loc"]) or "top level"
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: is not known here"
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], (str, int, float)):
-        message += f" (found {problem['input']!r})"
-    return f"{field}: {message}"
+def _known(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise InputError(f"{kind} {name!r} is unknown; there are {list(known)}")
+    return known[name]

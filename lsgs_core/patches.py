@@ -6,89 +6,111 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
 import rasterio
 import torch
-from pydantic import ValidationError
 from rasterio.windows import Window
+from torch.utils.data import DataLoader
 
+from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from lsgs_core.files import file_sha256, written_beside
-from lsgs_core.folds import coverage, patch_table, read_patch_table, write_patch_table
-from lsgs_core.manifest import IGNORE, Dataset, Strict
-from lsgs_core.rasters import LABELS, Prepared, load_prepared, read_labels, windows
+from lsgs_core.folds import (
+    TABLE,
+    LabelledScene,
+    leaks,
+    patch_table,
+    read_patch_table,
+    write_patch_table,
+)
+from lsgs_core.labels import membership
+from lsgs_core.manifest import Dataset, DiagonalBlocks, Patches
+from lsgs_core.normalisation import data_hashes, fold_statistics
+from lsgs_core.rasters import (
+    LABELS,
+    PreparedScene,
+    matching_record,
+    open_prepared,
+    open_quietly,
+)
+from lsgs_core.schema import validated
+from lsgs_core.separation import Place, check_separation
 
 logger = logging.getLogger(__name__)
 
-TABLE = "patches.csv"
 OPEN_FILES = 64  # per process; well below what systems allow
 Split = Literal["training", "validation", "test"]
 Normalisation = Literal["standardise", "centre", "none"]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B patches with M modalities of D_m bands each.
-
-    Attributes:
-        images: M tensors [B, D_m, H, W] float32, normalised; 0 where a modality has no data.
-        available: [B, M] bool, whether a modality has data in the patch.
-        target: binary [B, 1, H, W] float32, multilabel [B, C, H, W] float32, both 0 or 1;
-            multiclass [B, H, W] int64, the index of the class. 0 where `valid` is False.
-        valid: [B, H, W] bool, the pixels that loss and metrics count.
-        patch_ids: [B] int64, as in the patch table.
-        block_ids: [B] int64, the spatial block of each patch.
-    """
-
-    images: tuple[torch.Tensor, ...]
-    available: torch.Tensor
-    target: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
-    patch_ids: torch.Tensor | None = None
-    block_ids: torch.Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Self:
-        """Return the batch with all its tensors on `device`."""
-        tensors = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        return replace(self, images=tuple(image.to(device) for image in self.images), **tensors)
-
-
-class Statistics(Strict):
-    """Mean and population standard deviation per band of each modality, over training pixels."""
-
-    made_from: dict[str, str]  # hashes of the patch table and of the rasters
-    means: dict[str, list[float]]
-    deviations: dict[str, list[float]]
-
-
 def make_patches(
-    dataset: Dataset, prepared_folder: Path, **overrides: int | float | None
+    dataset: Dataset,
+    prepared_folder: Path,
+    folds: str = "",
+    index_file: Path | None = None,
+    **overrides: int | float | None,
 ) -> pd.DataFrame:
     """Write `patches.csv` into a prepared folder and return it; see `folds.patch_table`.
+
+    No pixel is in two parts of a fold, which is proved here, but for shuffled patches, whose
+    neighbours are: a warning says so.
 
     Args:
         dataset: gives the defaults (`patches` and `folds` of the manifest).
         prepared_folder: where `rasters.prepare` wrote.
-        **overrides: size, stride, minimum_labelled, count, block_size, margin or
-            validation_blocks; None keeps the default.
+        folds: name of folds of the manifest, "" for the first.
+        index_file: for shuffled patches, a permutation of their numbers, one a line.
+        **overrides: size, stride, minimum_labelled, or a field of the folds such as block_size;
+            None keeps the manifest's value.
 
     Raises:
         InputError: an unknown override, lengths that do not fit, or a scene is not prepared.
     """
-    settings: dict[str, Any] = dataset.patches.model_dump()
-    settings |= dataset.folds.model_dump(exclude={"kind"})
-    if unknown := sorted(set(overrides) - set(settings)):
-        raise InputError(f"unknown patch setting {unknown}; expected some of {sorted(settings)}")
-    settings |= {name: value for name, value in overrides.items() if value is not None}
-    table = patch_table(read_labels(dataset, prepared_folder), dataset.labels.values, **settings)
-    write_patch_table(table, Path(prepared_folder) / TABLE)
+    folder = Path(prepared_folder)
+    record = matching_record(folder, dataset)
+    chosen = dataset.fold_definition(folds)
+    settings = [dataset.patches.model_dump(), chosen.model_dump()]
+    for name, value in overrides.items():
+        if not any(name in part for part in settings):
+            known = sorted((settings[0] | settings[1]).keys() - {"kind"})
+            raise InputError(f"unknown patch setting {name!r}; expected some of {known}")
+        if value is not None:
+            settings = [part | {name: value} if name in part else part for part in settings]
+    patches = validated(Patches, settings[0], "patches")
+    chosen = validated(type(chosen), settings[1], "folds")
+    labels = dataset.labels
+    with ExitStack() as stack:
+        scenes = (_labelled(folder, name, made, stack) for name, made in record.scenes.items())
+        table = patch_table(scenes, membership(labels), labels.names, patches, chosen, index_file)
+    if leaks(chosen):
+        logger.warning("patches are shuffled: neighbours of test patches are trained on")
+    places = {name: place(made) for name, made in record.scenes.items()}
+    for fold in range(table.filter(regex="^fold_").shape[1]):
+        margin = chosen.margin if isinstance(chosen, DiagonalBlocks) else 0
+        check_separation(table, fold, margin, {} if leaks(chosen) else places)
+    write_patch_table(table, folder / TABLE)
     return table
+
+
+def _labelled(folder: Path, name: str, made: PreparedScene, stack: ExitStack) -> LabelledScene:
+    """Return the labels of a prepared scene, open until the next scene's are."""
+    stack.close()
+    raster = stack.enter_context(open_prepared(folder / name / f"{LABELS}.tif"))
+
+    def rows(top: int, bottom: int) -> np.ndarray:
+        return raster.read(1, window=Window(0, top, made.width, bottom - top))
+
+    return LabelledScene(name, (made.height, made.width), rows)
+
+
+def place(made: PreparedScene) -> Place:
+    """Return where a prepared scene lies."""
+    return Place((made.height, made.width), made.crs, rasterio.Affine(*made.transform))
 
 
 class PatchDataset:
@@ -108,6 +130,7 @@ class PatchDataset:
             where a band does not vary, with a warning), "centre" (subtract the mean) or "none".
             Statistics are over all pixels with data in the fold's training windows, each once.
         limit: keep only this many patches, spread evenly over the split.
+        workers: processes that read batches ahead; 0 reads them when they are asked for.
 
     Raises:
         InputError: a name or number is unknown, the split is empty, or the folder is not prepared
@@ -133,15 +156,16 @@ class PatchDataset:
         split: Split,
         normalisation: Normalisation = "standardise",
         limit: int | None = None,
+        workers: int = 0,
     ) -> None:
-        self.folder = Path(prepared_folder)
+        self.folder, self.workers = Path(prepared_folder), workers
         definition = dataset.task(task)
         _expect("split", split, get_args(Split))
         _expect("normalisation", normalisation, get_args(Normalisation))
-        record = _matching_record(self.folder, dataset)
+        record = matching_record(self.folder, dataset)
         table = read_patch_table(self.folder / TABLE)
         _expect("fold", fold, range(table.filter(regex="^fold_").shape[1]))
-        self._hashes = _hashes(self.folder, record)
+        self._hashes = data_hashes(self.folder, record)
         whole = json.dumps(self._hashes, sort_keys=True)
         self.data_sha256 = hashlib.sha256(whole.encode()).hexdigest()
         chosen = table[table[f"fold_{fold}"] == split]
@@ -155,16 +179,19 @@ class PatchDataset:
         self.table = chosen.reset_index(drop=True)
         self.patch_ids = self.table["patch_id"].to_numpy(np.int64)
         self.block_ids = self.table["block"].to_numpy(np.int64)
+        places = self.table[["scene", "row", "column"]].itertuples(index=False, name=None)
+        self._places = [(str(scene), int(row), int(column)) for scene, row, column in places]
         self.modalities = tuple(dataset.modalities)
         self.bands = tuple(len(bands) for bands in dataset.modalities.values())
         self.classes = tuple(definition.classes)
         self.task_kind = definition.kind
         self.size = int(self.table["size"].iloc[0])
-        # membership[id] says per class whether a pixel with that label id belongs to it.
-        ids = dataset.labels.ids
-        self._membership = np.zeros((IGNORE + 1, len(self.classes)), dtype=bool)
-        for index, group in enumerate(definition.classes.values()):
-            self._membership[[ids[value] for value in group], index] = True
+        # membership[code] says per class whether a pixel with that label code belongs to it.
+        values, names = membership(dataset.labels), dataset.labels.names
+        groups = [[names.index(value) for value in g] for g in definition.classes.values()]
+        self._membership = np.column_stack([values[:, group].any(axis=1) for group in groups])
+        self._ignore = dataset.labels.ignore
+        self._present = {name: set(made.modalities) for name, made in record.scenes.items()}
         self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
         self._scale: dict[str, Any] = dict.fromkeys(self.modalities, 1)
         if normalisation != "none":
@@ -180,8 +207,8 @@ class PatchDataset:
         """Return one patch as it is, for display.
 
         Returns:
-            The bands [D_m, H, W] per modality in the type of the source, and the label ids [H, W]
-            uint8 (index in the manifest's list + 1; 255 is unlabelled).
+            The bands [D_m, H, W] per modality in the type of the source, zeros for an absent one,
+            and the label codes [H, W] (see `lsgs_core.labels`).
         """
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
@@ -189,13 +216,16 @@ class PatchDataset:
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
         chosen = [int(index) for index in indices]
-        images, available = [], []
+        images, seen = [], []
         for modality in self.modalities:
-            pixels, has_data = zip(*(self._image(i, modality) for i in chosen), strict=True)
+            pixels, with_data = zip(*(self._image(i, modality) for i in chosen), strict=True)
             images.append(torch.from_numpy(np.stack(pixels)))
-            available.append(torch.tensor(has_data))
+            seen.append(torch.from_numpy(np.stack(with_data)))
+        sight = torch.stack(seen, dim=1)  # [B, M, H, W]
+        available = sight.flatten(start_dim=2).any(dim=2)
+        whole = bool((sight == available[:, :, None, None]).all())
         ids = np.stack([self._read(index, LABELS)[0][0] for index in chosen])
-        valid = ids != IGNORE
+        valid = ids != self._ignore
         member = self._membership[ids]  # [B, H, W, C]
         if self.task_kind == "multiclass":
             valid &= member.any(axis=-1)  # a labelled pixel of no class has no right answer
@@ -204,9 +234,10 @@ class PatchDataset:
             target = torch.from_numpy(np.moveaxis(member, -1, 1).astype(np.float32))
         return Batch(
             images=tuple(images),
-            available=torch.stack(available, dim=1),
+            available=available,
             target=target,
             valid=torch.from_numpy(valid),
+            seen=None if whole else sight,
             patch_ids=torch.from_numpy(self.patch_ids[chosen]),
             block_ids=torch.from_numpy(self.block_ids[chosen]),
         )
@@ -218,101 +249,59 @@ class PatchDataset:
         if batch_size < 1:
             raise InputError(f"batch_size: expected at least 1, found {batch_size}")
         order = np.arange(len(self)) if order is None else order
-        for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size])
+        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        if not self.workers:
+            yield from map(self.batch, parts)
+            return
+        # One item is a whole batch, made in a worker process; their order is kept.
+        yield from DataLoader(
+            cast(Any, _Batches(self, parts)),
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=cast(Any, _as_it_is),
+        )
 
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a patch of a raster [D, H, W], and where it has data [H, W] bool."""
-        row = self.table.iloc[index]
-        file = f"{row['scene']}/{name}.tif"
+        scene, row, column = self._places[index]
+        shape = self.size, self.size
+        if name != LABELS and name not in self._present[scene]:
+            absent = np.zeros(shape, dtype=bool)
+            return np.zeros((self.bands[self.modalities.index(name)], *shape), np.uint8), absent
+        file = f"{scene}/{name}.tif"
         raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
-        window = Window(row["column"], row["row"], self.size, self.size)
+        window = Window(column, row, self.size, self.size)
         return raster.read(window=window), raster.read_masks(1, window=window) > 0
 
-    def _image(self, index: int, modality: str) -> tuple[np.ndarray, bool]:
-        """Return the normalised bands of a patch, and whether any pixel of them has data."""
+    def _image(self, index: int, modality: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the normalised bands of a patch [D, H, W], and the pixels with data [H, W]."""
         pixels, with_data = self._read(index, modality)
         image = (pixels.astype(np.float32) - self._shift[modality]) / self._scale[modality]
         image[:, ~with_data] = 0
-        return image, bool(with_data.any())
+        return image, with_data
+
+
+class _Batches:
+    """The batches of an order, for a `DataLoader`."""
+
+    def __init__(self, patches: PatchDataset, parts: list[Any]) -> None:
+        self.patches, self.parts = patches, parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.patches.batch(self.parts[index])
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 @lru_cache(OPEN_FILES)
 def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
     """Open a raster once per content, process and thread; those used least are closed."""
-    return rasterio.open(path)
-
-
-def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
-    """Return the normalisation of a fold, computed once and kept beside the patch table.
-
-    Raises:
-        InputError: a band has no pixel with data in the training windows.
-    """
-    folder = Path(prepared_folder)
-    record = _matching_record(folder, dataset)
-    made_from = _hashes(folder, record)
-    path = folder / f"normalisation_fold_{fold}.json"
-    try:
-        known = Statistics.model_validate_json(path.read_bytes())
-        if known.made_from == made_from:
-            return known
-    except (OSError, ValidationError):
-        pass  # not there yet, or not whole: it is made now
-    table = read_patch_table(folder / TABLE)
-    training = table[table[f"fold_{fold}"] == "training"]
-    means, deviations = {}, {}
-    for modality, bands in dataset.modalities.items():
-        mean, deviation = _moments(folder, modality, training, record)
-        # Below this part of the mean, float32 images cannot resolve a deviation.
-        flat = deviation <= 1e-6 * np.abs(mean)
-        if flat.any():
-            logger.warning("fold %d: of %s %s, %s do not vary", fold, modality, bands, flat)
-        means[modality] = mean.tolist()
-        deviations[modality] = np.where(flat, 1.0, deviation).tolist()
-    statistics = Statistics(made_from=made_from, means=means, deviations=deviations)
-    with written_beside(path) as temporary:
-        temporary.write_text(statistics.model_dump_json(indent=1) + "\n", "utf-8")
-    return statistics
-
-
-def _moments(
-    folder: Path, modality: str, training: pd.DataFrame, record: Prepared
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation [D], float64, of the pixels that the patches cover."""
-    count, total, squares = 0, np.zeros(1), np.zeros(1)
-    for scene, patches in training.groupby("scene", sort=False):
-        made = record.scenes[str(scene)]
-        covered = coverage(patches, (made.height, made.width))
-        with rasterio.open(folder / str(scene) / f"{modality}.tif") as raster:
-            for window in windows(made.height, made.width):
-                inside = covered[window.toslices()] & (raster.read_masks(1, window=window) > 0)
-                pixels = raster.read(window=window)[:, inside].astype(np.float64)
-                count += pixels.shape[1]
-                total = total + pixels.sum(axis=1)
-                squares = squares + (pixels**2).sum(axis=1)
-    if not count:
-        raise InputError(f"{folder}: {modality} has no pixel with data in the training windows")
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
-
-
-def _hashes(folder: Path, record: Prepared) -> dict[str, str]:
-    """Return the hash of the patch table and of every raster, by path."""
-    rasters = {name: sha for scene in record.scenes.values() for name, sha in scene.outputs.items()}
-    return {TABLE: file_sha256(folder / TABLE)} | rasters
-
-
-def _matching_record(folder: Path, dataset: Dataset) -> Prepared:
-    """Return the record of a folder that was prepared from this definition."""
-    record = load_prepared(folder)
-    if record is None:
-        raise InputError(f"{folder}: is not a prepared folder")
-    for scene in dataset.scenes:
-        made = record.scenes.get(scene)
-        if made is None or made.definition != dataset.raster_definition(scene):
-            raise InputError(f"{folder}: scene {scene} was prepared differently; prepare it again")
-    return record
+    return open_quietly(path)
 
 
 def _column(values: list[float]) -> np.ndarray:

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 
 from lsgs_core.artifacts import load_weights, sidecar_path
+from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, load_author_weights
-from lsgs_core.patches import Batch
 from lsgs_core.scenarios import ScenarioSet
 
 # Differences below this, relative to the size of the latent, are float32 rounding.

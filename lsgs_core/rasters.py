@@ -1,82 +1,59 @@
 """Prepare a data set: every band and the labels of a scene on one grid.
 
 Written per scene: `<scene>/<modality>.tif`, with its bands in the manifest's order, in the type of
-the source and with an internal mask of valid pixels, and `<scene>/labels.tif`. `prepared.json`
-beside them records what they were made from, so that whole scenes are never made twice.
+the source and with an internal mask of the pixels that the modality sees, and `<scene>/labels.tif`.
+`prepared.json` beside them records what they were made from, so that no scene is made twice.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import geopandas
 import numpy as np
-import pyogrio
 import rasterio
-import shapely
 from pydantic import ValidationError
-from rasterio.enums import Resampling
-from rasterio.errors import RasterioError
-from rasterio.features import rasterize
-from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform_bounds
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from tqdm.auto import tqdm
 
+from lsgs_core.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
-from lsgs_core.manifest import IGNORE, Dataset, Strict
+from lsgs_core.labels import code_names, membership, open_labels
+from lsgs_core.manifest import Dataset, Difference, Slope
+from lsgs_core.raw_files import Scene, find_scenes
+from lsgs_core.schema import Strict
+
+logger = logging.getLogger(__name__)
 
 RECORD = "prepared.json"
 LABELS = "labels"
-STEP = 1024  # side of the windows that are worked on, in pixels: bounds the memory
 PROFILE = {"driver": "GTiff", "tiled": True, "blockxsize": 256, "blockysize": 256}
 PROFILE |= {"compress": "deflate", "BIGTIFF": "IF_SAFER"}
-# With several threads GDAL hands out a truncated JPEG 2000 file without raising anything. The mask
-# is kept inside the GeoTIFF: a scene is then one file per modality.
-ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True}
 
 
 class PreparedScene(Strict):
     """What one scene was made from and what came out; hashes by path relative to its folder."""
 
-    definition: dict[str, Any]
     raw: dict[str, str]
     outputs: dict[str, str]
     height: int
     width: int
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+    modalities: list[str]  # those that are not absent
     label_pixels: dict[str, int]  # pixels per label value
-    invalid_pixels: dict[str, int]  # pixels without data, per modality
+    unseen_pixels: dict[str, int]  # pixels without data, per modality
 
 
 class Prepared(Strict):
     """The content of `prepared.json`."""
 
+    definition: dict[str, Any]
     scenes: dict[str, PreparedScene]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The grid that all rasters of a scene share."""
-
-    crs: Any
-    transform: Any
-    width: int
-    height: int
-
-    def overlaps(self, bounds: tuple[float, ...]) -> bool:
-        """Return whether left, bottom, right, top in the grid's units share area with it."""
-        own = rasterio.transform.array_bounds(self.height, self.width, self.transform)
-        return bool(shapely.box(*own).intersection(shapely.box(*bounds)).area > 0)
-
-
-def windows(height: int, width: int) -> Iterator[Window]:
-    """Yield windows of at most `STEP` × `STEP` pixels that cover a raster."""
-    for row in range(0, height, STEP):
-        for column in range(0, width, STEP):
-            yield Window(column, row, min(STEP, width - column), min(STEP, height - row))
 
 
 def load_prepared(folder: Path) -> Prepared | None:
@@ -90,53 +67,117 @@ def load_prepared(folder: Path) -> Prepared | None:
 def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepared:
     """Make the aligned rasters of all scenes that are not there yet, and return the record.
 
-    A scene is kept when its definition, its raw files and its outputs are unchanged (by hash). Of
-    the others every raw file is read before the first is worked on. A pixel where any band of any
-    modality is nodata or NaN is 0 and masked in that modality, and `IGNORE` in the labels.
-    Labels are uint8: index of the value in the manifest's list + 1, `IGNORE` where unlabelled.
+    A scene is kept when the definition, its raw files and its outputs are unchanged (by hash). Of
+    the others every raw file is read before the first is worked on. A pixel that a modality does
+    not see (nodata or NaN in any of its bands, or hidden by its mask) is 0 and masked in that
+    modality; one that no modality sees is unknown in the labels.
 
     Raises:
-        InputError: a raw file is missing, damaged, has no coordinate reference system, lies
-            elsewhere than the reference band, or has no such channel or column.
+        InputError: A raw file is missing, damaged, lies elsewhere than the reference band, or does
+            not hold what the manifest says.
     """
     raw_folder, prepared_folder = Path(raw_folder), Path(prepared_folder)
-    previous = load_prepared(prepared_folder) or Prepared(scenes={})
-    done: dict[str, PreparedScene] = {}
-    hashes: dict[str, dict[str, str]] = {}
-    for scene in dataset.scenes:
-        hashes[scene] = {name: _sha256(raw_folder / name) for name in dataset.files(scene)}
-        if missing := [name for name, sha256 in hashes[scene].items() if not sha256]:
-            raise InputError(f"{raw_folder / missing[0]}: the file is missing")
-        known = previous.scenes.get(scene)
-        if (
-            known
-            and known.definition == dataset.raster_definition(scene)
-            and known.raw == hashes[scene]
-            and all(_sha256(prepared_folder / n) == sha for n, sha in known.outputs.items())
-        ):
-            done[scene] = known
-    pending = [scene for scene in dataset.scenes if scene not in done]
+    scenes = {scene.name: scene for scene in find_scenes(dataset, raw_folder)}
+    files = sorted({file for scene in scenes.values() for file in scene.files})
+    print(f"{len(scenes)} scenes, {len(files)} files; writes to {prepared_folder}")
+    hashes = {f: file_sha256(f) for f in tqdm(files, desc="hash raw files", unit="file")}
+    raw = {
+        name: {file.relative_to(raw_folder).as_posix(): hashes[file] for file in scene.files}
+        for name, scene in scenes.items()
+    }
+    definition = dataset.raster_definition()
+    previous = load_prepared(prepared_folder)
+    done = {
+        name: made
+        for name, made in (previous.scenes if previous else {}).items()
+        if previous
+        and previous.definition == definition
+        and made.raw == raw.get(name)
+        and all(_sha256(prepared_folder / n) == sha for n, sha in made.outputs.items())
+    }
+    pending = [scene for name, scene in scenes.items() if name not in done]
     with rasterio.Env(**ENVIRONMENT):
-        grids = {scene: _check_scene(dataset, scene, raw_folder) for scene in pending}
-        for scene in pending:
-            # Before and after each scene: a killed preparation goes on with the scene that it was
-            # working on, whose files nobody takes for whole until then.
-            _write_record(Prepared(scenes=done), prepared_folder)
-            done[scene] = _prepare_scene(
-                dataset, scene, raw_folder, prepared_folder, grids[scene], hashes[scene]
-            )
-            _write_record(Prepared(scenes=done), prepared_folder)
-    return Prepared(scenes=done)
+        grids, found = {}, {v for made in done.values() for v, n in made.label_pixels.items() if n}
+        for scene in tqdm(pending, desc="check", unit="scene"):
+            grids[scene.name], values = check_scene(dataset, scene)
+            found |= values
+        if absent := [value for value in dataset.labels.values if value not in found]:
+            raise InputError(f"labels.values: {absent} occur in no scene of {raw_folder}")
+        if pending:
+            _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+        total = sum(len(grids[scene.name].windows()) for scene in pending)
+        with tqdm(total=total, desc="align", unit="window") as bar:
+            for scene in pending:
+                bar.set_postfix(scene=scene.name, refresh=False)
+                done[scene.name] = _prepare_scene(
+                    dataset, scene, prepared_folder, grids[scene.name], raw[scene.name], bar
+                )
+                # After each scene: a killed preparation goes on with the one it was working on.
+                _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+    ordered = {name: done[name] for name in scenes}
+    if list(ordered) != list(previous.scenes if previous else {}) or pending:
+        _write_record(Prepared(definition=definition, scenes=ordered), prepared_folder)
+    return Prepared(definition=definition, scenes=ordered)
 
 
-def read_labels(dataset: Dataset, prepared_folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (scene, label ids uint8 [H, W]) of all prepared scenes, in the manifest's order."""
-    for scene in dataset.scenes:
-        try:
-            with rasterio.open(Path(prepared_folder) / scene / f"{LABELS}.tif") as raster:
-                yield scene, raster.read(1)
-        except RasterioError as error:
-            raise InputError(f"{prepared_folder}: {scene} is not prepared: {error}") from error
+def matching_record(folder: Path, dataset: Dataset) -> Prepared:
+    """Return the record of a prepared folder. Raises `InputError` if made from another manifest."""
+    record = load_prepared(folder)
+    if record is None:
+        raise InputError(f"{folder}: is not a prepared folder")
+    if record.definition != dataset.raster_definition():
+        raise InputError(f"{folder}: was prepared from another definition; prepare it again")
+    return record
+
+
+def check_scene(dataset: Dataset, scene: Scene) -> tuple[Grid, set[str]]:
+    """Read all raw files of a scene once; return its grid and the label values that it has.
+
+    Raises:
+        InputError: As `prepare`.
+    """
+    reference = dataset.file_band(dataset.reference_band)
+    grid = grid_of(scene.bands[dataset.reference_band], reference)
+    with ExitStack() as stack:
+        sources = {m: _Modality(dataset, scene, m, grid, stack) for m in scene.modalities(dataset)}
+        for raster in {r.path: r for s in sources.values() for r in s.rasters}.values():
+            raster.check()
+        draw = stack.enter_context(open_labels(dataset.labels, scene, grid))
+        member = membership(dataset.labels)
+        found = np.zeros(member.shape[1], dtype=bool)
+        for window in grid.windows():
+            found |= member[np.unique(draw(window))].any(axis=0)
+    names = dataset.labels.names
+    return grid, {name for name, there in zip(names, found, strict=True) if there}
+
+
+def read_overview(path: Path, largest: int) -> tuple[np.ndarray, float]:
+    """Return a prepared raster [D, h, w] with at most `largest` pixels a side, and the factor.
+
+    By nearest neighbours, so that label codes stay what they are.
+    """
+    with open_prepared(path) as raster:
+        factor = max(1.0, max(raster.shape) / largest)
+        shape = [max(1, round(length / factor)) for length in raster.shape]
+        return raster.read(out_shape=(raster.count, *shape)), factor
+
+
+@contextmanager
+def open_prepared(path: Path) -> Any:
+    """Open a prepared raster for reading. Raises `InputError` when there is none."""
+    try:
+        raster = open_quietly(path)
+    except RasterioError as error:
+        raise InputError(f"{path}: is not prepared: {error}") from error
+    with raster:
+        yield raster
+
+
+def open_quietly(path: Path) -> Any:
+    """Open a raster for reading, without a warning where it has no georeference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path)
 
 
 def _sha256(path: Path) -> str:
@@ -150,132 +191,155 @@ def _write_record(record: Prepared, folder: Path) -> None:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def _check_scene(dataset: Dataset, scene: str, raw_folder: Path) -> Grid:
-    """Read all raw files of a scene once and return its grid. Raises `InputError`."""
-    grid = None
-    names = dict.fromkeys([dataset.reference_band, *dataset.bands])  # the reference first
-    for band in tqdm([dataset.bands[n] for n in names], desc=f"check {scene}", unit="band"):
-        path = raw_folder / dataset.file(band.file, scene)
-        try:
-            with rasterio.open(path) as raster:
-                if raster.crs is None:
-                    raise InputError(f"{path}: expected a coordinate reference system, found none")
-                if band.channel > raster.count:
-                    raise InputError(f"{path}: has no channel {band.channel}, only {raster.count}")
-                grid = grid or Grid(raster.crs, raster.transform, raster.width, raster.height)
-                if not grid.overlaps(transform_bounds(raster.crs, grid.crs, *raster.bounds)):
-                    raise InputError(f"{path}: does not overlap the band {dataset.reference_band}")
-                for window in windows(raster.height, raster.width):
-                    raster.read(band.channel, window=window)
-        except RasterioError as error:
-            problem = error.__cause__ or error
-            raise InputError(f"{path}: is damaged, truncated or no raster ({problem})") from error
-    assert grid is not None
-    _burnt_labels(dataset, scene, raw_folder, grid)
-    return grid
+class _Modality:
+    """The bands of one modality of one scene, with those that are derived and its mask."""
+
+    def __init__(
+        self, dataset: Dataset, scene: Scene, name: str, grid: Grid, stack: ExitStack
+    ) -> None:
+        self.grid = grid
+        self.bands = {band: dataset.bands[band] for band in dataset.modalities[name]}
+        self.sources = list(dict.fromkeys(s for b in self.bands for s in dataset.sources(b)))
+        # One opening per file and way of placing it: its channels are read together.
+        groups: dict[Any, list[str]] = {}
+        for source in self.sources:
+            band = dataset.file_band(source)
+            how = band.model_dump_json(exclude={"channel", "description"})
+            groups.setdefault((scene.bands[source], how), []).append(source)
+        self.rasters, self.order = [], []
+        for (path, _), names in groups.items():
+            used = [dataset.file_band(band) for band in names]
+            channels = [band.channel for band in used]
+            raster = AlignedRaster(
+                path, used[0], grid, channels, dataset.resampling, used[0].nodata
+            )
+            self.rasters.append(stack.enter_context(raster))
+            self.order += names
+            wanted = used[0].channel_count
+            if wanted and raster.raw.count != wanted:
+                raise InputError(f"{path}: expected {wanted} channels, found {raster.raw.count}")
+            for band, channel in zip(used, raster.channels, strict=True):
+                told = raster.raw.descriptions[channel - 1]
+                if band.description and told and told != band.description:
+                    raise InputError(
+                        f"{path}: expected {band.description!r} as channel {channel}, "
+                        f"found {told!r}: are bands swapped?"
+                    )
+        self.unseen: list[int] = []
+        if name in scene.masks:
+            mask = dataset.masks[name]
+            self.unseen = mask.unseen
+            raster = AlignedRaster(scene.masks[name], mask, grid, [mask.channel])
+            self.rasters.append(stack.enter_context(raster))
+        self.halo = int(any(isinstance(band, Slope) for band in self.bands.values()))
+        derived = any(not hasattr(band, "file") for band in self.bands.values())
+        kinds = [raster.kind for raster in self.rasters[: len(groups)]]
+        self.kind = np.result_type(*kinds, *([np.float32] if derived else []))
+
+    def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bands [D, h, w], 0 where not seen, and where all are seen [h, w]."""
+        wide, inner = _widened(window, self.halo, self.grid)
+        parts = [raster.read(wide) for raster in self.rasters]
+        if self.unseen:
+            mask, _ = parts.pop()
+            hidden = np.isin(mask[0], self.unseen)
+        else:
+            hidden = np.zeros(parts[0][1].shape, dtype=bool)
+        seen = np.logical_and.reduce([inside for _, inside in parts]) & ~hidden
+        pixels = dict(zip(self.order, (b for bands, _ in parts for b in bands), strict=True))
+        made = []
+        for name, band in self.bands.items():
+            if isinstance(band, Difference):
+                first, second = (pixels[source].astype(np.float32) for source in band.difference)
+                made.append(first - second)
+            elif isinstance(band, Slope):
+                heights = np.where(seen, pixels[band.slope], np.nan).astype(np.float32)
+                down, across = np.gradient(heights, band.pixel_size)
+                made.append(np.degrees(np.arctan(np.hypot(down, across))))
+            else:
+                made.append(pixels[name])
+        stacked = np.stack(made).astype(self.kind)[(slice(None), *inner)]
+        seen = seen[inner] & np.isfinite(stacked).all(axis=0)  # no slope beside a hole
+        stacked[:, ~seen] = 0
+        return stacked, seen
 
 
-def _burnt_labels(dataset: Dataset, scene: str, raw_folder: Path, grid: Grid) -> np.ndarray:
-    """Return the label ids of a scene [H, W] uint8: a pixel belongs where its centre lies."""
-    labels = dataset.labels
-    path = raw_folder / dataset.file(labels.file, scene)
-    try:
-        frame = geopandas.read_file(path)
-    except pyogrio.errors.DataSourceError as error:
-        raise InputError(f"{path}: cannot be read as polygons ({error})") from error
-    columns = list(frame.columns.drop("geometry", errors="ignore"))
-    if labels.column not in columns:
-        raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
-    if frame.crs is None:
-        raise InputError(f"{path}: expected a coordinate reference system, found none")
-    frame["id"] = frame[labels.column].map(labels.ids)
-    frame = frame[frame["id"].notna() & ~(frame.geometry.isna() | frame.geometry.is_empty)]
-    # Later ones are burned over earlier ones.
-    frame = frame.to_crs(grid.crs).sort_values("id", kind="stable")
-    if frame.empty or not grid.overlaps(tuple(frame.total_bounds)):
-        raise InputError(f"{path}: no polygon of the listed values overlaps {scene}")
-    ids: np.ndarray = np.full((grid.height, grid.width), IGNORE, dtype=np.uint8)
-    shapes = zip(frame.geometry.make_valid(), frame["id"].astype(int), strict=True)
-    rasterize(shapes, out=ids, transform=grid.transform)
-    return ids
+def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice, slice]]:
+    """Return a window with a halo, cut at the grid's edge, and where the inner one lies in it."""
+    top, left = max(0, window.row_off - halo), max(0, window.col_off - halo)
+    bottom = min(grid.height, window.row_off + window.height + halo)
+    right = min(grid.width, window.col_off + window.width + halo)
+    row, column = window.row_off - top, window.col_off - left
+    inner = slice(row, row + window.height), slice(column, column + window.width)
+    return Window(left, top, right - left, bottom - top), inner
 
 
 def _prepare_scene(
     dataset: Dataset,
-    scene: str,
-    raw_folder: Path,
-    prepared_folder: Path,
+    scene: Scene,
+    folder: Path,
     grid: Grid,
     hashes: dict[str, str],
+    bar: Any,
 ) -> PreparedScene:
     """Write all rasters of one scene and return its record."""
-    (prepared_folder / scene).mkdir(parents=True, exist_ok=True)
-    files = {name: f"{scene}/{name}.tif" for name in [*dataset.modalities, LABELS]}
-    ids = _burnt_labels(dataset, scene, raw_folder, grid)
-    invalid = {}
-    for name, bands in dataset.modalities.items():
-        used = [dataset.bands[band] for band in bands]
-        sources = [(raw_folder / dataset.file(b.file, scene), b.channel) for b in used]
-        with written_beside(prepared_folder / files[name]) as path:
-            valid = _write_bands(path, name, grid, bands, sources, dataset.resampling)
-        ids[~valid] = IGNORE
-        invalid[name] = int((~valid).sum())
-    values = dataset.labels.ids
-    with (
-        written_beside(prepared_folder / files[LABELS]) as path,
-        _create(path, grid, ["label id"], np.dtype(np.uint8), nodata=IGNORE) as raster,
-    ):
-        names = {index: value for value, index in values.items()} | {IGNORE: "ignore"}
-        raster.update_tags(**{f"id_{index}": name for index, name in names.items()})
-        for window in windows(grid.height, grid.width):
-            raster.write(ids[window.toslices()], 1, window=window)
+    (folder / scene.name).mkdir(parents=True, exist_ok=True)
+    labels, present = dataset.labels, scene.modalities(dataset)
+    files = {name: f"{scene.name}/{name}.tif" for name in [*present, LABELS]}
+    member = membership(labels)
+    counts = np.zeros(member.shape[1], dtype=np.int64)
+    unseen = dict.fromkeys(present, 0)
+    with ExitStack() as stack:
+        sources = {m: _Modality(dataset, scene, m, grid, stack) for m in present}
+        draw = stack.enter_context(open_labels(labels, scene, grid))
+        written = {
+            name: stack.enter_context(written_beside(folder / file)) for name, file in files.items()
+        }
+        with ExitStack() as opened:
+            outputs = {
+                m: opened.enter_context(_create(written[m], grid, list(s.bands), s.kind))
+                for m, s in sources.items()
+            }
+            kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
+            output = opened.enter_context(
+                _create(written[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+            )
+            output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
+            for window in grid.windows():
+                codes = draw(window)
+                anywhere = np.zeros(codes.shape, dtype=bool)
+                for modality, source in sources.items():
+                    pixels, seen = source.read(window)
+                    outputs[modality].write(pixels, window=window)
+                    outputs[modality].write_mask(seen, window=window)
+                    anywhere |= seen
+                    unseen[modality] += int((~seen).sum())
+                codes[~anywhere] = labels.ignore
+                output.write(codes, 1, window=window)
+                present_codes, number = np.unique(codes, return_counts=True)
+                counts += number @ member[present_codes].astype(np.int64)
+                bar.update()
     return PreparedScene(
-        definition=dataset.raster_definition(scene),
         raw=hashes,
-        outputs={file: file_sha256(prepared_folder / file) for file in files.values()},
+        outputs={file: file_sha256(folder / file) for file in files.values()},
         height=grid.height,
         width=grid.width,
-        label_pixels={value: int((ids == index).sum()) for value, index in values.items()},
-        invalid_pixels=invalid,
+        crs=grid.crs.to_wkt() if grid.crs else None,
+        transform=tuple(grid.transform)[:6],
+        modalities=present,
+        label_pixels=dict(zip(labels.names, counts.tolist(), strict=True)),
+        unseen_pixels=unseen,
     )
 
 
-def _write_bands(
-    path: Path,
-    modality: str,
-    grid: Grid,
-    names: list[str],
-    sources: list[tuple[Path, int]],
-    resampling: str,
-) -> np.ndarray:
-    """Write bands, given as (file, channel), on the grid; return where all have data [H, W]."""
-    valid: np.ndarray = np.empty((grid.height, grid.width), dtype=bool)
-    with ExitStack() as stack:
-        views = []
-        for file, channel in sources:
-            raw = stack.enter_context(rasterio.open(file))
-            # The alpha band, its last, is 0 where there is no data.
-            view = WarpedVRT(raw, **vars(grid), resampling=Resampling[resampling], add_alpha=True)
-            views.append((stack.enter_context(view), channel))
-        kind = np.result_type(*(view.dtypes[channel - 1] for view, channel in views))
-        output = stack.enter_context(_create(path, grid, names, kind))
-        parts = list(windows(grid.height, grid.width))
-        for window in tqdm(parts, desc=f"align {modality}", unit="window"):
-            pixels = np.stack([view.read(channel, window=window) for view, channel in views])
-            inside = np.isfinite(pixels).all(axis=0)
-            for view, _ in views:
-                inside &= view.read(view.count, window=window) > 0
-            pixels[:, ~inside] = 0
-            output.write(pixels, window=window)
-            output.write_mask(inside, window=window)
-            valid[window.toslices()] = inside
-    return valid
-
-
-def _create(path: Path, grid: Grid, bands: list[str], kind: np.dtype, **options: Any) -> Any:
+def _create(path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any) -> Any:
     """Open a tiled, compressed GeoTIFF on the grid for writing, its bands named."""
-    options |= PROFILE | vars(grid) | {"count": len(bands), "dtype": kind}
+    place: Mapping[str, Any] = {"width": grid.width, "height": grid.height}
+    if grid.georeferenced:
+        place = {**place, "transform": grid.transform, "crs": grid.crs}
     predictor = 3 if np.issubdtype(kind, np.floating) else 2
-    raster = rasterio.open(path, "w", predictor=predictor, **options)
-    raster.descriptions = bands
+    raster = rasterio.open(
+        path, "w", count=len(bands), dtype=kind, predictor=predictor, **PROFILE, **place, **options
+    )
+    raster.descriptions = tuple(bands)
     return raster

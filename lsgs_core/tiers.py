@@ -21,9 +21,9 @@ from pydantic import AfterValidator, ConfigDict, Field, create_model
 
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
-from lsgs_core.manifest import Strict, read_yaml, validated
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
+from lsgs_core.schema import Strict, read_yaml, validated
 
 NOTEBOOKS = {
     "data": "01_data_preparation",

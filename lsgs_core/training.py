@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
 from lsgs_core.lora import training_mode
 from lsgs_core.losses import LossName, paper_loss, segmentation_loss
 from lsgs_core.models.backbone import Backbone
-from lsgs_core.patches import Batch, PatchDataset
+from lsgs_core.patches import PatchDataset
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios, generator, uniform_numbers
 from lsgs_core.scenarios import ScenarioSet
 
@@ -197,6 +198,7 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
         images=tuple(turn(image) for image in batch.images),
         target=None if batch.target is None else turn(batch.target),
         valid=None if batch.valid is None else turn(batch.valid),
+        seen=None if batch.seen is None else turn(batch.seen),
     )
 
 
@@ -299,11 +301,11 @@ class _Run:
         device = next(self.model.parameters()).device
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
-        assert batch.valid is not None
+        counted = batch.counted(available)
         if self.settings.loss == "paper":
-            return paper_loss(self.model.heads(batch.images, available), batch.target, batch.valid)
+            return paper_loss(self.model.heads(batch.images, available), batch.target, counted)
         logits = self.model(batch.images, available)
-        return segmentation_loss(logits, batch.target, batch.valid, self.dataset.task_kind)
+        return segmentation_loss(logits, batch.target, counted, self.dataset.task_kind)
 
 
 def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -130,7 +130,7 @@ def manifest_content(raw: Path, wheel: Path | None = None) -> dict[str, Any]:
     if wheel is not None:
         demo["source"]["wheel_sha256"] = hashlib.sha256(wheel.read_bytes()).hexdigest()
     demo["patches"] |= {"size": 32, "stride": 16}
-    demo["folds"] |= {"block_size": 96, "margin": 8, "validation_blocks": 1}
+    demo["folds"]["spatial"] |= {"block_size": 96, "margin": 8, "validation_blocks": 1}
     demo["tasks"]["cover"] = {
         "kind": "multiclass",
         "classes": {"open": ["meadow", "grass", "farm"], "closed": ["forest", "residential"]},

@@ -1,0 +1,283 @@
+"""Raster files seen on the grid of a scene, window by window."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import rasterio
+import scipy.io
+import shapely
+from affine import Affine
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.io import MemoryFile
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window
+
+from lsgs_core.errors import InputError
+from lsgs_core.schema import Placed
+
+logger = logging.getLogger(__name__)
+
+STEP = 1024  # side of the windows that are worked on, in pixels: bounds the memory
+# With several threads GDAL hands out a truncated JPEG 2000 file without raising anything. The mask
+# is kept inside the GeoTIFF: a scene is then one file per modality. The cache is bounded, since
+# GDAL's own default grows with the machine.
+ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256}
+MAT_VARIABLE = "inputPatch"  # the array of the paper authors' .mat patches
+# Where two grids without georeference are compared, any metric system does.
+PLANE = "EPSG:3857"
+SCALE_TOLERANCE = 0.02
+EDGE_TOLERANCE = 1  # pixels that a file without georeference may lack: Potsdam's DSM of 3_13
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid that all rasters of a scene share; without georeference, plain pixels."""
+
+    crs: Any
+    transform: Affine
+    width: int
+    height: int
+
+    @property
+    def georeferenced(self) -> bool:
+        """Return whether places on the grid are places on the ground."""
+        return self.transform != Affine.identity()
+
+    def windows(self) -> list[Window]:
+        """Return windows of at most `STEP` × `STEP` pixels that cover the grid."""
+        return list(windows(self.height, self.width))
+
+    def overlaps(self, bounds: Sequence[float]) -> bool:
+        """Return whether left, bottom, right, top in the grid's units share area with it."""
+        own = rasterio.transform.array_bounds(self.height, self.width, self.transform)
+        return bool(shapely.box(*own).intersection(shapely.box(*bounds)).area > 0)
+
+
+def windows(height: int, width: int) -> Iterator[Window]:
+    """Yield windows of at most `STEP` × `STEP` pixels that cover a raster."""
+    for row in range(0, height, STEP):
+        for column in range(0, width, STEP):
+            yield Window(column, row, min(STEP, width - column), min(STEP, height - row))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn rasterio's errors into an `InputError` that names the file."""
+    try:
+        yield
+    except RasterioError as error:
+        problem = error.__cause__ or error
+        raise InputError(f"{path}: is damaged, truncated or no raster ({problem})") from error
+
+
+@contextmanager
+def open_raster(path: Path) -> Iterator[Any]:
+    """Open a raster file, or one of the authors' .mat patches, for reading.
+
+    Raises:
+        InputError: It cannot be opened.
+    """
+    with ExitStack() as stack:
+        with naming(path), warnings.catch_warnings():
+            # Where a georeference is needed, that is checked.
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            if path.suffix.lower() == ".mat":
+                raster = stack.enter_context(_in_memory(_mat_array(path), stack))
+            else:
+                raster = stack.enter_context(rasterio.open(path))
+        yield raster
+
+
+def grid_of(path: Path, placed: Placed) -> Grid:
+    """Return the grid of a raster file, the one that others are brought onto."""
+    with open_raster(path) as raster:
+        crs = _crs(path, placed) if placed.crs else raster.crs
+        if crs is None and placed.placement is None:
+            raise InputError(
+                f"{path}: expected a coordinate reference system, found none; give `crs`, or for "
+                "files without georeference `placement: extent` or `placement: pixels`"
+            )
+        return Grid(crs, raster.transform, raster.width, raster.height)
+
+
+class AlignedRaster:
+    """Channels of one raster file on the grid of a scene.
+
+    Args:
+        path: Of the file.
+        placed: How it lies on the grid.
+        grid: Of the scene.
+        channels: From 1; negative ones count from the last.
+        resampling: Name of one of rasterio's methods.
+        nodata: Value of pixels without data, where the file does not tell.
+
+    Raises:
+        InputError: The file is damaged, has no such channel, or its place is not known or not on
+            the grid.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        placed: Placed,
+        grid: Grid,
+        channels: Sequence[int] = (1,),
+        resampling: str = "nearest",
+        nodata: float | None = None,
+    ) -> None:
+        self.path, self.grid = path, grid
+        self._stack = ExitStack()
+        try:
+            self.raw = raw = self._stack.enter_context(open_raster(path))
+            self.channels = [c if c > 0 else raw.count + 1 + c for c in channels]
+            if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
+                raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
+            self._nodata = raw.nodata if nodata is None else nodata
+            # A band that is used is no mask, whatever the file's tag says (near infrared as alpha).
+            alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
+            self._alpha_is_data = alpha in self.channels
+            self._has_alpha = alpha > 0 and not self._alpha_is_data
+            crs, transform = self._place(placed)
+            same_shape = (raw.width, raw.height) == (grid.width, grid.height)
+            self.view: Any = None  # None: the file's own grid is the scene's, nothing to resample
+            if not (same_shape and transform.almost_equals(grid.transform) and crs == grid.crs):
+                if self._alpha_is_data:
+                    raise InputError(f"{path}: channel {alpha} is marked as alpha; mark it as data")
+                self.view = self._stack.enter_context(
+                    WarpedVRT(
+                        raw,
+                        src_crs=crs or PLANE,
+                        src_transform=transform,
+                        src_nodata=self._nodata,
+                        crs=grid.crs or PLANE,
+                        transform=grid.transform,
+                        width=grid.width,
+                        height=grid.height,
+                        resampling=Resampling[resampling],
+                        add_alpha=not self._has_alpha,  # its last band: 0 where there is no data
+                    )
+                )
+        except BaseException:
+            self._stack.close()
+            raise
+        self.kind = np.result_type(*(raw.dtypes[channel - 1] for channel in self.channels))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._stack.__exit__(*problem)
+
+    def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the channels [n, h, w], and which pixels have data in all of them [h, w] bool."""
+        raw, raster = self.raw, self.view or self.raw
+        with naming(self.path):
+            pixels = raster.read(self.channels, window=window)
+            seen = np.isfinite(pixels).all(axis=0)
+            if self.view is not None or self._has_alpha:
+                seen &= raster.read(raster.count, window=window) > 0
+            elif self._nodata is not None:
+                seen &= (pixels != np.float64(self._nodata).astype(self.kind)).all(axis=0)
+            elif MaskFlags.per_dataset in raw.mask_flag_enums[0] and not self._alpha_is_data:
+                seen &= raw.read_masks(1, window=window) > 0
+        return pixels, seen
+
+    def check(self) -> None:
+        """Read all pixels of the file once. Raises `InputError` when some cannot be read."""
+        for window in windows(self.raw.height, self.raw.width):
+            with naming(self.path):
+                self.raw.read(window=window)
+
+    def _place(self, placed: Placed) -> tuple[Any, Affine]:
+        """Return coordinate reference system and transform of the file."""
+        raw, grid, path = self.raw, self.grid, self.path
+        crs = _crs(path, placed) if placed.crs else raw.crs
+        across, down = grid.width / raw.width, grid.height / raw.height
+        tagged = raw.transform != Affine.identity() and grid.georeferenced
+        if tagged and (crs or not grid.crs or placed.placement):
+            crs, transform = crs or grid.crs, raw.transform
+            if not grid.overlaps(
+                transform_bounds(crs, grid.crs, *raw.bounds) if crs != grid.crs else raw.bounds
+            ):
+                raise InputError(f"{path}: does not overlap the reference band")
+            if crs != grid.crs and transform.almost_equals(grid.transform):
+                logger.warning(
+                    "%s: has the transform of the reference band, but %s for %s; if its tag is "
+                    "wrong, give `crs`", path, crs, grid.crs,
+                )  # fmt: skip
+            across, down = (transform.a / grid.transform.a, transform.e / grid.transform.e)
+        elif placed.placement == "pixels":
+            crs, transform = grid.crs, grid.transform
+            missing = max(abs(grid.width - raw.width), abs(grid.height - raw.height))
+            if missing > EDGE_TOLERANCE:
+                raise InputError(
+                    f"{path}: expected {grid.width} × {grid.height} pixels as in the reference "
+                    f"band (at most {EDGE_TOLERANCE} less), found {raw.width} × {raw.height}"
+                )
+        elif placed.placement == "extent":
+            crs, transform = grid.crs, grid.transform * Affine.scale(across, down)
+            # One pixel more or less along a side is rounding: DSTL's SWIR has 133 or 134 rows.
+            if abs(raw.width - raw.height * grid.width / grid.height) > 1.5:
+                raise InputError(
+                    f"{path}: {raw.width} × {raw.height} pixels do not have the shape of the "
+                    f"reference band, {grid.width} × {grid.height}"
+                )
+        else:
+            raise InputError(
+                f"{path}: expected a coordinate reference system, found none; give `crs`, or "
+                "`placement: extent` or `placement: pixels`"
+            )
+        if placed.scale and crs == grid.crs:
+            for found in (across, down):
+                if abs(found / placed.scale - 1) > SCALE_TOLERANCE:
+                    raise InputError(
+                        f"{path}: expected pixels {placed.scale:g} times as large as those of the "
+                        f"reference band, found {across:.3g} × {down:.3g}; is it another file?"
+                    )
+        return crs, transform
+
+
+def _crs(path: Path, placed: Placed) -> Any:
+    try:
+        return rasterio.crs.CRS.from_user_input(placed.crs)
+    except CRSError as error:
+        raise InputError(f"{path}: `crs` {placed.crs!r} is not known ({error})") from error
+
+
+def _mat_array(path: Path) -> np.ndarray:
+    """Return the array of a .mat patch as [D, H, W]."""
+    try:
+        content = scipy.io.loadmat(path, variable_names=[MAT_VARIABLE])
+    except Exception as error:  # scipy raises anything on a damaged file
+        raise InputError(f"{path}: cannot be read as a .mat file ({error})") from error
+    array = content.get(MAT_VARIABLE)
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim not in (2, 3)
+        or array.dtype.kind not in "biuf"
+    ):
+        raise InputError(
+            f"{path}: expected a variable {MAT_VARIABLE} of numbers, [H, W] or [H, W, D]"
+        )
+    if array.dtype.itemsize == 8 or array.dtype.kind == "b":
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
+    return np.moveaxis(np.atleast_3d(array), -1, 0)
+
+
+def _in_memory(array: np.ndarray, stack: ExitStack) -> Any:
+    """Return an array [D, H, W] as a raster without georeference."""
+    memory = stack.enter_context(MemoryFile())
+    count, height, width = array.shape
+    with memory.open(
+        driver="GTiff", count=count, height=height, width=width, dtype=array.dtype
+    ) as raster:
+        raster.write(array)
+    return memory.open()

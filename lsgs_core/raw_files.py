@@ -1,0 +1,220 @@
+"""Which files make up every scene of a data set, as they lie in the user's folder.
+
+Archives nest folders twice or come with a folder of their own, so a path of the manifest is found
+wherever the end of a file's path is the same, doubled folder names counted once.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lsgs_core.errors import InputError
+from lsgs_core.label_kinds import ScaledPolygonLabels
+from lsgs_core.manifest import Dataset, ManualSource
+from lsgs_core.schema import NAME, VARIABLE, Files, fill
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene and its files.
+
+    Attributes:
+        name: Of the scene.
+        bands: File of every band of a file; those of absent modalities are not there.
+        masks: File of the mask of every modality that has one.
+        labels: Label file.
+        extents: File with the extents of images, for labels that are scaled to them.
+    """
+
+    name: str
+    bands: dict[str, Path]
+    masks: dict[str, Path]
+    labels: Path
+    extents: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Return all files, each once."""
+        extents = [self.extents] if self.extents else []
+        used = [*self.bands.values(), *self.masks.values(), self.labels, *extents]
+        return list(dict.fromkeys(used))
+
+    def modalities(self, dataset: Dataset) -> list[str]:
+        """Return the modalities whose files are there, in the manifest's order."""
+        used = {
+            name: {source for band in bands for source in dataset.sources(band)}
+            for name, bands in dataset.modalities.items()
+        }
+        return [name for name, bands in used.items() if bands <= self.bands.keys()]
+
+
+class RawFolder:
+    """The files below a folder, found by the ends of their paths.
+
+    Args:
+        folder: Where a data set's files are.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"{folder}: the folder is missing")
+        self.paths: dict[str, Path] = {}
+        self._by_name: dict[str, list[str]] = {}
+        for path in sorted(self.folder.rglob("*")):
+            inside = path.relative_to(self.folder)
+            if path.is_file() and not inside.parts[0].startswith((".", "__MACOSX")):
+                self.paths[inside.as_posix()] = path
+                self._by_name.setdefault(path.name, []).append(inside.as_posix())
+
+    def find(self, file: str) -> Path | None:
+        """Return the file of a path of the manifest, None when there is none.
+
+        Raises:
+            InputError: Several files fit, and none of them is exactly the path.
+        """
+        if file in self.paths:
+            return self.paths[file]
+        name = file.rpartition("/")[2]
+        fitting = [p for p in self._by_name.get(name, []) if f"/{_plain(p)}".endswith(f"/{file}")]
+        if len(fitting) > 1:
+            raise InputError(f"{self.folder}: {file} is there more than once: {fitting}")
+        return self.paths[fitting[0]] if fitting else None
+
+    def matches(self, template: str) -> Iterator[tuple[dict[str, str], Path]]:
+        """Yield the variables of a template and the file, for every file that fits it."""
+        pattern, seen, end = "", set[str](), 0
+        for variable in VARIABLE.finditer(template):
+            name = variable[1]
+            pattern += re.escape(template[end : variable.start()])
+            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)"
+            seen.add(name)
+            end = variable.end()
+        whole = re.compile(f"(?:^|/){pattern}{re.escape(template[end:])}$")
+        for inside, path in self.paths.items():
+            if match := whole.search(_plain(inside)):
+                yield match.groupdict(), path
+
+
+def find_scenes(dataset: Dataset, folder: Path) -> list[Scene]:
+    """Return the scenes with all their files, in the order of the manifest or of their names.
+
+    Raises:
+        InputError: The folder or a file is missing, no scene is there, or two scenes have one name.
+    """
+    raw = RawFolder(folder)
+    scenes = [
+        _scene(dataset, raw, name, variables)
+        for name, variables in _variables(dataset, raw).items()
+    ]
+    if isinstance(dataset.labels, ScaledPolygonLabels) and scenes:
+        table = read_csv(scenes[0].labels, ["ImageId", "ClassType", "MultipolygonWKT"])
+        labelled = set(table["ImageId"])
+        scenes = [scene for scene in scenes if scene.name in labelled]
+    if not scenes:
+        raise InputError(f"{folder}: holds no scene{_how_to_get(dataset)}")
+    return scenes
+
+
+def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV with at least these columns, all as text; fields may be of any length.
+
+    Raises:
+        InputError: It cannot be read, or a column is missing.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: expected the columns {missing}, found {list(table)}")
+    return table
+
+
+def read_permutation(path: Path, count: int) -> np.ndarray:
+    """Return the numbers of an index file, int64 [count].
+
+    Raises:
+        InputError: It is not a permutation of 0 … count - 1, one number a line.
+    """
+    try:
+        numbers = np.array(Path(path).read_text("utf-8").split(), dtype=np.int64)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: expected whole numbers, one a line ({error})") from error
+    if not np.array_equal(np.sort(numbers), np.arange(count)):
+        raise InputError(
+            f"{path}: expected a permutation of 0 … {count - 1}, one number for each of the "
+            f"{count} patches, found {len(numbers)} numbers, {len(set(numbers.tolist()))} different"
+        )
+    return numbers
+
+
+def _plain(path: str) -> str:
+    """Return a path with a folder inside a folder of the same name counted once."""
+    parts = path.split("/")
+    return "/".join(p for i, p in enumerate(parts) if i == 0 or p != parts[i - 1])
+
+
+def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
+    """Return the variables of every scene by its name."""
+    if dataset.find_scenes is None:
+        return {name: {"scene": name} | given for name, given in dataset.scenes.items()}
+    found: dict[str, dict[str, str]] = {}
+    origin: dict[str, Path] = {}
+    for variables, path in raw.matches(dataset.find_scenes.file):
+        name = fill(dataset.find_scenes.name, variables)
+        if not re.fullmatch(NAME, name):
+            raise InputError(f"{path}: {name!r} cannot be the name of a scene, expected {NAME}")
+        if name in found:
+            raise InputError(f"scene {name} is there twice: {origin[name]} and {path}")
+        if name not in dataset.find_scenes.exclude:
+            found[name], origin[name] = {"scene": name} | variables, path
+    return dict(sorted(found.items()))
+
+
+def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, str]) -> Scene:
+    """Return one scene. Raises `InputError` when a file is missing that has to be there."""
+
+    def find(files: Files) -> Path | None:
+        filled = [fill(template, variables) for template in files]
+        return next((path for path in map(raw.find, filled) if path), None)
+
+    def need(files: Files, field: str) -> Path:
+        if path := find(files):
+            return path
+        expected = " or ".join(fill(template, variables) for template in files)
+        raise InputError(
+            f"{raw.folder / expected}: the file is missing (scene {name}, {field})"
+            + _how_to_get(dataset)
+        )
+
+    bands: dict[str, Path] = {}
+    for modality, names in dataset.modalities.items():
+        for band in (source for name in names for source in dataset.sources(name)):
+            files = dataset.file_band(band).file
+            optional = modality in dataset.may_be_absent
+            path = find(files) if optional else need(files, f"band {band}")
+            bands |= {band: path} if path else {}
+    reference = dataset.reference_band
+    bands[reference] = need(dataset.file_band(reference).file, "reference_band")
+    labels = dataset.labels
+    extents = need(labels.extents, "extents") if isinstance(labels, ScaledPolygonLabels) else None
+    scene = Scene(name, bands, {}, need(labels.file, "labels"), extents)
+    for modality in scene.modalities(dataset):
+        if modality in dataset.masks:
+            scene.masks[modality] = need(dataset.masks[modality].file, f"mask of {modality}")
+    return scene
+
+
+def _how_to_get(dataset: Dataset) -> str:
+    source = dataset.source
+    if isinstance(source, ManualSource):
+        return f"\n  {source.instructions} {source.url}".rstrip()
+    return ""
