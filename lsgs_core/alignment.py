@@ -79,6 +79,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def quietly() -> Iterator[None]:
+    """Leave out the warning that a raster has no georeference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+@contextmanager
 def open_raster(path: Path) -> Iterator[Any]:
     """Open a raster file, or one of the authors' .mat patches, for reading.
 
@@ -86,9 +94,7 @@ def open_raster(path: Path) -> Iterator[Any]:
         InputError: It cannot be opened.
     """
     with ExitStack() as stack:
-        with naming(path), warnings.catch_warnings():
-            # Where a georeference is needed, that is checked.
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with naming(path), quietly():
             if path.suffix.lower() == ".mat":
                 raster = stack.enter_context(_in_memory(_mat_array(path), stack))
             else:
@@ -276,8 +282,7 @@ def _in_memory(array: np.ndarray, stack: ExitStack) -> Any:
     """Return an array [D, H, W] as a raster without georeference."""
     memory = stack.enter_context(MemoryFile())
     count, height, width = array.shape
-    with memory.open(
-        driver="GTiff", count=count, height=height, width=width, dtype=array.dtype
-    ) as raster:
+    shape = {"count": count, "height": height, "width": width}
+    with memory.open(driver="GTiff", dtype=array.dtype, **shape) as raster:
         raster.write(array)
     return memory.open()

@@ -90,8 +90,11 @@ def predicted_patches(
         with torch.inference_mode():
             for scenario in shown:
                 present = batch.available & masks[scenario]
-                logits = model(batch.images, present)
                 title = scenarios.names[scenario] if scenario != scenarios.full else "all"
+                if not bool(present.any()):  # the patch has no file of this modality
+                    predictions[title] = np.full(batch.valid.shape[1:], -1)
+                    continue
+                logits = model(batch.images, present)
                 predictions[title] = class_map(logits, dataset.task_kind)[0].cpu().numpy()
         raw, _ = dataset.read(index)
         if dataset.task_kind == "multiclass":

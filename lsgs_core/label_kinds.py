@@ -37,6 +37,10 @@ class _Labels(Strict):
         """Return the label values, and the background where there is one."""
         return [*self.values, *[BACKGROUND] * self.has_background]
 
+    def not_in(self, found: set[str]) -> list[str]:
+        """Return the label values that are not among those found."""
+        return [name for name in self.values if name not in found]
+
 
 class PolygonLabels(_Labels):
     """Polygons with a column that tells the value.

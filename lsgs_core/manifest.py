@@ -102,11 +102,11 @@ class Slope(Strict):
 
 def _band_kind(value: Any) -> str:
     fields = value if isinstance(value, dict) else vars(value) if value is not None else {}
-    return next((kind for kind in ("difference", "slope") if kind in fields), "file")
+    return next((kind for kind in ("difference", "slope") if kind in fields), "file_band")
 
 
 Band = Annotated[
-    Annotated[FileBand, Tag("file")]
+    Annotated[FileBand, Tag("file_band")]
     | Annotated[Difference, Tag("difference")]
     | Annotated[Slope, Tag("slope")],
     Discriminator(_band_kind),

@@ -186,10 +186,12 @@ class PatchDataset:
         self.classes = tuple(definition.classes)
         self.task_kind = definition.kind
         self.size = int(self.table["size"].iloc[0])
-        # membership[code] says per class whether a pixel with that label code belongs to it.
+        # Per label code: whether it belongs to each class, and the first class that it has.
         values, names = membership(dataset.labels), dataset.labels.names
         groups = [[names.index(value) for value in g] for g in definition.classes.values()]
-        self._membership = np.column_stack([values[:, group].any(axis=1) for group in groups])
+        member = np.stack([values[:, group].any(axis=1) for group in groups])
+        self._member = member.astype(np.float32)
+        self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
         self._ignore = dataset.labels.ignore
         self._present = {name: set(made.modalities) for name, made in record.scenes.items()}
         self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
@@ -216,26 +218,28 @@ class PatchDataset:
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
         chosen = [int(index) for index in indices]
-        images, seen = [], []
-        for modality in self.modalities:
-            pixels, with_data = zip(*(self._image(i, modality) for i in chosen), strict=True)
-            images.append(torch.from_numpy(np.stack(pixels)))
-            seen.append(torch.from_numpy(np.stack(with_data)))
-        sight = torch.stack(seen, dim=1)  # [B, M, H, W]
+        shape = len(chosen), self.size, self.size
+        seen = np.empty((len(chosen), len(self.modalities), *shape[1:]), dtype=bool)
+        images = [np.empty((len(chosen), bands, *shape[1:]), np.float32) for bands in self.bands]
+        for position, index in enumerate(chosen):
+            for number, modality in enumerate(self.modalities):
+                image = images[number][position]
+                seen[position, number] = self._fill(image, index, modality)
+        sight = torch.from_numpy(seen)
         available = sight.flatten(start_dim=2).any(dim=2)
         whole = bool((sight == available[:, :, None, None]).all())
-        ids = np.stack([self._read(index, LABELS)[0][0] for index in chosen])
-        valid = ids != self._ignore
-        member = self._membership[ids]  # [B, H, W, C]
+        codes = np.stack([self._read(index, LABELS)[0][0] for index in chosen])
         if self.task_kind == "multiclass":
-            valid &= member.any(axis=-1)  # a labelled pixel of no class has no right answer
-            target = torch.from_numpy(member.argmax(axis=-1).astype(np.int64))
+            target = self._class_of[codes]
+            valid = target >= 0  # a labelled pixel of no class has no right answer
+            target[~valid] = 0
         else:
-            target = torch.from_numpy(np.moveaxis(member, -1, 1).astype(np.float32))
+            target = np.stack([member[codes] for member in self._member], axis=1)
+            valid = codes != self._ignore
         return Batch(
-            images=tuple(images),
+            images=tuple(torch.from_numpy(image) for image in images),
             available=available,
-            target=target,
+            target=torch.from_numpy(target),
             valid=torch.from_numpy(valid),
             seen=None if whole else sight,
             patch_ids=torch.from_numpy(self.patch_ids[chosen]),
@@ -273,12 +277,14 @@ class PatchDataset:
         window = Window(column, row, self.size, self.size)
         return raster.read(window=window), raster.read_masks(1, window=window) > 0
 
-    def _image(self, index: int, modality: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the normalised bands of a patch [D, H, W], and the pixels with data [H, W]."""
+    def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
+        """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
         pixels, with_data = self._read(index, modality)
-        image = (pixels.astype(np.float32) - self._shift[modality]) / self._scale[modality]
-        image[:, ~with_data] = 0
-        return image, with_data
+        np.subtract(pixels, self._shift[modality], out=image, dtype=np.float32, casting="unsafe")
+        np.divide(image, self._scale[modality], out=image)
+        if not with_data.all():
+            image[:, ~with_data] = 0
+        return with_data
 
 
 class _Batches:

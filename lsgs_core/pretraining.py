@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lsgs_core.scenarios import ScenarioSet
 
 # Differences below this, relative to the size of the latent, are float32 rounding.
 TOLERANCE = 1e-4
+CHECKED_PATCHES = 3
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
@@ -49,34 +50,40 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
     return "ours"
 
 
-def check_network(model: Backbone, batch: Batch, scenarios: ScenarioSet) -> pd.DataFrame:
+def check_network(
+    model: Backbone, batches: Iterable[Batch], scenarios: ScenarioSet
+) -> pd.DataFrame:
     """Make sure of what scoring takes for granted.
 
     Args:
         model: Left in evaluation mode.
-        batch: Two or more complete patches.
+        batches: The first complete patches of these are used.
         scenarios: For the model's modalities.
 
     Returns:
         One row per check: check, found (largest relative difference, or count), allowed, passed.
+
+    Raises:
+        InputError: No patch has every modality.
     """
     model.eval()
-    batch = batch.to(next(model.parameters()).device)
-    masks = torch.tensor(scenarios.masks, device=batch.available.device)
-    full = batch.available
+    device = next(model.parameters()).device
+    images = [image.to(device) for image in _complete_images(batches)]
+    masks = torch.tensor(scenarios.masks, device=device)
+    full = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=device)
     one_missing = full.clone()
     one_missing[:, 0] = False
-    noisy = [1e3 * torch.ones_like(batch.images[0]), *batch.images[1:]]
+    noisy = [1e3 * torch.ones_like(images[0]), *images[1:]]
     with torch.inference_mode():
-        shared = model.scenario_latents(batch.images, masks)
-        together = model.latent(batch.images, full)
+        shared = model.scenario_latents(images, masks)
+        together = model.latent(images, full)
         alone = torch.cat(
             [
-                model.latent([image[i : i + 1] for image in batch.images], full[i : i + 1])
+                model.latent([image[i : i + 1] for image in images], full[i : i + 1])
                 for i in range(len(full))
             ]
         )
-        absent = [model.latent(images, one_missing) for images in (batch.images, noisy)]
+        absent = [model.latent(given, one_missing) for given in (images, noisy)]
     not_finite = sum(not bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     differences = {
         "entries that are not finite": (float(not_finite), 0.0),
@@ -89,6 +96,21 @@ def check_network(model: Backbone, batch: Batch, scenarios: ScenarioSet) -> pd.D
         for name, (found, allowed) in differences.items()
     ]
     return pd.DataFrame(rows)
+
+
+def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """Images of the first complete patches, one tensor per modality."""
+    found: list[list[torch.Tensor]] = []
+    count = 0
+    for batch in batches:
+        found.append([image[batch.complete] for image in batch.images])
+        count += int(batch.complete.sum())
+        if count >= CHECKED_PATCHES:
+            break
+    if not count:
+        raise InputError("expected a patch that every modality sees, found none")
+    joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return [images[:CHECKED_PATCHES] for images in joined]
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:

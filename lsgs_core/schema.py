@@ -124,15 +124,30 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors()]
+        problems = [_sentence(problem, content) for problem in error.errors()]
         if more := len(problems[SHOWN_PROBLEMS:]):
             problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
         raise InputError("\n  ".join([f"{where}: is not valid", *problems])) from error
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, content: Any) -> str:
     """Return one of pydantic's errors as `field: what is wrong (found …)`."""
-    field = ".".join(str(part) for part in problem["loc"]) or "top level"
+    parts: list[str] = []
+    *path, last = problem["loc"] or ("top level",)
+    for part in [*path, last]:
+        inside = content if isinstance(content, (dict, list)) else {}
+        try:
+            content = inside[part]
+        except (KeyError, IndexError, TypeError):
+            # Not in the file: the kind of a union's member, or the place in a list of one.
+            kinds = {"file_band", "difference", "slope"}
+            if isinstance(inside, dict):
+                kinds |= {str(inside.get(key)) for key in ("kind", "access")}
+            if part in kinds or isinstance(part, int):
+                continue
+            content = None
+        parts.append(str(part))
+    field = ".".join(parts)
     if problem["type"] == "extra_forbidden":
         return f"{field}: is not known here"
     message = problem["msg"].removeprefix("Value error, ")

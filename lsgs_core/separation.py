@@ -105,8 +105,10 @@ def split_roles(
     roles: np.ndarray = np.zeros(shape, dtype=np.uint8)
     names = dict(enumerate(PARTS, start=1))
     scaled = patches.copy()
-    places = ["row", "column", "size"]
-    scaled[places] = (scaled[places] / factor).round().astype(int)
+    if factor > 1:  # a pixel more, so that rounding leaves no gaps
+        corner = ["row", "column"]
+        scaled[corner] = (scaled[corner] / factor).astype(int)
+        scaled["size"] = np.ceil(scaled["size"] / factor).astype(int) + 1
     for index, part in names.items():
         roles[coverage(scaled[scaled[f"fold_{fold}"] == part], shape)] = index
     return roles, names

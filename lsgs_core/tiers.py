@@ -1,9 +1,10 @@
 """Tiers: one parameter file for the five notebooks, and where each of their runs writes.
 
 A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid` (which backbones, folds, seeds and
-methods) and one section per notebook with the parameters that differ from the notebook's own
-defaults. Everything is checked against the notebooks' `parameters` cells before anything runs,
-since papermill itself only warns about a parameter that a notebook does not have.
+methods), one section per notebook with the parameters that differ from the notebook's own defaults,
+and perhaps a section `all` for those that several notebooks have, such as `dataset`. Everything is
+checked against the notebooks' `parameters` cells before anything runs, since papermill itself only
+warns about a parameter that a notebook does not have.
 """
 
 from __future__ import annotations
@@ -207,7 +208,12 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise InputError(f"tier: expected one of {known}, found {name!r}")
+    content = read_yaml(path)
     sections: dict[str, Any] = {}
+    shared = content.pop("all", {}) if isinstance(content, dict) else {}
+    if not isinstance(shared, dict):
+        raise InputError(f"{path.name}: all: expected parameters with their values")
+    unused = set(shared)
     for notebook in NOTEBOOKS.values():
         defaults = notebook_parameters(folder / f"{notebook}.ipynb")
         fields: dict[str, Any] = {
@@ -215,8 +221,14 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
         }
         section = create_model(notebook, __base__=Exact, **fields)
         sections[notebook] = (section, section())
+        common = {name: value for name, value in shared.items() if name in fields}
+        unused -= common.keys()
+        if common and isinstance(content.setdefault(notebook, {}), dict):
+            content[notebook] = common | content[notebook]
+    if unused:
+        raise InputError(f"{path.name}: all: no notebook has a parameter {sorted(unused)[0]!r}")
     schema = create_model("TierFile", __base__=Exact, grid=(Grid, ...), **sections)
-    checked: Any = validated(schema, read_yaml(path), path.name)
+    checked: Any = validated(schema, content, path.name)
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
     return Tier(name, checked.grid, values, StudyFolder(work / name))
 

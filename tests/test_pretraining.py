@@ -64,7 +64,7 @@ def test_a_file_without_record_is_taken_for_the_authors(tmp_path):
 
 @pytest.mark.parametrize("name", ["cbc_slp", "cbc", "cmx"])
 def test_a_good_network_passes(name):
-    table = check_network(build(name), batch(), SCENARIOS)
+    table = check_network(build(name), [batch()], SCENARIOS)
     assert table["passed"].all(), table
     assert len(table) == 4
 
@@ -73,7 +73,7 @@ def test_weights_that_are_not_finite_are_found():
     model = build()
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] = float("inf")
-    table = check_network(model, batch(), SCENARIOS).set_index("check")
+    table = check_network(model, [batch()], SCENARIOS).set_index("check")
     assert not table.loc["entries that are not finite", "passed"]
 
 
@@ -93,6 +93,6 @@ class MixesSamples(torch.nn.Module):
 
 
 def test_mixed_samples_are_found():
-    table = check_network(MixesSamples(build()), batch(), SCENARIOS).set_index("check")
+    table = check_network(MixesSamples(build()), [batch()], SCENARIOS).set_index("check")
     assert not table.loc["a patch alone and in a batch", "passed"]
     assert not table.loc["D of the full scenario", "passed"]

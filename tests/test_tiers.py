@@ -79,6 +79,10 @@ def changed(section, **values):
         (changed("grid", folds=["a"]), r"grid\.folds\.0"),
         (changed("grid", seeds=[]), r"grid\.seeds"),
         (changed("grid", colours=[1]), r"grid\.colours: .*not known"),
+        (changed("all", epoch=3), "all: no notebook has a parameter 'epoch'"),
+        (changed("all", batch_size="8"), r"batch_size: .*integer"),
+        (lambda tier: tier | {"all": [1]}, "all: expected parameters"),
+        (lambda tier: tier | {"04_finetuning": [1]}, "04_finetuning"),
         (lambda tier: "grid: [", "YAML"),
         (lambda tier: "[1, 2]", "own.yaml"),
     ],
@@ -86,6 +90,19 @@ def changed(section, **values):
 def test_mistakes_are_named(project, change, message):
     with pytest.raises(InputError, match=message):
         project(change)
+
+
+def test_what_is_for_all_is_taken_where_a_notebook_has_it(project):
+    def change(tier):
+        tier["all"] = {"dataset": "landsat7", "batch_size": 4, "threads": 2}
+        tier["04_finetuning"] = {"batch_size": 2}
+
+    sections = project(change).sections
+    assert {section["dataset"] for section in sections.values()} == {"landsat7"}
+    sizes = {name: section.get("batch_size") for name, section in sections.items()}
+    assert sizes["04_finetuning"] == 2
+    assert sizes["03_scenario_scoring"] == 4
+    assert sizes["01_data_preparation"] is None
 
 
 def test_an_int_is_a_float(project):

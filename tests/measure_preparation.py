@@ -1,0 +1,136 @@
+"""Measure the preparation of a full-size synthetic Potsdam, and the loader; not a test.
+
+    python tests/measure_preparation.py <empty folder with 5 GB> [--tiles 4]
+
+Writes tiles of 6000 × 6000 pixels in Potsdam's raw layout, prepares them in a process of its own,
+and reads patches of 224 × 224 with 0, 1 and 2 workers. Peak memory is that of the process.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from scipy.ndimage import gaussian_filter
+
+ROOT = Path(__file__).parents[1]
+SIDE = 6000
+# Three bands per modality, as in the paper's patches of 224 × 224 × 9.
+NINE = {
+    "RGB": ["red", "green", "blue"],
+    "NIR": ["nir", "red", "green"],
+    "height": ["height", "elevation", "nir"],
+}
+
+
+def write_tiles(folder: Path, count: int) -> None:
+    """Write tiles with the texture of aerial images: smooth shapes and sensor noise."""
+    rng = np.random.default_rng(0)
+    colours = np.array(
+        [[255] * 3, [0, 0, 255], [0, 255, 255], [0, 255, 0], [255, 255, 0], [255, 0, 0]], np.uint8
+    )
+    for index in range(count):
+        row, column = 2 + index // 3, 10 + index % 3
+        name, padded = f"{row}_{column}", f"{row:02}_{column:02}"
+        coarse = gaussian_filter(rng.standard_normal((SIDE // 10, SIDE // 10)), 4)
+        ranks = np.argsort(np.argsort(coarse, axis=None)).reshape(coarse.shape) / coarse.size
+        wide = np.kron(ranks, np.ones((10, 10)))
+        image = np.stack([wide * gain for gain in (150, 140, 120, 170)]) + 40
+        image += rng.standard_normal((4, SIDE, SIDE)) * 6
+        files = {
+            f"4_Ortho_RGBIR/top_potsdam_{name}_RGBIR.tif": image.clip(0, 255).astype(np.uint8),
+            f"1_DSM/dsm_potsdam_{padded}.tif": (30 + 10 * wide[None]).astype(np.float32),
+            f"1_DSM_normalisation/dsm_potsdam_{padded}_normalized_lastools.jpg": (
+                200 * wide[None]
+            ).astype(np.uint8),
+            f"5_Labels_all_noBoundary/top_potsdam_{name}_label_noBoundary.tif": colours[
+                (wide * 6).clip(max=5).astype(int)
+            ].transpose(2, 0, 1),
+        }
+        for file, pixels in files.items():
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            driver = "JPEG" if path.suffix == ".jpg" else "GTiff"
+            with rasterio.open(
+                path, "w", driver, SIDE, SIDE, len(pixels), dtype=pixels.dtype
+            ) as raster:
+                raster.write(pixels)
+
+
+def definition(nine: bool) -> object:
+    """The manifest's Potsdam, or with three bands in each modality."""
+    from lsgs_core.manifest import Dataset, load_manifest
+    from lsgs_core.schema import read_yaml
+
+    if not nine:
+        return load_manifest(ROOT / "data_manifest.yaml").dataset("potsdam")
+    content = read_yaml(ROOT / "data_manifest.yaml")["datasets"]["potsdam"]
+    return Dataset.model_validate(content | {"modalities": NINE})
+
+
+def prepare_all(folder: Path, nine: bool) -> None:
+    """Prepare and print seconds, and the peak memory of this process in MB."""
+    from lsgs_core.patches import make_patches
+    from lsgs_core.rasters import prepare
+
+    start = time.perf_counter()
+    dataset = definition(nine)
+    out = folder / ("nine" if nine else "prepared")
+    prepare(dataset, folder / "raw", out)
+    middle = time.perf_counter()
+    make_patches(dataset, out, "spatial", validation_blocks=4)
+    end = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"prepare_s": middle - start, "patches_s": end - middle, "peak_mb": peak}))
+
+
+def read_patches(folder: Path) -> None:
+    """Print patches per second for 0, 1 and 2 workers, over the same batches."""
+    import torch
+
+    from lsgs_core.patches import PatchDataset
+
+    torch.set_num_threads(1)
+    dataset = definition(nine=True)
+    for workers in (0, 1, 2, 0, 1, 2):
+        patches = PatchDataset(
+            folder / "nine", dataset, "land_cover", 0, "training", workers=workers
+        )
+        order = np.random.default_rng(0).permutation(len(patches))[:512]
+        start = time.perf_counter()
+        count = sum(len(batch.available) for batch in patches.batches(8, order))
+        rate = count / (time.perf_counter() - start)
+        print(json.dumps({"workers": workers, "patches_per_s": round(rate, 1)}))
+
+
+def main() -> None:
+    """Run the parts, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tiles", type=int, default=4)
+    parser.add_argument("--part", choices=["write", "prepare", "nine", "read"])
+    arguments = parser.parse_args()
+    if arguments.part == "write":
+        return write_tiles(arguments.folder / "raw", arguments.tiles)
+    if arguments.part == "read":
+        return read_patches(arguments.folder)
+    if arguments.part:
+        return prepare_all(arguments.folder, arguments.part == "nine")
+    raw = arguments.folder / "raw"
+    # Also the writing is a process of its own: a child starts with the peak memory of its parent.
+    run = [sys.executable, __file__, arguments.folder, "--tiles", str(arguments.tiles), "--part"]
+    if not raw.exists():
+        subprocess.run([*run, "write"], check=True)
+    size = sum(path.stat().st_size for path in raw.rglob("*.*")) / 1e6
+    print(json.dumps({"tiles": arguments.tiles, "raw_mb": round(size)}))
+    for part in ("prepare", "nine", "read"):
+        subprocess.run([*run, part], check=True)
+
+
+if __name__ == "__main__":
+    main()
