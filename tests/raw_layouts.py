@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import rasterio
 import scipy.io
+import shapely
 import yaml
 from numpy.typing import NDArray
 
 from lsgs_core.manifest import Dataset
 
 MANIFEST = Path(__file__).parents[1] / "data_manifest.yaml"
-ENTRIES = yaml.safe_load(MANIFEST.read_text("utf-8"))["datasets"]
+ENTRIES: dict[str, Any] = yaml.safe_load(MANIFEST.read_text("utf-8"))["datasets"]
 UTM = "EPSG:32650"
 Codes = dict[str, NDArray[Any]]
 Ring = list[tuple[float, float]]
@@ -31,7 +32,7 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def dataset(name: str, **changes: Any) -> Dataset:
-    """A data set of the project's manifest, with some of its fields replaced."""
+    """The same, checked, with some of its fields replaced."""
     return Dataset.model_validate(entry(name) | changes)
 
 
@@ -106,13 +107,10 @@ def covered(polygon: list[Ring], shape: tuple[int, int]) -> NDArray[np.bool_]:
 def well_known_text(image: str, polygons: list[list[Ring]]) -> str:
     """Polygons in the coordinates of DSTL's table."""
     height, width = DSTL_SHAPES[image]
-    across, down = EXTENTS[image] * np.array([(n + 1) / n**2 for n in (width, height)])
-
-    def text(points: Ring) -> str:
-        return ", ".join(f"{x * across:.19f} {y * down:.19f}" for x, y in points)
-
-    parts = [", ".join(f"({text(ring)})" for ring in polygon) for polygon in polygons]
-    return f"MULTIPOLYGON (({'), ('.join(parts)}))" if parts else "MULTIPOLYGON EMPTY"
+    scale = EXTENTS[image] * np.array([(n + 1) / n**2 for n in (width, height)])
+    scaled = [[np.array(ring) * scale for ring in polygon] for polygon in polygons]
+    shapes = [shapely.Polygon(outer, holes) for outer, *holes in scaled]
+    return shapely.to_wkt(shapely.MultiPolygon(shapes), rounding_precision=-1)
 
 
 def write_dstl(folder: Path) -> Codes:
@@ -167,7 +165,6 @@ def write_potsdam(folder: Path, side: int = 96) -> Codes:
         method = "ownapproach" if tile == OWN_APPROACH else "lastools"
         for where, name, pixels in (
             ("4_Ortho_RGBIR", f"top_potsdam_{tile}_RGBIR.tif", image),
-            ("2_Ortho_RGB", f"top_potsdam_{tile}_RGB.tif", image[:3]),
             ("1_DSM", f"{padded}.tif", elevation.astype(np.float32)),
             ("1_DSM_normalisation", f"{padded}_normalized_{method}.jpg", height.astype(np.uint8)),
             ("5_Labels_all_noBoundary", f"top_potsdam_{tile}_label_noBoundary.tif", labels),
@@ -228,8 +225,7 @@ def write_index_file(path: Path, numbers: Any) -> Path:
 
 
 BLOCKS = {"kind": "diagonal_blocks", "count": 2, "block_size": 32, "margin": 0}
-BLOCKS["validation_blocks"] = 0
-PAIR: dict[str, Any] = {
+ENTRIES["pair"] = {
     "title": "Two sensors",
     "bands": {"VV": {"file": "radar.tif", "description": "VV"}},
     "modalities": {
@@ -239,7 +235,7 @@ PAIR: dict[str, Any] = {
     "masks": {"optical": {"file": "clouds.tif", "unseen": [1]}},
     "labels": {"kind": "ids", "file": "labels.tif", "values": {"low": 1, "high": 2}},
     "patches": {"size": 32},
-    "folds": {"spatial": BLOCKS},
+    "folds": {"spatial": BLOCKS | {"validation_blocks": 0}},
 }
 
 
