@@ -111,6 +111,8 @@ def grid_of(path: Path, placed: Placed) -> Grid:
                 f"{path}: expected a coordinate reference system, found none; give `crs`, or for "
                 "files without georeference `placement: extent` or `placement: pixels`"
             )
+        # A reference system without a place on it is no georeference.
+        crs = None if raster.transform == Affine.identity() else crs
         return Grid(crs, raster.transform, raster.width, raster.height)
 
 
@@ -124,6 +126,7 @@ class AlignedRaster:
         channels: From 1; negative ones count from the last.
         resampling: Name of one of rasterio's methods.
         nodata: Value of pixels without data, where the file does not tell.
+        data_channels: Channels that are known to be data, whatever the file's tags say of them.
 
     Raises:
         InputError: The file is damaged, has no such channel, or its place is not known or not on
@@ -138,6 +141,7 @@ class AlignedRaster:
         channels: Sequence[int] = (1,),
         resampling: str = "nearest",
         nodata: float | None = None,
+        data_channels: Sequence[int] = (),
     ) -> None:
         self.path, self.grid = path, grid
         self._stack = ExitStack()
@@ -147,9 +151,10 @@ class AlignedRaster:
             if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
                 raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
             self._nodata = raw.nodata if nodata is None else nodata
-            # A band that is used is no mask, whatever the file's tag says (near infrared as alpha).
+            # A band that is used is no mask, whatever its tag says (near infrared as alpha).
             alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
-            self._alpha_is_data = alpha in self.channels
+            used = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
+            self._alpha_is_data = alpha in used
             self._has_alpha = alpha > 0 and not self._alpha_is_data
             crs, transform = self._place(placed)
             same_shape = (raw.width, raw.height) == (grid.width, grid.height)
@@ -168,7 +173,10 @@ class AlignedRaster:
                         width=grid.width,
                         height=grid.height,
                         resampling=Resampling[resampling],
-                        add_alpha=not self._has_alpha,  # its last band: 0 where there is no data
+                        # Its last band: 0 where there is no data. A value for that stands in the
+                        # band itself, and in each band separately.
+                        add_alpha=self._nodata is None and not self._has_alpha,
+                        UNIFIED_SRC_NODATA="NO",
                     )
                 )
         except BaseException:
@@ -188,10 +196,10 @@ class AlignedRaster:
         with naming(self.path):
             pixels = raster.read(self.channels, window=window)
             seen = np.isfinite(pixels).all(axis=0)
-            if self.view is not None or self._has_alpha:
-                seen &= raster.read(raster.count, window=window) > 0
-            elif self._nodata is not None:
+            if self._nodata is not None:
                 seen &= (pixels != np.float64(self._nodata).astype(self.kind)).all(axis=0)
+            elif self.view is not None or self._has_alpha:
+                seen &= raster.read(raster.count, window=window) > 0
             elif MaskFlags.per_dataset in raw.mask_flag_enums[0] and not self._alpha_is_data:
                 seen &= raw.read_masks(1, window=window) > 0
         return pixels, seen
@@ -209,7 +217,8 @@ class AlignedRaster:
         across, down = grid.width / raw.width, grid.height / raw.height
         tagged = raw.transform != Affine.identity() and grid.georeferenced
         if tagged and (crs or not grid.crs or placed.placement):
-            crs, transform = crs or grid.crs, raw.transform
+            # Where one has no reference system (a world file), it is taken for the other's.
+            crs, transform = (crs or grid.crs) if grid.crs else None, raw.transform
             if not grid.overlaps(
                 transform_bounds(crs, grid.crs, *raw.bounds) if crs != grid.crs else raw.bounds
             ):

@@ -241,8 +241,9 @@ def _scene_parts(
                 f"validation_scenes: expected fewer than the {len(rest)} scenes that are trained "
                 f"on, found {folds.validation_scenes}"
             )
-        spread = np.linspace(0, len(rest) - 1, folds.validation_scenes + 2)[1:-1].round()
-        split |= {rest[int(position)]: "validation" for position in spread}
+        held = folds.validation_scenes
+        spread = [int((number + 0.5) * len(rest) / held) for number in range(held)]
+        split |= {rest[position]: "validation" for position in spread}
     sliding = table["kind"] == "sliding"
     parts = []
     for split in splits:

@@ -23,7 +23,7 @@ from lsgs_core.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, quiet
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.labels import code_names, membership, open_labels
-from lsgs_core.manifest import Dataset, Difference, Slope
+from lsgs_core.manifest import Dataset, Difference, FileBand, Slope
 from lsgs_core.raw_files import Scene, find_scenes
 from lsgs_core.schema import Strict
 
@@ -237,8 +237,10 @@ class _Modality:
         for (path, _), names in groups.items():
             used = [dataset.file_band(band) for band in names]
             channels = [band.channel for band in used]
+            bands = [b for b in dataset.bands.values() if isinstance(b, FileBand)]
+            known = [band.channel for band in bands if band.file == used[0].file]
             raster = AlignedRaster(
-                path, used[0], grid, channels, dataset.resampling, used[0].nodata
+                path, used[0], grid, channels, dataset.resampling, used[0].nodata, known
             )
             self.rasters.append(stack.enter_context(raster))
             self.order += names
@@ -259,7 +261,7 @@ class _Modality:
             raster = AlignedRaster(scene.masks[name], mask, grid, [mask.channel])
             self.rasters.append(stack.enter_context(raster))
         self.halo = int(any(isinstance(band, Slope) for band in self.bands.values()))
-        derived = any(not hasattr(band, "file") for band in self.bands.values())
+        derived = any(not isinstance(band, FileBand) for band in self.bands.values())
         kinds = [raster.kind for raster in self.rasters[: len(groups)]]
         self.kind = np.result_type(*kinds, *([np.float32] if derived else []))
 

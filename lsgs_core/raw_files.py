@@ -70,7 +70,8 @@ class RawFolder:
         self._by_name: dict[str, list[str]] = {}
         for path in sorted(self.folder.rglob("*")):
             inside = path.relative_to(self.folder)
-            if path.is_file() and not inside.parts[0].startswith((".", "__MACOSX")):
+            hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
+            if not hidden and path.is_file():
                 self.paths[inside.as_posix()] = path
                 self._by_name.setdefault(path.name, []).append(inside.as_posix())
 

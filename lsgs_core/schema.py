@@ -95,13 +95,16 @@ class Placed(Strict):
 class _UniqueKeys(yaml.SafeLoader):
     """YAML lets the last of two equal keys win silently; here they are a mistake."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice[0]!r} is there twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # Merging (`<<`) adds keys that the mapping may have itself: it is looked at before that.
+        if not hasattr(node, "was_looked_at"):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{twice[0]!r} is there twice", node.start_mark
+                )
+            setattr(node, "was_looked_at", True)  # noqa: B010
+        super().flatten_mapping(node)
 
 
 def read_yaml(path: Path) -> Any:

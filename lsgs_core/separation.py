@@ -53,7 +53,7 @@ def check_separation(
     for scene, parts in boxes.items():
         for first, second in combinations(parts, 2):
             around = parts[second] + np.array([-margin, -margin, margin, margin])
-            if close := _meeting(parts[first], around):
+            if close := _meeting(parts[first], around, pixel=1.0):
                 raise InputError(
                     f"fold {fold}: {close} {first} patches of scene {scene} lie within {margin} "
                     f"pixels of a {second} patch"
@@ -63,7 +63,7 @@ def check_separation(
             if first != second and places:
                 ground = places[one].ground(boxes[one][first])
                 beside = places[other].ground(boxes[other][second], places[one].crs)
-                if same := _meeting(ground, beside):
+                if same := _meeting(ground, beside, abs(places[one].transform.a)):
                     raise InputError(
                         f"fold {fold}: {same} {first} patches of scene {one} show ground that "
                         f"{second} patches of scene {other} show too"
@@ -122,10 +122,10 @@ def _part_boxes(patches: pd.DataFrame, fold: int) -> dict[str, NDArray[np.float6
     return {part: boxes[split == part] for part in PARTS if (split == part).any()}
 
 
-def _meeting(first: NDArray[np.float64], second: NDArray[np.float64]) -> int:
+def _meeting(first: NDArray[np.float64], second: NDArray[np.float64], pixel: float) -> int:
     """Return how many rectangles of the first kind share area with one of the second."""
-    # A little smaller: rectangles that only touch have no pixel in common.
-    inset = 1e-3 * (second[:, 2:] - second[:, :2]).min() * np.array([1, 1, -1, -1])
+    # A part of a pixel smaller: rectangles that only touch have no pixel in common.
+    inset = 0.25 * pixel * np.array([1, 1, -1, -1])
     tree = shapely.STRtree(shapely.box(*(second + inset).T))
     return len(np.unique(tree.query(shapely.box(*first.T), predicate="intersects")[0]))
 

@@ -5,7 +5,6 @@ deterministic and returns the label codes that preparation has to give per scene
 any of the project's code.
 """
 
-from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,9 @@ Codes = dict[str, NDArray[Any]]
 Ring = list[tuple[float, float]]
 
 
-def entry(name: str) -> dict[str, Any]:
-    """What the project's manifest says of a data set, to be changed."""
-    return deepcopy(ENTRIES[name])
-
-
 def dataset(name: str, **changes: Any) -> Dataset:
-    """The same, checked, with some of its fields replaced."""
-    return Dataset.model_validate(entry(name) | changes)
+    """A data set of the project's manifest, with some of its fields replaced."""
+    return Dataset.model_validate(ENTRIES[name] | changes)
 
 
 def write_raster(path: Path, pixels: NDArray[Any], driver: str = "GTiff", **profile: Any) -> None:
@@ -46,8 +40,7 @@ def write_raster(path: Path, pixels: NDArray[Any], driver: str = "GTiff", **prof
 
 
 def read_raster(path: Path) -> NDArray[Any]:
-    with rasterio.open(path) as raster:
-        return raster.read()
+    return rasterio.open(path).read()
 
 
 def cells(shape: tuple[int, int], values: Any, side: int) -> NDArray[np.uint8]:
@@ -74,7 +67,7 @@ def box(left: float, top: float, right: float, bottom: float) -> Ring:
 
 BOW_TIE = [(21.3, 120.2), (61.4, 171.9), (61.4, 120.2), (21.3, 171.9), (21.3, 120.2)]
 TRACK = [(5.2, 215.9), (190.4, 100.3), (195.1, 108.6), (9.7, 223.2), (5.2, 215.9)]
-MANY = [(x, y) for y in range(0, 1300, 10) for x in range(50, 100, 10)]  # too long for Python's csv
+MANY = [(x, y) for y in range(0, 1300, 8) for x in range(50, 100, 10)]  # too long for Python's csv
 # Image, class and polygons (an outer ring, then holes) in pixels. Trees and crops overlap.
 POLYGONS: list[tuple[str, int, list[list[Ring]]]] = [
     ("6010_0_0", 1, [[box(8.2, 12.7, 60.4, 70.1), box(20.7, 30.3, 35.9, 44.2)]]),
@@ -195,7 +188,9 @@ def write_hunan(folder: Path, side: int = 64) -> Codes:
         if number % 2 == 0:  # with the cirrus band between the first ten and the last two
             optical = np.insert(optical, 10, 7, axis=0)
         row, column = np.indices(codes.shape)
-        topo = [200 + PER_COLUMN * column + PER_ROW * row, signal(codes, 1, len(expected))[0]]
+        plane = 200 + PER_COLUMN * column + PER_ROW * row + (name == "10") * column**2 / 9
+        plane[20, 20:21] = np.nan if name == "10" else plane[20, 20]  # the bent one has a hole
+        topo = [plane, signal(codes, 1, len(expected))[0]]
         rasters = {"s2": optical, "s1": signal(codes, 2, len(expected), -90).astype(np.float32)}
         rasters |= {"topo": np.array(topo, dtype=np.float32), "lc": raw[None]}
         for kind, pixels in rasters.items():
@@ -244,12 +239,12 @@ def ground(pixel: float = 10, left: float = 5e5, crs: str = UTM) -> dict[str, An
 
 
 def write_pair(folder: Path, clouded: tuple[slice, slice] = np.s_[:40, :20]) -> Codes:
-    """Optical and radar bands of one scene, and clouds over a part of two patches."""
+    """One scene with clouds over a part of two patches, a corner of which radar lacks too."""
     ids = cells((96, 96), [1, 2, 2], 8)
-    clouds = np.zeros_like(ids)
-    clouds[clouded] = 1
-    rasters = {"optical": signal(ids, 2, 0).astype(np.uint16), "labels": ids[None]}
-    rasters |= {"radar": signal(ids, 1, 1).astype(np.float32), "clouds": clouds[None]}
-    for name, pixels in rasters.items():
+    clouds, radar = np.zeros_like(ids), signal(ids, 1, 1).astype(np.float32)
+    clouds[clouded], radar[0, :4, :4] = 1, np.nan
+    rasters = {"optical": signal(ids, 2, 0).astype(np.uint16), "labels": ids[None].copy()}
+    for name, pixels in (rasters | {"radar": radar, "clouds": clouds[None]}).items():
         write_raster(folder / f"{name}.tif", pixels, **ground())
+    ids[:4, :4] = 255
     return {"scene": ids}
