@@ -150,7 +150,10 @@ class AlignedRaster:
             self.channels = [c if c > 0 else raw.count + 1 + c for c in channels]
             if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
                 raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
+            self.kind = np.result_type(*(raw.dtypes[channel - 1] for channel in self.channels))
             self._nodata = raw.nodata if nodata is None else nodata
+            if self._nodata is not None and not self._can_hold(self._nodata):
+                raise InputError(f"{path}: nodata {self._nodata:g} is no value of {self.kind}")
             # A band that is used is no mask, whatever its tag says (near infrared as alpha).
             alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
             used = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
@@ -182,7 +185,6 @@ class AlignedRaster:
         except BaseException:
             self._stack.close()
             raise
-        self.kind = np.result_type(*(raw.dtypes[channel - 1] for channel in self.channels))
 
     def __enter__(self) -> Self:
         return self
@@ -197,8 +199,8 @@ class AlignedRaster:
             pixels = raster.read(self.channels, window=window)
             seen = np.isfinite(pixels).all(axis=0)
             if self._nodata is not None:
-                seen &= (pixels != np.float64(self._nodata).astype(self.kind)).all(axis=0)
-            elif self.view is not None or self._has_alpha:
+                seen &= (pixels != self.kind.type(self._nodata)).all(axis=0)
+            if self._has_alpha or (self.view is not None and self._nodata is None):
                 seen &= raster.read(raster.count, window=window) > 0
             elif MaskFlags.per_dataset in raw.mask_flag_enums[0] and not self._alpha_is_data:
                 seen &= raw.read_masks(1, window=window) > 0
@@ -209,6 +211,12 @@ class AlignedRaster:
         for window in windows(self.raw.height, self.raw.width):
             with naming(self.path):
                 self.raw.read(window=window)
+
+    def _can_hold(self, value: float) -> bool:
+        if np.issubdtype(self.kind, np.floating):
+            return True
+        limits = np.iinfo(self.kind)
+        return float(value).is_integer() and limits.min <= value <= limits.max
 
     def _place(self, placed: Placed) -> tuple[Any, Affine]:
         """Return coordinate reference system and transform of the file."""

@@ -10,7 +10,7 @@ import rasterio
 from tqdm.auto import tqdm
 
 from lsgs_core.alignment import ENVIRONMENT
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, MissingFileError
 from lsgs_core.files import file_sha256
 from lsgs_core.manifest import Dataset, PackageSource, load_manifest
 from lsgs_core.rasters import check_scene
@@ -72,7 +72,8 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
     try:
         scenes = find_scenes(dataset, folder)
     except InputError as error:
-        return Report("missing", problems=[str(error)])
+        missing = isinstance(error, MissingFileError)
+        return Report("missing" if missing else "damaged", problems=[str(error)])
     report, found = Report("ready", len(scenes)), set()
     with rasterio.Env(**ENVIRONMENT):
         for scene in tqdm(scenes, desc="check", unit="scene"):

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the file or field, says what was found and what was expected, and is raised
     before any long work starts.
     """
+
+
+class MissingFileError(InputError):
+    """A file that has to be there is not."""

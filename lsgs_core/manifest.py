@@ -309,7 +309,10 @@ class Dataset(Strict):
             raise ValueError("scenes: expected either scenes or find_scenes")
         for scene, variables in self.scenes.items():
             for templates in self.templates:
-                files = [fill(template, {"scene": scene} | variables) for template in templates]
+                try:
+                    files = [fill(template, {"scene": scene} | variables) for template in templates]
+                except ValueError as error:
+                    raise ValueError(f"scenes.{scene}: {templates[0]}: {error}") from None
                 if isinstance(self.source, PackageSource):
                     members = {member.path for member in self.source.members}
                     if not members & set(files):

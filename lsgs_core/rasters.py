@@ -6,6 +6,7 @@ the source and with an internal mask of the pixels that the modality sees, and `
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -129,13 +130,19 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
             _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
         total = sum(len(grids[scene.name].windows()) for scene in pending)
         with tqdm(total=total, desc="align", unit="window") as bar:
+            written, took = 0.0, 0.0
             for scene in pending:
                 bar.set_postfix(scene=scene.name, refresh=False)
                 done[scene.name] = _prepare_scene(
                     dataset, scene, prepared_folder, grids[scene.name], raw[scene.name], bar
                 )
-                # After each scene: a killed preparation goes on with the one it was working on.
-                _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+                # A killed preparation goes on from here. With thousands of small scenes the record
+                # is not written after each, or the writing would take most of the time.
+                start = time.monotonic()
+                if start - written > 10 * took:
+                    _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+                    written = time.monotonic()
+                    took = written - start
     ordered = {name: done[name] for name in scenes}
     if list(ordered) != list(previous.scenes if previous else {}) or pending:
         _write_record(Prepared(definition=definition, scenes=ordered), prepared_folder)
@@ -270,8 +277,8 @@ class _Modality:
         wide, inner = _widened(window, self.halo, self.grid)
         parts = [raster.read(wide) for raster in self.rasters]
         if self.unseen:
-            mask, _ = parts.pop()
-            hidden = np.isin(mask[0], self.unseen)
+            mask, known = parts.pop()
+            hidden = np.isin(mask[0], self.unseen) | ~known
         else:
             hidden = np.zeros(parts[0][1].shape, dtype=bool)
         seen = np.logical_and.reduce([inside for _, inside in parts]) & ~hidden

@@ -7,12 +7,13 @@ wherever the end of a file's path is the same, doubled folder names counted once
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, MissingFileError
 from lsgs_core.label_kinds import ScaledPolygonLabels
 from lsgs_core.manifest import Dataset, ManualSource
 from lsgs_core.schema import NAME, VARIABLE, Files, fill
@@ -65,7 +66,7 @@ class RawFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise InputError(f"{folder}: the folder is missing")
+            raise MissingFileError(f"{folder}: the folder is missing")
         self.paths: dict[str, Path] = {}
         self._by_name: dict[str, list[str]] = {}
         for path in sorted(self.folder.rglob("*")):
@@ -111,16 +112,16 @@ def find_scenes(dataset: Dataset, folder: Path) -> list[Scene]:
         InputError: The folder or a file is missing, no scene is there, or two scenes have one name.
     """
     raw = RawFolder(folder)
-    scenes = [
-        _scene(dataset, raw, name, variables)
-        for name, variables in _variables(dataset, raw).items()
-    ]
-    if isinstance(dataset.labels, ScaledPolygonLabels) and scenes:
-        table = read_csv(scenes[0].labels, ["ImageId", "ClassType", "MultipolygonWKT"])
-        labelled = set(table["ImageId"])
-        scenes = [scene for scene in scenes if scene.name in labelled]
+    variables = _variables(dataset, raw)
+    labels = dataset.labels
+    if isinstance(labels, ScaledPolygonLabels):
+        table = next((path for path in map(raw.find, labels.file) if path), None)
+        if table is not None:
+            labelled = set(read_csv(table, ["ImageId"])["ImageId"])
+            variables = {name: given for name, given in variables.items() if name in labelled}
+    scenes = [_scene(dataset, raw, name, given) for name, given in variables.items()]
     if not scenes:
-        raise InputError(f"{folder}: holds no scene{_how_to_get(dataset)}")
+        raise MissingFileError(f"{folder}: holds no scene{_how_to_get(dataset)}")
     return scenes
 
 
@@ -131,12 +132,19 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
         InputError: It cannot be read, or a column is missing.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        status = path.stat()
+        table = _csv(path, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from error
     if missing := [name for name in columns if name not in table]:
         raise InputError(f"{path}: expected the columns {missing}, found {list(table)}")
     return table
+
+
+@lru_cache(4)
+def _csv(path: Path, changed: int, size: int) -> pd.DataFrame:
+    """Read a CSV once for all scenes; nobody changes the table."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def read_permutation(path: Path, count: int) -> np.ndarray:
@@ -191,7 +199,7 @@ def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, 
         if path := find(files):
             return path
         expected = " or ".join(fill(template, variables) for template in files)
-        raise InputError(
+        raise MissingFileError(
             f"{raw.folder / expected}: the file is missing (scene {name}, {field})"
             + _how_to_get(dataset)
         )

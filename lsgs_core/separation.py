@@ -27,7 +27,7 @@ class Place:
 
     def ground(self, boxes: NDArray[np.float64], crs: str | None = None) -> NDArray[np.float64]:
         """Return rectangles in pixels as left, bottom, right, top on the ground, in `crs`."""
-        x, y = self.transform * (boxes[:, [0, 2]].T, boxes[:, [1, 3]].T)
+        x, y = self.transform * (boxes[:, [0, 2, 0, 2]].T, boxes[:, [1, 1, 3, 3]].T)
         bounds = np.array([x.min(axis=0), y.min(axis=0), x.max(axis=0), y.max(axis=0)]).T
         if crs and self.crs and crs != self.crs:
             bounds = np.array([transform_bounds(self.crs, crs, *box) for box in bounds.tolist()])

@@ -1,13 +1,17 @@
 """Measure the preparation of a full-size synthetic Potsdam, and the loader; not a test.
 
-    python tests/measure_preparation.py <empty folder with 5 GB> [--tiles 4]
+    python tests/measure_preparation.py <empty folder, 5 GB> > results/benchmarks/preparation.jsonl
 
 Writes tiles of 6000 × 6000 pixels in Potsdam's raw layout, prepares them in a process of its own,
 and reads patches of 224 × 224 with 0, 1 and 2 workers. Peak memory is that of the process.
 """
 
 import argparse
+import contextlib
+import datetime
 import json
+import os
+import platform
 import resource
 import subprocess
 import sys
@@ -81,12 +85,17 @@ def prepare_all(folder: Path, nine: bool) -> None:
     start = time.perf_counter()
     dataset = definition(nine)
     out = folder / ("nine" if nine else "prepared")
-    prepare(dataset, folder / "raw", out)
+    with contextlib.redirect_stdout(sys.stderr):
+        prepare(dataset, folder / "raw", out)
     middle = time.perf_counter()
     make_patches(dataset, out, "spatial", validation_blocks=4)
     end = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"prepare_s": middle - start, "patches_s": end - middle, "peak_mb": peak}))
+    found = {"modalities": "3 x 3 bands" if nine else "3, 1 and 2 bands"}
+    found |= {"prepare_s": round(middle - start, 1), "patches_s": round(end - middle, 1)}
+    raw = sum(path.stat().st_size for path in (folder / "raw").rglob("*.*")) / 1e6
+    found |= {"raw_mb_per_s": round(raw / (middle - start), 1), "peak_mb": round(peak)}
+    print(json.dumps(found))
 
 
 def read_patches(folder: Path) -> None:
@@ -126,8 +135,15 @@ def main() -> None:
     run = [sys.executable, __file__, arguments.folder, "--tiles", str(arguments.tiles), "--part"]
     if not raw.exists():
         subprocess.run([*run, "write"], check=True)
+    environment = {
+        "command": "python tests/measure_preparation.py <folder>",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "rasterio": rasterio.__version__,
+    }
+    print(json.dumps(environment), flush=True)
     size = sum(path.stat().st_size for path in raw.rglob("*.*")) / 1e6
-    print(json.dumps({"tiles": arguments.tiles, "raw_mb": round(size)}))
+    print(json.dumps({"tiles": arguments.tiles, "raw_mb": round(size)}), flush=True)
     for part in ("prepare", "nine", "read"):
         subprocess.run([*run, part], check=True)
 

@@ -1,8 +1,7 @@
 """Tiny data sets in the exact raw layouts of DSTL, Potsdam, Hunan and the authors' patches.
 
-Each has the traps of the real one and a signal of each class in each modality. Every writer is
-deterministic and returns the label codes that preparation has to give per scene, made here without
-any of the project's code.
+Each has the traps of the real one and a signal of each class in each modality. Writers return the
+label codes that preparation has to give per scene, made without any of the project's code.
 """
 
 from itertools import pairwise
@@ -40,7 +39,8 @@ def write_raster(path: Path, pixels: NDArray[Any], driver: str = "GTiff", **prof
 
 
 def read_raster(path: Path) -> NDArray[Any]:
-    return rasterio.open(path).read()
+    with rasterio.open(path) as raster:
+        return raster.read()
 
 
 def cells(shape: tuple[int, int], values: Any, side: int) -> NDArray[np.uint8]:
@@ -188,11 +188,12 @@ def write_hunan(folder: Path, side: int = 64) -> Codes:
         if number % 2 == 0:  # with the cirrus band between the first ten and the last two
             optical = np.insert(optical, 10, 7, axis=0)
         row, column = np.indices(codes.shape)
-        plane = 200 + PER_COLUMN * column + PER_ROW * row + (name == "10") * column**2 / 9
-        plane[20, 20:21] = np.nan if name == "10" else plane[20, 20]  # the bent one has a hole
-        topo = [plane, signal(codes, 1, len(expected))[0]]
+        topo = np.array([200 + PER_COLUMN * column + PER_ROW * row, signal(codes, 1, number)[0]])
+        if name == "10":  # bent, and with a hole
+            topo[0] += column**2 / 9
+            topo[0, 20, 20] = np.nan
         rasters = {"s2": optical, "s1": signal(codes, 2, len(expected), -90).astype(np.float32)}
-        rasters |= {"topo": np.array(topo, dtype=np.float32), "lc": raw[None]}
+        rasters |= {"topo": topo.astype(np.float32), "lc": raw[None]}
         for kind, pixels in rasters.items():
             file = f"{name}.tif" if (kind, number) == ("lc", 1) else f"{kind}_{name}.tif"
             place = ground(left=6e5 + 1e4 * number) if split == "train" else {}
@@ -214,9 +215,8 @@ def write_author_patches(folder: Path, count: int = 12, side: int = 32) -> Codes
     return dict(zip(names, codes, strict=True))
 
 
-def write_index_file(path: Path, numbers: Any) -> Path:
+def write_index_file(path: Path, numbers: Any) -> None:
     path.write_text("".join(f"{number}\n" for number in numbers), "utf-8")
-    return path
 
 
 BLOCKS = {"kind": "diagonal_blocks", "count": 2, "block_size": 32, "margin": 0}

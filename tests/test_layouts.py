@@ -18,6 +18,7 @@ import scipy.io
 import torch
 import yaml
 from numpy.typing import NDArray
+from rasterio.enums import ColorInterp
 from rasterio.warp import transform_bounds
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 
@@ -319,7 +320,7 @@ def test_patches_are_paired_by_name(layout_of: LayoutOf) -> None:
 @pytest.mark.parametrize("count", [60, 61, 5985])
 def test_the_authors_split(tmp_path: Path, count: int) -> None:
     order = np.random.default_rng(3).permutation(count).tolist()
-    path = raw.write_index_file(tmp_path / "index.txt", order)
+    raw.write_index_file(path := tmp_path / "index.txt", order)
     parts = _shuffled_parts(count, ShuffledPatches(kind="shuffled_patches", count=5), path)
     share = count // 5
     for fold, found in enumerate(parts):
@@ -343,8 +344,8 @@ def test_the_authors_split(tmp_path: Path, count: int) -> None:
     ],
 )
 def test_bad_index_files(layout_of: LayoutOf, tmp_path: Path, numbers: Any, expected: str) -> None:
-    layout, path = layout_of("dstl_patches"), tmp_path / "index.txt"
-    raw.write_index_file(path, numbers)
+    layout = layout_of("dstl_patches")
+    raw.write_index_file(path := tmp_path / "index.txt", numbers)
     with pytest.raises(InputError, match=f"index.txt: .*{expected}"):
         make_patches(layout.dataset, layout.prepared, index_file=path, size=32)
 
@@ -503,6 +504,28 @@ def test_a_hole_in_one_channel_is_a_hole(copied: Copied, tmp_path: Path, pixel: 
     assert not seen[25:47, 25:47].any()
     assert seen.sum() >= 96**2 - 26**2
     assert set(raw.read_raster(tmp_path / "scene/optical.tif")[:, seen].flat) == {50}
+
+
+def test_nodata_and_an_alpha_channel_both_hide_pixels(copied: Copied, tmp_path: Path) -> None:
+    bands = np.full((3, 96, 96), 50, np.uint8)
+    bands[2, :24], bands[0, 24:30] = 0, 9
+    raw.write_raster((folder := copied("pair")) / "optical.tif", bands, nodata=9, **raw.ground())
+    with rasterio.open(folder / "optical.tif", "r+") as raster:
+        raster.colorinterp = [ColorInterp.gray, ColorInterp.undefined, ColorInterp.alpha]
+    optical = {"file": "optical.tif", "channels": [1, 2]}
+    changes = {"modalities": {"optical": optical, "radar": ["VV"]}, "masks": {}}
+    prepare(raw.dataset("pair", **changes), folder, tmp_path)
+    seen = mask(tmp_path / "scene/optical.tif")
+    assert seen.all(axis=1).tolist() == [False] * 30 + [True] * 66
+
+
+@pytest.mark.parametrize("nodata", [-1, 70000])
+def test_nodata_that_a_file_cannot_hold(copied: Copied, tmp_path: Path, nodata: int) -> None:
+    """Else it would wrap to 65535 or 4464, and what lies outside the file would hold that."""
+    bands = {"file": "optical.tif", "channels": [1, 2], "nodata": nodata}
+    dataset = raw.dataset("pair", modalities={"optical": bands, "radar": ["VV"]}, masks={})
+    with pytest.raises(InputError, match=r"optical.tif: .*nodata"):
+        prepare(dataset, copied("pair"), tmp_path / "prepared")
 
 
 def swap_m_and_a(path: Path) -> None:
