@@ -180,7 +180,7 @@ def check_scene(dataset: Dataset, scene: Scene) -> tuple[Grid, set[str]]:
     return grid, {name for name, there in zip(names, found, strict=True) if there}
 
 
-def read_overview(path: Path, largest: int = 2000) -> tuple[np.ndarray, np.ndarray, float]:
+def read_overview(path: Path, largest: int = 1000) -> tuple[np.ndarray, np.ndarray, float]:
     """Return a prepared raster made small, by nearest neighbours so that label codes stay codes.
 
     Args:
@@ -200,12 +200,13 @@ def read_overview(path: Path, largest: int = 2000) -> tuple[np.ndarray, np.ndarr
 @contextmanager
 def open_prepared(path: Path) -> Any:
     """Open a prepared raster for reading. Raises `InputError` when there is none."""
-    try:
-        raster = open_quietly(path)
-    except RasterioError as error:
-        raise InputError(f"{path}: is not prepared: {error}") from error
-    with raster:
-        yield raster
+    with rasterio.Env(**ENVIRONMENT):
+        try:
+            raster = open_quietly(path)
+        except RasterioError as error:
+            raise InputError(f"{path}: is not prepared: {error}") from error
+        with raster:
+            yield raster
 
 
 def open_quietly(path: Path) -> Any:
