@@ -127,6 +127,7 @@ class AlignedRaster:
         resampling: Name of one of rasterio's methods.
         nodata: Value of pixels without data, where the file does not tell.
         data_channels: Channels that are known to be data, whatever the file's tags say of them.
+        colours: The channels make up one value: it is nodata when all of them are.
 
     Raises:
         InputError: The file is damaged, has no such channel, or its place is not known or not on
@@ -142,8 +143,9 @@ class AlignedRaster:
         resampling: str = "nearest",
         nodata: float | None = None,
         data_channels: Sequence[int] = (),
+        colours: bool = False,
     ) -> None:
-        self.path, self.grid = path, grid
+        self.path, self.grid, self._colours = path, grid, colours
         self._stack = ExitStack()
         try:
             self.raw = raw = self._stack.enter_context(open_raster(path))
@@ -182,6 +184,8 @@ class AlignedRaster:
                         UNIFIED_SRC_NODATA="NO",
                     )
                 )
+            masked = MaskFlags.per_dataset in raw.mask_flag_enums[0] and not self._alpha_is_data
+            self._has_mask = masked and self.view is None  # resampling sees to it by itself
         except BaseException:
             self._stack.close()
             raise
@@ -199,10 +203,11 @@ class AlignedRaster:
             pixels = raster.read(self.channels, window=window)
             seen = np.isfinite(pixels).all(axis=0)
             if self._nodata is not None:
-                seen &= (pixels != self.kind.type(self._nodata)).all(axis=0)
+                with_data = pixels != self.kind.type(self._nodata)
+                seen &= with_data.any(axis=0) if self._colours else with_data.all(axis=0)
             if self._has_alpha or (self.view is not None and self._nodata is None):
                 seen &= raster.read(raster.count, window=window) > 0
-            elif MaskFlags.per_dataset in raw.mask_flag_enums[0] and not self._alpha_is_data:
+            elif self._has_mask:
                 seen &= raw.read_masks(1, window=window) > 0
         return pixels, seen
 

@@ -82,7 +82,7 @@ def open_labels(labels: Labels, scene: Scene, grid: Grid) -> Iterator[Draw]:
     else:
         colours = isinstance(labels, ColourLabels)
         channels = (1, 2, 3) if isinstance(labels, ColourLabels) else (labels.channel,)
-        with AlignedRaster(scene.labels, labels, grid, channels) as raster:
+        with AlignedRaster(scene.labels, labels, grid, channels, colours=colours) as raster:
             if colours and raster.kind != np.uint8:
                 raise InputError(f"{scene.labels}: expected colours of 8 bits, found {raster.kind}")
             yield _looked_up(labels, raster)

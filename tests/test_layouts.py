@@ -257,6 +257,16 @@ def test_tiles_may_lack_a_modality(copied: Copied, tmp_path: Path) -> None:
     assert scored(patches) == patches.patch_ids[~lacking].tolist()
 
 
+def test_black_as_nodata_takes_no_channel_from_a_colour(
+    layout_of: LayoutOf, copied: Copied, tmp_path: Path
+) -> None:
+    layout, folder = layout_of("potsdam"), copied("potsdam")
+    rewrite("*noBoundary.tif", nodata=0)(folder)
+    prepare(layout.dataset, folder, tmp_path)
+    made = [raw.read_raster(at / "2_10/labels.tif") for at in (layout.prepared, tmp_path)]
+    np.testing.assert_array_equal(*made)
+
+
 UTM33 = {"transform": rasterio.Affine(0.05, 0, 366976.5, 0, -0.05, 5808718.5)}
 TAGGED = UTM33 | {"crs": "EPSG:32633"}
 
