@@ -32,7 +32,6 @@ from lsgs_core.manifest import (
     ShuffledPatches,
     WholeScenes,
 )
-from lsgs_core.raw_files import read_permutation
 from lsgs_core.sampling import generator
 from lsgs_core.separation import PARTS
 
@@ -136,7 +135,7 @@ def patch_table(
         case DiagonalBlocks():
             parts = [block_parts(table, pixels, fold, folds) for fold in range(folds.count)]
         case WholeScenes() | OfficialSplit():
-            table, parts = _scene_parts(table, folds)
+            parts = _scene_parts(table, folds)
         case ShuffledPatches():
             table = table[table["kind"] == "tile"].reset_index(drop=True)
             table["block"] = table.index
@@ -177,12 +176,15 @@ def class_shares(
     """Return the share of every class in the labelled pixels of every part of a fold.
 
     `classes` gives the label values of every class. Pixels in several training windows count once
-    for each. One row per class, one column per part.
+    for each, and pixels of several values of a class (where labels overlap) once for each value.
+    One row per class, one column per part.
     """
-    counts = table.filter(like="pixels_").groupby(table[f"fold_{fold}"]).sum().T
+    counts = table.filter(like="pixels_")
+    labelled = (table["labelled_fraction"] * table["size"] ** 2).round()
+    counts = counts.assign(labelled=labelled).groupby(table[f"fold_{fold}"]).sum().T
     counts = counts[[part for part in PARTS if part in counts]]
     shares = {
-        name: counts.loc[[f"pixels_{value}" for value in values]].sum() / counts.sum()
+        name: counts.loc[[f"pixels_{value}" for value in values]].sum() / counts.loc["labelled"]
         for name, values in classes.items()
     }
     return pd.DataFrame(shares).T.rename_axis(index="class", columns=None)
@@ -220,10 +222,8 @@ def _label_pixels(
     return counts
 
 
-def _scene_parts(
-    table: pd.DataFrame, folds: WholeScenes | OfficialSplit
-) -> tuple[pd.DataFrame, list[pd.Series]]:
-    """Return the rows that are used, and the part of every one of them in every fold."""
+def _scene_parts(table: pd.DataFrame, folds: WholeScenes | OfficialSplit) -> list[pd.Series]:
+    """Return the part of every patch in every fold."""
     scenes = list(dict.fromkeys(table["scene"]))
     if isinstance(folds, WholeScenes):
         if len(scenes) < folds.count:
@@ -249,7 +249,7 @@ def _scene_parts(
     for split in splits:
         part = table["scene"].map(split)
         parts.append(part.where((part == "training") == sliding, ""))
-    return table, parts
+    return parts
 
 
 def _official_part(scene: str, folds: OfficialSplit) -> str:
@@ -269,7 +269,7 @@ def _shuffled_parts(
     others, in their order, the first ⌊0.1 · (N − ⌊N/F⌋)⌋ are validation and the rest training.
     """
     if index_file is not None:
-        permutation = read_permutation(index_file, count)
+        permutation = _read_permutation(index_file, count)
     else:
         permutation = generator("order", folds.seed).permutation(count)
     share = count // folds.count
@@ -282,3 +282,21 @@ def _shuffled_parts(
         part[test], part[rest[:held]] = "test", "validation"
         parts.append(part)
     return parts
+
+
+def _read_permutation(path: Path, count: int) -> np.ndarray:
+    """Return the numbers of an index file, int64 [count].
+
+    Raises:
+        InputError: It is not a permutation of 0 … count - 1, one number a line.
+    """
+    try:
+        numbers = np.array(Path(path).read_text("utf-8").split(), dtype=np.int64)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: expected whole numbers, one a line ({error})") from error
+    if not np.array_equal(np.sort(numbers), np.arange(count)):
+        raise InputError(
+            f"{path}: expected a permutation of 0 … {count - 1}, one number for each of the "
+            f"{count} patches, found {len(numbers)} numbers, {len(set(numbers.tolist()))} different"
+        )
+    return numbers

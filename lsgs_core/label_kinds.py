@@ -1,8 +1,8 @@
 """The kinds of labels that a data set can have, as the manifest describes them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lsgs_core.schema import NOT_EMPTY, Files, Name, Placed, Positive, Strict, by_name
 
@@ -15,12 +15,19 @@ Codes = dict[Name, Annotated[list[int], NOT_EMPTY]]
 class _Labels(Strict):
     """What all kinds of labels have: named values, of which a pixel has one, or several."""
 
+    overlapping: ClassVar[bool] = False  # whether a pixel can have several values
     values: dict[Name, Any]
 
-    @property
-    def overlapping(self) -> bool:
-        """Return whether a pixel can have several values."""
-        return False
+    @model_validator(mode="after")
+    def _listed_once(self) -> Self:
+        entries = self._entries()
+        if twice := [entry for entry in entries if entries.count(entry) > 1]:
+            raise ValueError(f"{twice[0]} is listed twice")
+        return self
+
+    def _entries(self) -> list[Any]:
+        """Return everything in the label file that is given a meaning."""
+        return [entry for group in self.values.values() for entry in group]
 
     @property
     def has_background(self) -> bool:
@@ -79,6 +86,7 @@ class ScaledPolygonLabels(_Labels):
         values: Class numbers per label value.
     """
 
+    overlapping: ClassVar[bool] = True
     kind: Literal["scaled_polygons"]
     file: Files
     extents: Files
@@ -86,11 +94,6 @@ class ScaledPolygonLabels(_Labels):
         Codes, Field(min_length=1, max_length=MOST_OVERLAPPING),
         BeforeValidator(by_name),
     ]  # fmt: skip
-
-    @property
-    def overlapping(self) -> bool:
-        """Return whether a pixel can have several values."""
-        return True
 
     @property
     def has_background(self) -> bool:
@@ -120,6 +123,9 @@ class IdLabels(_Labels, Placed):
         """Return whether pixels can be labelled as none of the values."""
         return bool(self.background)
 
+    def _entries(self) -> list[Any]:
+        return [*super()._entries(), *self.background, *self.ignored]
+
 
 class ColourLabels(_Labels, Placed):
     """A raster of colours, red, green and blue in its first three channels.
@@ -136,6 +142,9 @@ class ColourLabels(_Labels, Placed):
     ignored: list[Colour] = []
     threshold: Annotated[int, Field(ge=0, le=254)] | None = None
     unlisted: Literal["error", "ignore"] = "error"
+
+    def _entries(self) -> list[Any]:
+        return [*self.values.values(), *self.ignored]
 
 
 Labels = Annotated[

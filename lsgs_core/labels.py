@@ -98,8 +98,6 @@ def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
         background, ignored = [], [_packed(colour) for colour in labels.ignored]
     table = {number: index for index, group in enumerate(groups, start=1) for number in group}
     table |= dict.fromkeys(background, 0) | dict.fromkeys(ignored, labels.ignore)
-    if len(table) < sum(map(len, [*groups, background, ignored])):
-        raise InputError("labels: a number or colour is listed twice")
     known = np.array(sorted(table))
     codes = np.array([table[number] for number in known.tolist()], dtype=np.uint8)
 

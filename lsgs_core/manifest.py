@@ -216,7 +216,8 @@ class Dataset(Strict):
         bands: Single bands by name.
         modalities: Names of bands. A modality of the manifest can also be `{file: …, channels:
             [1, 2, 3]}`: its bands are then called `<modality>_<channel>`.
-        may_be_absent: Modalities whose files a scene need not have.
+        may_be_absent: Modalities whose files a scene need not have; without one of them the
+            modality is absent there, and `make data-check` says so.
         masks: Pixels that a modality does not see, per modality.
         reference_band: Whose grid all others are brought onto; the first one by default.
         tasks: By name. Every label value is a binary task of its own too.
@@ -298,7 +299,10 @@ class Dataset(Strict):
         for field, kind, names in uses:
             if missing := [name for name in names if name not in known[kind]]:
                 raise ValueError(f"{field}: no {kind} {missing}; there are {known[kind]}")
-        absent = [m for m in self.may_be_absent if self.reference_band in self.modalities[m]]
+        used = {
+            m: [s for b in self.modalities[m] for s in self.sources(b)] for m in self.may_be_absent
+        }
+        absent = [m for m, bands in used.items() if self.reference_band in bands]
         if absent or len(self.may_be_absent) == len(self.modalities):
             raise ValueError("may_be_absent: the modality of the reference band is always needed")
         return self

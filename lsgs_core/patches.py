@@ -13,7 +13,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
-import rasterio
 import torch
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
@@ -39,7 +38,7 @@ from lsgs_core.rasters import (
     open_quietly,
 )
 from lsgs_core.schema import validated
-from lsgs_core.separation import Place, check_separation
+from lsgs_core.separation import check_separation
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def make_patches(
         table = patch_table(scenes, membership(labels), labels.names, patches, chosen, index_file)
     if leaks(chosen):
         logger.warning("patches are shuffled: neighbours of test patches are trained on")
-    places = {name: place(made) for name, made in record.scenes.items()}
+    places = {name: made.place for name, made in record.scenes.items()}
     for fold in range(table.filter(regex="^fold_").shape[1]):
         margin = chosen.margin if isinstance(chosen, DiagonalBlocks) else 0
         check_separation(table, fold, margin, {} if leaks(chosen) else places)
@@ -106,11 +105,6 @@ def _labelled(folder: Path, name: str, made: PreparedScene, stack: ExitStack) ->
         return raster.read(1, window=Window(0, top, made.width, bottom - top))
 
     return LabelledScene(name, (made.height, made.width), rows)
-
-
-def place(made: PreparedScene) -> Place:
-    """Return where a prepared scene lies."""
-    return Place((made.height, made.width), made.crs, rasterio.Affine(*made.transform))
 
 
 class PatchDataset:

@@ -5,7 +5,6 @@ the source and with an internal mask of the pixels that the modality sees, and `
 `prepared.json` beside them records what they were made from, so that no scene is made twice.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,8 +26,7 @@ from lsgs_core.labels import code_names, membership, open_labels
 from lsgs_core.manifest import Dataset, Difference, FileBand, Slope
 from lsgs_core.raw_files import Scene, find_scenes
 from lsgs_core.schema import Strict
-
-logger = logging.getLogger(__name__)
+from lsgs_core.separation import Place
 
 RECORD = "prepared.json"
 LABELS = "labels"
@@ -51,6 +49,11 @@ class PreparedScene(Strict):
     labelled_pixels: int
     label_pixels: dict[str, int]  # pixels per label value, more in all where values overlap
     unseen_pixels: dict[str, int]  # pixels without data, per modality
+
+    @property
+    def place(self) -> Place:
+        """Return where the scene lies."""
+        return Place((self.height, self.width), self.crs, rasterio.Affine(*self.transform))
 
     @property
     def pixel_size(self) -> tuple[float, str]:
@@ -234,19 +237,19 @@ class _Modality:
     ) -> None:
         self.grid = grid
         self.bands = {band: dataset.bands[band] for band in dataset.modalities[name]}
-        self.sources = list(dict.fromkeys(s for b in self.bands for s in dataset.sources(b)))
+        sources = dict.fromkeys(s for b in self.bands for s in dataset.sources(b))
         # One opening per file and way of placing it: its channels are read together.
         groups: dict[Any, list[str]] = {}
-        for source in self.sources:
+        for source in sources:
             band = dataset.file_band(source)
             how = band.model_dump_json(exclude={"channel", "description"})
             groups.setdefault((scene.bands[source], how), []).append(source)
         self.rasters, self.order = [], []
+        in_files = [b for b in dataset.bands.values() if isinstance(b, FileBand)]
         for (path, _), names in groups.items():
             used = [dataset.file_band(band) for band in names]
             channels = [band.channel for band in used]
-            bands = [b for b in dataset.bands.values() if isinstance(b, FileBand)]
-            known = [band.channel for band in bands if band.file == used[0].file]
+            known = [band.channel for band in in_files if band.file == used[0].file]
             raster = AlignedRaster(
                 path, used[0], grid, channels, dataset.resampling, used[0].nodata, known
             )

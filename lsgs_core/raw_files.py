@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from lsgs_core.errors import InputError, MissingFileError
@@ -145,24 +144,6 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
 def _csv(path: Path, changed: int, size: int) -> pd.DataFrame:
     """Read a CSV once for all scenes; nobody changes the table."""
     return pd.read_csv(path, dtype=str, keep_default_na=False)
-
-
-def read_permutation(path: Path, count: int) -> np.ndarray:
-    """Return the numbers of an index file, int64 [count].
-
-    Raises:
-        InputError: It is not a permutation of 0 … count - 1, one number a line.
-    """
-    try:
-        numbers = np.array(Path(path).read_text("utf-8").split(), dtype=np.int64)
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: expected whole numbers, one a line ({error})") from error
-    if not np.array_equal(np.sort(numbers), np.arange(count)):
-        raise InputError(
-            f"{path}: expected a permutation of 0 … {count - 1}, one number for each of the "
-            f"{count} patches, found {len(numbers)} numbers, {len(set(numbers.tolist()))} different"
-        )
-    return numbers
 
 
 def _plain(path: str) -> str:

@@ -1,4 +1,4 @@
-"""What the project's YAML files have in common: names, paths, strictness, errors that say where."""
+"""What the project's YAML files have in common: names, paths, errors that say where."""
 
 import re
 from collections.abc import Mapping

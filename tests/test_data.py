@@ -26,10 +26,12 @@ from lsgs_core import patches as patches_module
 from lsgs_core.errors import InputError
 from lsgs_core.fetch import fetch
 from lsgs_core.folds import LabelledScene, read_patch_table
+from lsgs_core.label_kinds import Labels
 from lsgs_core.manifest import (
     Dataset,
     DiagonalBlocks,
     Manifest,
+    OfficialSplit,
     PackageSource,
     Patches,
     load_manifest,
@@ -37,6 +39,7 @@ from lsgs_core.manifest import (
 from lsgs_core.normalisation import fold_statistics
 from lsgs_core.patches import PatchDataset, make_patches
 from lsgs_core.rasters import load_prepared, prepare
+from lsgs_core.schema import Strict, validated
 from lsgs_core.separation import check_separation, coverage
 
 PATCHES: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1}
@@ -56,6 +59,10 @@ def patch_table(
     patches = Patches(**{name: settings[name] for name in PATCHES})
     blocks = DiagonalBlocks(kind="diagonal_blocks", **{name: settings[name] for name in BLOCKS})
     return folds.patch_table(labelled, member, values, patches, blocks)
+
+
+class LabelHolder(Strict):
+    labels: Labels
 
 
 def read_labels(folder: Path) -> np.ndarray:
@@ -152,6 +159,22 @@ def test_manifest_errors_name_file_field_and_expectation(
     assert "broken.yaml" in message
     assert field in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "twice"),
+    [
+        ({"kind": "polygons", "column": "c", "values": {"a": ["x", "y"], "b": ["x"]}}, "x"),
+        ({"kind": "ids", "values": {"a": 1, "b": 2}, "ignored": [0, 2]}, "2"),
+        ({"kind": "ids", "values": {"a": 1, "b": 2}, "background": [1]}, "1"),
+        ({"kind": "scaled_polygons", "extents": "e", "values": {"a": 1, "b": [2, 1]}}, "1"),
+        ({"kind": "colours", "values": {"a": [0, 0, 1], "b": [0, 0, 1]}}, "0, 0, 1"),
+        ({"kind": "colours", "values": {"a": [0, 0, 1]}, "ignored": [[0, 0, 1]]}, "0, 0, 1"),
+    ],
+)
+def test_nothing_in_a_label_file_means_two_things(labels: dict[str, Any], twice: str) -> None:
+    with pytest.raises(InputError, match=rf"labels: \[?{twice}\]? is listed twice"):
+        validated(LabelHolder, {"labels": labels | {"file": "labels"}}, "here")
 
 
 @pytest.mark.parametrize(
@@ -662,6 +685,21 @@ def test_counts_are_those_of_the_labels(table: pd.DataFrame) -> None:
 def test_lengths_that_do_not_fit(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         patch_table([("s", scene.expected_labels())], scene.VALUES, **SETTINGS | change)
+
+
+def test_shares_are_of_the_labelled_pixels_also_where_labels_overlap() -> None:
+    codes = np.zeros((64, 64), dtype=np.uint8)  # bits: 1 is a, 2 is b, 3 is both, 0 background
+    codes[:16], codes[16:32], codes[-8:] = 3, 1, 255
+    member = (np.arange(256)[:, None] >> np.arange(2)) & 1 == 1
+    member = np.column_stack([member, np.arange(256) == 0])
+    member[255] = False
+    scenes = [LabelledScene(name, codes.shape, lambda a, b: codes[a:b]) for name in "pq"]
+    split = OfficialSplit(kind="official", training=["p"], test=["q"])
+    table = folds.patch_table(scenes, member, ["a", "b", "none"], Patches(size=32), split)
+    shares = folds.class_shares(table, {"a": ["a"], "b": ["b"], "none": ["none"]}, 0)
+    expected = {"a": 32 / 56, "b": 16 / 56, "none": 24 / 56}
+    for part in ("training", "test"):
+        assert shares[part].to_dict() == pytest.approx(expected)
 
 
 def test_overrides_and_reading_back(dataset: Dataset, own_prepared: Path) -> None:
