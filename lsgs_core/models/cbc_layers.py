@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
+from lsgs_core.models import plain
+from lsgs_core.models.attention import attention_with_dropout
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class CBCSettings:
     attention_heads: int = 8
     feed_forward_width: int = 512  # hidden width of the feed-forward layers
     dropout: float = 0.1  # after the attention's projection and in the feed-forward layers
-    # On the attention weights; above 0 it keeps a CPU from a fused attention kernel in training.
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.1  # on the attention weights
     decoder_channels: tuple[int, ...] = (128, 64, 32, 16, 8)  # reduced latent, then each level
     decoder_depths: tuple[int, ...] = (16, 32, 64, 128)  # of the volume at each of 1 to 4 levels
 
@@ -71,8 +72,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        out = F.relu(self.part2(F.relu(self.part1(x))))
-        return F.relu(self.part3(out) + self.shortcut(x))
+        out = F.relu(self.part1(x), inplace=True)
+        out = F.relu(self.part2(out), inplace=True)
+        return F.relu(self.part3(out) + self.shortcut(x), inplace=True)
 
 
 class Encoder(nn.Module):
@@ -89,7 +91,7 @@ class Encoder(nn.Module):
         widths = (settings.stem_width, *settings.stage_widths)
         stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.BatchNorm2d(widths[0]),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
@@ -104,6 +106,8 @@ class Encoder(nn.Module):
 
     def forward(self, bands: Tensor) -> list[Tensor]:
         """Return x1, x2, x3, x4, each [B, c, D, h, w], and x6 [B, C, d, h, w] on the grid."""
+        if plain.is_plain():
+            return plain.encode(self, bands)
         padded = F.pad(bands, (0, 0, 0, 0, 1, 1))  # (B, D + 2, H, W)
         neighbours = torch.stack((padded[:, :-2], padded[:, 1:-1], padded[:, 2:]), dim=2)
         # Channels last is a third faster here on a CPU, in the pooling and the normalisations.
@@ -145,7 +149,10 @@ class TransformerBlock(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         rate = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        if rate and plain.has_fast_kernels(x):
+            out = attention_with_dropout(query, key, value, rate)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
         out = self.proj(out.transpose(1, 2).flatten(2))
         # The published block drops twice: after the projection and again before the residual.
         x = x + self.dropout(self.dropout(out))
@@ -191,7 +198,10 @@ class DecoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the latent and the fused levels 4, 3, … of M modalities to `outputs` channels."""
+    """From the latent and the fused levels 4, 3, … of M modalities to `outputs` channels.
+
+    This is its definition; on a CPU `volumes.decode` computes it.
+    """
 
     def __init__(self, settings: CBCSettings, modalities: int, outputs: int) -> None:
         super().__init__()

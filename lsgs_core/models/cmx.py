@@ -43,10 +43,10 @@ class Stage(nn.Sequential):
         super().__init__(
             nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
 
 
@@ -69,7 +69,10 @@ class Rectification(nn.Module):
         by_channel = self.channel_weights(pooled).sigmoid()[:, :, None, None]  # (B, 2C, 1, 1)
         channel1, channel2 = by_channel.chunk(2, dim=1)
         spatial1, spatial2 = self.spatial_weights(both).sigmoid().chunk(2, dim=1)  # (B, 1, h, w)
-        return x1 + 0.5 * (channel2 + spatial2) * x2, x2 + 0.5 * (channel1 + spatial1) * x1
+        return (
+            torch.addcmul(x1, channel2 + spatial2, x2, value=0.5),
+            torch.addcmul(x2, channel1 + spatial1, x1, value=0.5),
+        )
 
 
 class FusionStream(nn.Module):
@@ -205,17 +208,22 @@ class CMX(Backbone):
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C, H/32, W/32] of K scenarios, masks bool [K, M].
 
-        The start of a stream runs once for each state of its modalities, not once a scenario.
+        The start of a stream runs once for each state of its modalities, and once for all images
+        where none is present; from there on the scenarios are the batch.
         """
         patches = self.check(images, masks, scenarios=True)
         batch = len(patches[0])
         streams = []
         for stream, part in enumerate(STREAMS):
             states, indices = masks[:, part].unique(dim=0, return_inverse=True)
-            starts = [self._start(stream, patches, state.expand(batch, -1)) for state in states]
-            streams.append([starts[index] for index in indices.tolist()])
-        both = zip(*streams, strict=True)
-        return torch.stack([self.fusions[-1](*self._rectify(*pair)[-1]) for pair in both])
+            starts = []
+            for state in states:
+                some = patches if bool(state.any()) else [patch[:1] for patch in patches]
+                start = self._start(stream, some, state.expand(len(some[0]), -1))
+                starts.append(start.expand(batch, -1, -1, -1))
+            streams.append(torch.cat([starts[index] for index in indices.tolist()]))
+        latent = self.fusions[-1](*self._rectify(*streams)[-1])
+        return latent.unflatten(0, (len(masks), batch))
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return every linear and convolutional layer outside the decoder."""

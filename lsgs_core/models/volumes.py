@@ -1,0 +1,251 @@
+"""The decoder of CBC on a CPU: the same numbers as its modules, without their large volumes.
+
+Three facts make it cheap. A convolution over concatenated volumes is the sum of one over each. A
+3×3×3 convolution is three 2-D ones, one per depth tap, over slices whose results are added up; and
+where the volume was resized along depth, resizing and adding up are one small matrix, so that the
+2-D convolutions run on the slices from before. And a unit (convolution, ReLU, instance
+normalisation) needs nothing but its input and its output to be differentiated; what lies between
+is computed in slabs that stay in the processor's cache, and again in the backward pass.
+
+Volumes are [B, d, h, w, C] here, the memory order in which the convolutions are fastest.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Unit
+
+SLAB = 2**20  # numbers that are worked on at a time: 4 MiB of float32
+Size = tuple[int, int, int]
+
+
+def decode(
+    decoder: Decoder, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]
+) -> Tensor:
+    """Return what `decoder(latent, skips, size)` does, [B, outputs, H, W], with its gradients."""
+    x = _channels_last(decoder.reduce(decoder.refine(latent)))
+    for level, skip, depth in zip(decoder.levels.values(), skips, decoder.depths, strict=True):
+        assert isinstance(level, DecoderLevel)
+        volume = (depth, 2 * x.shape[2], 2 * x.shape[3])
+        x = unit(level.enlarge, volume, (x, "linear"))
+        skip = _channels_last(level.refine(skip))
+        x = unit(level.join, volume, (skip, "nearest"), (x, "nearest"))
+        x = unit(level.out, volume, (x, "nearest"))
+    first = x[:, 0].movedim(3, 1)
+    first = F.interpolate(first, size, mode="bilinear", align_corners=True)
+    return F.conv2d(first, decoder.head.weight[:, :, 0], decoder.head.bias)
+
+
+def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
+    """Return the unit of the resized and concatenated inputs, [B, *size, outputs].
+
+    Args:
+        module: Padding by replication; its 1×1×1 kernel takes one input that has the size.
+        size: Depth, height and width of the result.
+        *inputs: Volumes [B, d, h, w, C_i], each with "linear" (aligned corners) or "nearest".
+    """
+    weights = module.conv.weight.split([volume.shape[4] for volume, _ in inputs], dim=1)
+    pairs = [part for (volume, _), weight in zip(inputs, weights, strict=True)
+             for part in (volume, weight)]  # fmt: skip
+    modes = tuple(mode for _, mode in inputs)
+    return _Unit.apply(module.norm.eps, size, modes, module.conv.bias, *pairs)
+
+
+@lru_cache(maxsize=512)
+def _resizing(before: int, after: int, mode: str, padding: int, dtype: torch.dtype) -> Tensor:
+    """Resizing along one axis and replicate padding as a matrix [after + 2 · padding, before]."""
+    aligned = True if mode == "linear" else None
+    with torch.inference_mode(False):  # the cached matrix outlives the mode that it was made in
+        unit_vectors = torch.eye(before, dtype=dtype)[None]
+        matrix = F.interpolate(unit_vectors, after, mode=mode, align_corners=aligned)[0].T
+        first, last = matrix[:1].expand(padding, -1), matrix[-1:].expand(padding, -1)
+        return torch.cat((first, matrix, last))
+
+
+class _Slices:
+    """The slices of one input of a unit, resized in the plane and padded, a chunk at a time."""
+
+    def __init__(self, volume: Tensor, weight: Tensor, size: Size, mode: str) -> None:
+        self.volume, self.size, taps = volume, size, weight.shape[2]
+        self.padding = taps // 2
+        self.kernels = [kernel.contiguous(memory_format=torch.channels_last)
+                        for kernel in weight.unbind(2)]  # fmt: skip
+        self.depth, self.height, self.width = (
+            _resizing(before, after, mode, self.padding, volume.dtype)
+            for before, after in zip(volume.shape[1:4], size, strict=True)
+        )
+        self.same_plane = tuple(volume.shape[2:4]) == size[1:]
+        pixels = (size[1] + 2) * (size[2] + 2)
+        self.step = max(1, SLAB // (len(volume) * pixels * max(weight.shape[:2])))
+
+    def chunks(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+        """Yield slices of the input, the slices of the result that they add to, and by how much.
+
+        The last is one matrix [result slices, input slices] for every depth tap.
+        """
+        taps = len(self.kernels)
+        for start in range(0, self.volume.shape[1], self.step):
+            chunk = slice(start, min(start + self.step, self.volume.shape[1]))
+            used = self.depth[:, chunk].any(dim=1).nonzero()
+            # Tap t of result slice z reads the padded slice z + t.
+            first = max(0, int(used[0]) - taps + 1)
+            stop = min(self.size[0], int(used[-1]) + 1)
+            shares = [self.depth[first + tap : stop + tap, chunk] for tap in range(taps)]
+            yield chunk, slice(first, stop), shares
+
+    def read(self, chunk: slice) -> Tensor:
+        """Return a chunk as images [B · slices, C, H + 2, W + 2], channels last."""
+        x = self.volume[:, chunk]
+        if not self.same_plane:
+            x = self.width @ x  # (B, s, h, W + 2, C)
+            x = (self.height @ x.flatten(3)).unflatten(3, (len(self.width), -1))
+            return x.flatten(0, 1).movedim(3, 1)
+        x = x.flatten(0, 1).movedim(3, 1)
+        return F.pad(x, (1, 1, 1, 1), mode="replicate") if self.padding else x
+
+    def write_gradient(self, gradient: Tensor, out: Tensor) -> None:
+        """Put the gradient of what `read` returned into `out`, a chunk [B, s, h, w, C]."""
+        x = gradient.movedim(1, 3).unflatten(0, out.shape[:2])
+        if not self.same_plane:
+            x = (self.height.T @ x.flatten(3)).unflatten(3, (len(self.width), -1))
+            x = self.width.T @ x
+        elif self.padding:
+            x[:, :, 1] += x[:, :, 0]
+            x[:, :, -2] += x[:, :, -1]
+            x[:, :, :, 1] += x[:, :, :, 0]
+            x[:, :, :, -2] += x[:, :, :, -1]
+            x = x[:, :, 1:-1, 1:-1]
+        out.copy_(x)
+
+
+class _Unit(torch.autograd.Function):
+    """Convolution, ReLU and instance normalisation, with only input and output kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, eps: float, size: Size, modes: tuple[str, ...], bias: Tensor, *pairs: Tensor
+    ) -> Tensor:
+        """Take volume, weight, volume, weight and so on as pairs."""
+        batch, width = len(pairs[0]), size[2]
+        out = pairs[0].new_zeros(batch, *size, len(bias))
+        slices = out.flatten(2)  # (B, D, H · W · outputs)
+        for index, mode in enumerate(modes):
+            inputs = _Slices(pairs[2 * index], pairs[2 * index + 1], size, mode)
+            centre = len(inputs.kernels) // 2
+            for chunk, rows, shares in inputs.chunks():
+                images = inputs.read(chunk)
+                for tap, (kernel, share) in enumerate(zip(inputs.kernels, shares, strict=True)):
+                    # The rows of a share add up to 1, so one tap brings the whole bias.
+                    once = bias if index == 0 and tap == centre else None
+                    maps = F.conv2d(images, kernel, once).movedim(1, 3)
+                    maps = maps.reshape(batch, share.shape[1], -1)
+                    if centre == 0:
+                        slices[:, rows] = maps
+                    else:
+                        slices[:, rows].baddbmm_(share.expand(batch, -1, -1), maps)
+        mean = _channel_means(out, lambda slab: slab.relu_())
+        per_column = _columns(mean, width)
+        variance = _channel_means(out, lambda slab: slab.sub_(per_column).square())
+        scale = (variance + eps).rsqrt()
+        per_column = _columns(scale, width)
+        for slab in _slabs(out):
+            slab.mul_(per_column)
+        ctx.size, ctx.modes = size, modes
+        ctx.save_for_backward(out, mean, scale, *pairs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the bias and of every pair."""
+        out, mean, scale, *pairs = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        before = _before_normalisation(gradient, out, mean, scale)
+        needed = ctx.needs_input_grad[3:]
+        bias = None
+        if needed[0]:
+            count = before[..., 0].numel()
+            bias = _channel_means(before, lambda slab: slab).mean(dim=0) * count
+        grads: list[Tensor | None] = [bias]
+        for index, mode in enumerate(ctx.modes):
+            volume, weight = pairs[2 * index : 2 * index + 2]
+            wanted = needed[1 + 2 * index : 3 + 2 * index]
+            grads += _gradients(_Slices(volume, weight, ctx.size, mode), before, *wanted)
+        return None, None, None, *grads
+
+
+def _before_normalisation(gradient: Tensor, out: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of what went into the ReLU, from that of the normalised result.
+
+    With x̂ the result, instance normalisation gives scale · (g - mean(g) - x̂ · mean(g · x̂)).
+    """
+    width = out.shape[3]
+    joint = iter(_slabs(out))
+    mean_gradient = _channel_means(gradient, lambda slab: slab)
+    mean_product = _channel_means(gradient, lambda slab: slab * next(joint))
+    by, shift, slope, zero = (
+        _columns(value, width)
+        for value in (scale, scale * mean_gradient, -scale * mean_product, (0 - mean) * scale)
+    )
+    before = torch.empty_like(out)
+    for result, slab, normalised in zip(*map(_slabs, (before, gradient, out)), strict=True):
+        torch.mul(slab, by, out=result)
+        # What the ReLU set to 0 has become `zero`, and everything else is larger.
+        result.sub_(shift).addcmul_(normalised, slope).mul_(normalised > zero)
+    return before
+
+
+def _gradients(
+    inputs: _Slices, before: Tensor, of_volume: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of one input and its weight, where wanted."""
+    _, _, *plane, outputs = before.shape
+    volume = torch.empty_like(inputs.volume) if of_volume else None
+    weights = [torch.zeros_like(kernel) for kernel in inputs.kernels]
+    for chunk, rows, shares in inputs.chunks():
+        images = inputs.read(chunk)
+        total = None
+        result = before.flatten(2)[:, rows]
+        for kernel, weight, share in zip(inputs.kernels, weights, shares, strict=True):
+            maps = share.T @ result if inputs.padding else result
+            maps = maps.reshape(-1, *plane, outputs).movedim(3, 1)
+            of_images, of_kernel, _ = torch.ops.aten.convolution_backward(
+                maps, images, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+                [of_volume, of_weight, False],
+            )  # fmt: skip
+            if of_volume:
+                total = of_images if total is None else total.add_(of_images)
+            if of_weight:
+                weight += of_kernel
+        if volume is not None and total is not None:
+            inputs.write_gradient(total, volume[:, chunk])
+    return volume, torch.stack(weights, dim=2) if of_weight else None
+
+
+def _channels_last(volume: Tensor) -> Tensor:
+    return volume.movedim(1, 4).contiguous()
+
+
+def _slabs(volume: Tensor) -> list[Tensor]:
+    """Return a volume [B, D, H, W, C] as views [B, slices, H, W · C] that fit in the cache."""
+    step = max(1, SLAB // volume[:, 0].numel())
+    return list(volume.flatten(3).split(step, dim=1))
+
+
+def _channel_means(volume: Tensor, function: Any) -> Tensor:
+    """Return the mean of a function of every slab, by sample and channel, [B, C]."""
+    total = sum(function(slab).sum(dim=(1, 2)) for slab in _slabs(volume))  # (B, W · C)
+    assert isinstance(total, Tensor)
+    _, depth, height, *columns = volume.shape
+    return total.unflatten(1, columns).mean(dim=1) / (depth * height)
+
+
+def _columns(values: Tensor, width: int) -> Tensor:
+    """Repeat values [B, C] along the columns of a slab, [B, 1, 1, W · C]."""
+    return values.repeat(1, width)[:, None, None]
