@@ -169,7 +169,11 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit."""
-        return self.norm(F.relu(self.conv(x)))
+        out = self.norm(F.relu(self.conv(x)))
+        if out.requires_grad:
+            # PyTorch (2.13, CPU) reads a channels-last gradient of a single sample wrongly here.
+            out.register_hook(lambda gradient: gradient.contiguous())
+        return out
 
 
 class Refinement(nn.Sequential):

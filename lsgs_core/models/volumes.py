@@ -11,6 +11,7 @@ Volumes are [B, d, h, w, C] here, the memory order in which the convolutions are
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Unit
+from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Refinement, Unit
 
 SLAB = 2**20  # numbers that are worked on at a time: 4 MiB of float32
 Size = tuple[int, int, int]
@@ -29,59 +30,81 @@ def decode(
     decoder: Decoder, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]
 ) -> Tensor:
     """Return what `decoder(latent, skips, size)` does, [B, outputs, H, W], with its gradients."""
-    x = _channels_last(decoder.reduce(decoder.refine(latent)))
+    x = _refined(decoder.refine, latent)
+    x = F.linear(x, decoder.reduce.weight.flatten(1), decoder.reduce.bias)
     for level, skip, depth in zip(decoder.levels.values(), skips, decoder.depths, strict=True):
         assert isinstance(level, DecoderLevel)
         volume = (depth, 2 * x.shape[2], 2 * x.shape[3])
         x = unit(level.enlarge, volume, (x, "linear"))
-        skip = _channels_last(level.refine(skip))
-        x = unit(level.join, volume, (skip, "nearest"), (x, "nearest"))
+        x = unit(level.join, volume, (_refined(level.refine, skip), "nearest"), (x, "nearest"))
         x = unit(level.out, volume, (x, "nearest"))
     first = x[:, 0].movedim(3, 1)
     first = F.interpolate(first, size, mode="bilinear", align_corners=True)
     return F.conv2d(first, decoder.head.weight[:, :, 0], decoder.head.bias)
 
 
+def _refined(refinement: Refinement, volume: Tensor) -> Tensor:
+    """Return the refined volume, [B, C, d, h, w] to [B, d, h, w, C]."""
+    x = volume.movedim(1, 4).contiguous()
+    for module in refinement.children():
+        assert isinstance(module, Unit)
+        x = unit(module, (x.shape[1], x.shape[2], x.shape[3]), (x, "nearest"))
+    return x
+
+
 def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
     """Return the unit of the resized and concatenated inputs, [B, *size, outputs].
 
     Args:
-        module: Padding by replication; its 1×1×1 kernel takes one input that has the size.
+        module: Of kernel 3, or of kernel 1 and with one input that has the size.
         size: Depth, height and width of the result.
         *inputs: Volumes [B, d, h, w, C_i], each with "linear" (aligned corners) or "nearest".
     """
     weights = module.conv.weight.split([volume.shape[4] for volume, _ in inputs], dim=1)
     pairs = [part for (volume, _), weight in zip(inputs, weights, strict=True)
              for part in (volume, weight)]  # fmt: skip
-    modes = tuple(mode for _, mode in inputs)
-    return _Unit.apply(module.norm.eps, size, modes, module.conv.bias, *pairs)
+    rule = _Rule(size, tuple(mode for _, mode in inputs), module.conv.padding_mode, module.norm.eps)
+    return _Unit.apply(rule, module.conv.bias, *pairs)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a unit does besides its tensors."""
+
+    size: Size
+    modes: tuple[str, ...]
+    padding: str  # "replicate" or "zeros"
+    eps: float
 
 
 @lru_cache(maxsize=512)
-def _resizing(before: int, after: int, mode: str, padding: int, dtype: torch.dtype) -> Tensor:
-    """Resizing along one axis and replicate padding as a matrix [after + 2 · padding, before]."""
+def _resizing(
+    before: int, after: int, mode: str, width: int, padding: str, dtype: torch.dtype
+) -> Tensor:
+    """Resizing along one axis and padding, as a matrix [after + 2 · width, before]."""
     aligned = True if mode == "linear" else None
     with torch.inference_mode(False):  # the cached matrix outlives the mode that it was made in
         unit_vectors = torch.eye(before, dtype=dtype)[None]
         matrix = F.interpolate(unit_vectors, after, mode=mode, align_corners=aligned)[0].T
-        first, last = matrix[:1].expand(padding, -1), matrix[-1:].expand(padding, -1)
-        return torch.cat((first, matrix, last))
+        first, last = matrix[:1].expand(width, -1), matrix[-1:].expand(width, -1)
+        repeated = 1 if padding == "replicate" else 0
+        return torch.cat((first * repeated, matrix, last * repeated))
 
 
 class _Slices:
     """The slices of one input of a unit, resized in the plane and padded, a chunk at a time."""
 
-    def __init__(self, volume: Tensor, weight: Tensor, size: Size, mode: str) -> None:
-        self.volume, self.size, taps = volume, size, weight.shape[2]
-        self.padding = taps // 2
+    def __init__(self, volume: Tensor, weight: Tensor, rule: _Rule, index: int) -> None:
+        self.volume, self.size, taps = volume, rule.size, weight.shape[2]
+        self.border, self.padding = taps // 2, rule.padding
         self.kernels = [kernel.contiguous(memory_format=torch.channels_last)
                         for kernel in weight.unbind(2)]  # fmt: skip
         self.depth, self.height, self.width = (
-            _resizing(before, after, mode, self.padding, volume.dtype)
-            for before, after in zip(volume.shape[1:4], size, strict=True)
+            _resizing(before, after, rule.modes[index], self.border, self.padding, volume.dtype)
+            for before, after in zip(volume.shape[1:4], self.size, strict=True)
         )
-        self.same_plane = tuple(volume.shape[2:4]) == size[1:]
-        pixels = (size[1] + 2) * (size[2] + 2)
+        self.same_plane = tuple(volume.shape[2:4]) == self.size[1:]
+        pixels = (self.size[1] + 2) * (self.size[2] + 2)
         self.step = max(1, SLAB // (len(volume) * pixels * max(weight.shape[:2])))
 
     def chunks(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
@@ -93,6 +116,8 @@ class _Slices:
         for start in range(0, self.volume.shape[1], self.step):
             chunk = slice(start, min(start + self.step, self.volume.shape[1]))
             used = self.depth[:, chunk].any(dim=1).nonzero()
+            if not len(used):  # a smaller depth passes over some slices
+                continue
             # Tap t of result slice z reads the padded slice z + t.
             first = max(0, int(used[0]) - taps + 1)
             stop = min(self.size[0], int(used[-1]) + 1)
@@ -107,7 +132,8 @@ class _Slices:
             x = (self.height @ x.flatten(3)).unflatten(3, (len(self.width), -1))
             return x.flatten(0, 1).movedim(3, 1)
         x = x.flatten(0, 1).movedim(3, 1)
-        return F.pad(x, (1, 1, 1, 1), mode="replicate") if self.padding else x
+        mode = "replicate" if self.padding == "replicate" else "constant"
+        return F.pad(x, (self.border,) * 4, mode=mode) if self.border else x
 
     def write_gradient(self, gradient: Tensor, out: Tensor) -> None:
         """Put the gradient of what `read` returned into `out`, a chunk [B, s, h, w, C]."""
@@ -115,11 +141,12 @@ class _Slices:
         if not self.same_plane:
             x = (self.height.T @ x.flatten(3)).unflatten(3, (len(self.width), -1))
             x = self.width.T @ x
-        elif self.padding:
-            x[:, :, 1] += x[:, :, 0]
-            x[:, :, -2] += x[:, :, -1]
-            x[:, :, :, 1] += x[:, :, :, 0]
-            x[:, :, :, -2] += x[:, :, :, -1]
+        elif self.border:
+            if self.padding == "replicate":
+                x[:, :, 1] += x[:, :, 0]
+                x[:, :, -2] += x[:, :, -1]
+                x[:, :, :, 1] += x[:, :, :, 0]
+                x[:, :, :, -2] += x[:, :, :, -1]
             x = x[:, :, 1:-1, 1:-1]
         out.copy_(x)
 
@@ -128,20 +155,18 @@ class _Unit(torch.autograd.Function):
     """Convolution, ReLU and instance normalisation, with only input and output kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, eps: float, size: Size, modes: tuple[str, ...], bias: Tensor, *pairs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, rule: _Rule, bias: Tensor, *pairs: Tensor) -> Tensor:
         """Take volume, weight, volume, weight and so on as pairs."""
-        batch, width = len(pairs[0]), size[2]
-        out = pairs[0].new_zeros(batch, *size, len(bias))
+        batch, width = len(pairs[0]), rule.size[2]
+        out = pairs[0].new_zeros(batch, *rule.size, len(bias))
         slices = out.flatten(2)  # (B, D, H · W · outputs)
-        for index, mode in enumerate(modes):
-            inputs = _Slices(pairs[2 * index], pairs[2 * index + 1], size, mode)
+        for index in range(len(rule.modes)):
+            inputs = _Slices(pairs[2 * index], pairs[2 * index + 1], rule, index)
             centre = len(inputs.kernels) // 2
             for chunk, rows, shares in inputs.chunks():
                 images = inputs.read(chunk)
                 for tap, (kernel, share) in enumerate(zip(inputs.kernels, shares, strict=True)):
-                    # The rows of a share add up to 1, so one tap brings the whole bias.
+                    # The rows of the middle tap add up to 1, so that it brings the whole bias.
                     once = bias if index == 0 and tap == centre else None
                     maps = F.conv2d(images, kernel, once).movedim(1, 3)
                     maps = maps.reshape(batch, share.shape[1], -1)
@@ -152,11 +177,11 @@ class _Unit(torch.autograd.Function):
         mean = _channel_means(out, lambda slab: slab.relu_())
         per_column = _columns(mean, width)
         variance = _channel_means(out, lambda slab: slab.sub_(per_column).square())
-        scale = (variance + eps).rsqrt()
+        scale = (variance + rule.eps).rsqrt()
         per_column = _columns(scale, width)
         for slab in _slabs(out):
             slab.mul_(per_column)
-        ctx.size, ctx.modes = size, modes
+        ctx.rule = rule
         ctx.save_for_backward(out, mean, scale, *pairs)
         return out
 
@@ -167,17 +192,17 @@ class _Unit(torch.autograd.Function):
         out, mean, scale, *pairs = ctx.saved_tensors
         gradient = gradient.contiguous()
         before = _before_normalisation(gradient, out, mean, scale)
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[1:]
         bias = None
         if needed[0]:
             count = before[..., 0].numel()
             bias = _channel_means(before, lambda slab: slab).mean(dim=0) * count
         grads: list[Tensor | None] = [bias]
-        for index, mode in enumerate(ctx.modes):
+        for index in range(len(ctx.rule.modes)):
             volume, weight = pairs[2 * index : 2 * index + 2]
             wanted = needed[1 + 2 * index : 3 + 2 * index]
-            grads += _gradients(_Slices(volume, weight, ctx.size, mode), before, *wanted)
-        return None, None, None, *grads
+            grads += _gradients(_Slices(volume, weight, ctx.rule, index), before, *wanted)
+        return None, *grads
 
 
 def _before_normalisation(gradient: Tensor, out: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -206,14 +231,14 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of one input and its weight, where wanted."""
     _, _, *plane, outputs = before.shape
-    volume = torch.empty_like(inputs.volume) if of_volume else None
+    volume = torch.zeros_like(inputs.volume) if of_volume else None
     weights = [torch.zeros_like(kernel) for kernel in inputs.kernels]
     for chunk, rows, shares in inputs.chunks():
         images = inputs.read(chunk)
         total = None
         result = before.flatten(2)[:, rows]
         for kernel, weight, share in zip(inputs.kernels, weights, shares, strict=True):
-            maps = share.T @ result if inputs.padding else result
+            maps = share.T @ result if inputs.border else result
             maps = maps.reshape(-1, *plane, outputs).movedim(3, 1)
             of_images, of_kernel, _ = torch.ops.aten.convolution_backward(
                 maps, images, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
@@ -226,10 +251,6 @@ def _gradients(
         if volume is not None and total is not None:
             inputs.write_gradient(total, volume[:, chunk])
     return volume, torch.stack(weights, dim=2) if of_weight else None
-
-
-def _channels_last(volume: Tensor) -> Tensor:
-    return volume.movedim(1, 4).contiguous()
 
 
 def _slabs(volume: Tensor) -> list[Tensor]:
