@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lsgs_core.lora import add_lora
 from lsgs_core.models import Backbone, build_backbone, volumes
 from lsgs_core.models.attention import _weights, attention_with_dropout
+from lsgs_core.models.cbc_layers import Decoder
 from lsgs_core.models.plain import has_fast_kernels, plain_form
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -53,6 +54,7 @@ def test_outputs_and_gradients(
     name: str, size: str, slab: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(volumes, "SLAB", slab)
+    monkeypatch.setattr(volumes, "SMALLEST", 0)
     model = network(name, size, bands=(2, 3, 1), classes=2)
     shape = (64, 96) if size == "odd" else (64, 64)
     images = [torch.randn(batch, bands, *shape, dtype=torch.float64) for bands in (2, 3, 1)]
@@ -70,7 +72,8 @@ def test_outputs_and_gradients(
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9 * scale, msg=key)
 
 
-def test_only_what_is_trained_gets_a_gradient() -> None:
+def test_only_what_is_trained_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volumes, "SMALLEST", 0)
     model = network("cbc_slp", "demo")
     add_lora(model, rank=2)
     images = [torch.randn(1, 3, 64, 64, dtype=torch.float64) for _ in range(3)]
@@ -84,8 +87,9 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9)
 
 
-def test_one_sample_has_the_gradients_of_two_equal_ones() -> None:
+def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own instance normalisation fails this for channels-last gradients."""
+    monkeypatch.setattr(volumes, "SMALLEST", 0)
     model = network("cbc_slp", "demo").eval()
     images = [torch.randn(1, 3, 64, 64, dtype=torch.float64) for _ in range(3)]
     available = torch.tensor([[True, False, True]])
@@ -139,6 +143,15 @@ def test_dropout_of_attention_is_random_and_seeded() -> None:
     assert kept.std().item() == pytest.approx((0.1 * 0.9 / 256) ** 0.5, rel=0.05)
     heads = kept - kept.mean(dim=2, keepdim=True)
     assert abs((heads[0, 0] * heads[0, 1]).mean().item()) < 0.3 * heads.var().item()
+
+
+def test_only_large_volumes_go_in_slabs() -> None:
+    for preset, expected in (("paper", True), ("demo", False)):
+        model = build_backbone("cbc", preset)
+        shape = model.configuration["latent_grid"]
+        decoder = model.get_submodule("decoder")
+        assert isinstance(decoder, Decoder)
+        assert volumes.is_worthwhile(decoder, torch.zeros(1, 1, *shape)) is expected
 
 
 def test_training_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lsgs_core.models.backbone import Backbone, Images, zero_absent
 from lsgs_core.models.cbc_layers import CBCSettings, Decoder, Encoder, TransformerBlock, Unit
 from lsgs_core.models.plain import has_fast_kernels
-from lsgs_core.models.volumes import decode
+from lsgs_core.models.volumes import decode, is_worthwhile
 
 
 class PointConv(nn.Linear):
@@ -78,7 +78,7 @@ class CBC(Backbone):
         ]
         volume = self._volume(latent)
         size = (patches[0].shape[2], patches[0].shape[3])
-        if has_fast_kernels(volume):
+        if has_fast_kernels(volume) and is_worthwhile(self.decoder, volume):
             logits = decode(self.decoder, volume, fused, size)
         else:
             logits = self.decoder(volume, fused, size)

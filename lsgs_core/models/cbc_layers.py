@@ -204,7 +204,7 @@ class DecoderLevel(nn.Module):
 class Decoder(nn.Module):
     """From the latent and the fused levels 4, 3, … of M modalities to `outputs` channels.
 
-    This is its definition; on a CPU `volumes.decode` computes it.
+    This is its definition; on a CPU `volumes.decode` computes it where it is large.
     """
 
     def __init__(self, settings: CBCSettings, modalities: int, outputs: int) -> None:

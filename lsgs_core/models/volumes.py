@@ -23,7 +23,15 @@ from torch.autograd.function import once_differentiable
 from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Refinement, Unit
 
 SLAB = 2**20  # numbers that are worked on at a time: 4 MiB of float32
+SMALLEST = 2**20  # numbers in the last volume; smaller ones stay in the cache by themselves
 Size = tuple[int, int, int]
+
+
+def is_worthwhile(decoder: Decoder, latent: Tensor) -> bool:
+    """Whether `decode` is faster than the decoder for a latent [B, C, d, h, w]."""
+    growth = 2 ** len(decoder.depths)
+    plane = latent.shape[3] * growth * latent.shape[4] * growth
+    return decoder.depths[-1] * plane * decoder.head.in_channels >= SMALLEST
 
 
 def decode(
