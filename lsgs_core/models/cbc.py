@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from lsgs_core.models.backbone import Backbone, Images, zero_absent
 from lsgs_core.models.cbc_layers import CBCSettings, Decoder, Encoder, TransformerBlock, Unit
-from lsgs_core.models.plain import has_fast_kernels
-from lsgs_core.models.volumes import decode, is_worthwhile
 
 
 class PointConv(nn.Linear):
@@ -76,12 +74,7 @@ class CBC(Backbone):
             self.fusions[f"level{level}"](zero_absent(skips[level - 1], available).flatten(1, 2))
             for level in self.skip_levels
         ]
-        volume = self._volume(latent)
-        size = (patches[0].shape[2], patches[0].shape[3])
-        if has_fast_kernels(volume) and is_worthwhile(self.decoder, volume):
-            logits = decode(self.decoder, volume, fused, size)
-        else:
-            logits = self.decoder(volume, fused, size)
+        logits = self.decoder(self._volume(latent), fused, tuple(patches[0].shape[2:]))
         return logits.unflatten(1, (self.head_count, self.classes))
 
     def latent(self, images: Images, available: Tensor) -> Tensor:

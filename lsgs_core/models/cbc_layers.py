@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
-from lsgs_core.models import plain
+from lsgs_core.models import plain, volumes
 from lsgs_core.models.attention import attention_with_dropout
 
 
@@ -202,10 +202,7 @@ class DecoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the latent and the fused levels 4, 3, … of M modalities to `outputs` channels.
-
-    This is its definition; on a CPU `volumes.decode` computes it where it is large.
-    """
+    """From the latent and the fused levels 4, 3, … of M modalities to `outputs` channels."""
 
     def __init__(self, settings: CBCSettings, modalities: int, outputs: int) -> None:
         super().__init__()
@@ -227,6 +224,8 @@ class Decoder(nn.Module):
 
         The skips are the fused levels from 4 down, [B, c, D, h, w]; the size is H and W.
         """
+        if plain.has_fast_kernels(latent) and volumes.is_worthwhile(self, latent):
+            return volumes.decode(self, latent, skips, size)
         x = self.reduce(self.refine(latent))
         for level, skip, depth in zip(self.levels.values(), skips, self.depths, strict=True):
             x = level(x, skip, depth)

@@ -10,17 +10,20 @@ is computed in slabs that stay in the processor's cache, and again in the backwa
 Volumes are [B, d, h, w, C] here, the memory order in which the convolutions are fastest.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Refinement, Unit
+if TYPE_CHECKING:
+    from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Refinement, Unit
 
 SLAB = 2**20  # numbers that are worked on at a time: 4 MiB of float32
 SMALLEST = 2**20  # numbers in the last volume; smaller ones stay in the cache by themselves
@@ -28,7 +31,7 @@ Size = tuple[int, int, int]
 
 
 def is_worthwhile(decoder: Decoder, latent: Tensor) -> bool:
-    """Whether `decode` is faster than the decoder for a latent [B, C, d, h, w]."""
+    """Whether `decode` is faster than the modules for a latent [B, C, d, h, w]."""
     growth = 2 ** len(decoder.depths)
     plane = latent.shape[3] * growth * latent.shape[4] * growth
     return decoder.depths[-1] * plane * decoder.head.in_channels >= SMALLEST
@@ -37,11 +40,11 @@ def is_worthwhile(decoder: Decoder, latent: Tensor) -> bool:
 def decode(
     decoder: Decoder, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]
 ) -> Tensor:
-    """Return what `decoder(latent, skips, size)` does, [B, outputs, H, W], with its gradients."""
+    """Return what the decoder's own modules give, [B, outputs, H, W], with its gradients."""
     x = _refined(decoder.refine, latent)
     x = F.linear(x, decoder.reduce.weight.flatten(1), decoder.reduce.bias)
-    for level, skip, depth in zip(decoder.levels.values(), skips, decoder.depths, strict=True):
-        assert isinstance(level, DecoderLevel)
+    levels = cast("list[DecoderLevel]", [*decoder.levels.values()])
+    for level, skip, depth in zip(levels, skips, decoder.depths, strict=True):
         volume = (depth, 2 * x.shape[2], 2 * x.shape[3])
         x = unit(level.enlarge, volume, (x, "linear"))
         x = unit(level.join, volume, (_refined(level.refine, skip), "nearest"), (x, "nearest"))
@@ -54,9 +57,8 @@ def decode(
 def _refined(refinement: Refinement, volume: Tensor) -> Tensor:
     """Return the refined volume, [B, C, d, h, w] to [B, d, h, w, C]."""
     x = volume.movedim(1, 4).contiguous()
-    for module in refinement.children():
-        assert isinstance(module, Unit)
-        x = unit(module, (x.shape[1], x.shape[2], x.shape[3]), (x, "nearest"))
+    for module in refinement:
+        x = unit(cast("Unit", module), (x.shape[1], x.shape[2], x.shape[3]), (x, "nearest"))
     return x
 
 
