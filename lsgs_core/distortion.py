@@ -56,8 +56,9 @@ def score_scenarios(
     """Measure the distortion of every scenario.
 
     The model needs `latent(images, available)`; where it has `scenario_latents(images, masks)`,
-    that one is used, which lets a backbone share work between scenarios. No decoder runs, and the
-    full scenario is computed once. Parameters and the training mode are left as they were.
+    that one is used, which lets a backbone share work between scenarios, and where it has
+    `for_scoring()`, the copy that this returns. No decoder runs, and the full scenario is computed
+    once. Parameters and the training mode are left as they were.
 
     Args:
         model: A backbone, or any module with the methods above.
@@ -84,6 +85,9 @@ def score_scenarios(
     seen = 0
     training = model.training
     model.eval()
+    scored: Any = model
+    if hasattr(scored, "for_scoring"):
+        scored = scored.for_scoring()
     try:
         with torch.inference_mode():
             for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
@@ -91,7 +95,7 @@ def score_scenarios(
                 if not len(ids):
                     continue
                 images = [image.to(target) for image in images]
-                distortion, shift = _distortion(_latents(model, images, masks), scenarios.full)
+                distortion, shift = _distortion(_latents(scored, images, masks), scenarios.full)
                 if not np.isfinite(distortion).all():
                     bad = ids[~np.isfinite(distortion).all(axis=1)]
                     raise InputError(f"scoring: the latent of patches {bad.tolist()} is not finite")

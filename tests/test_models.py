@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
+from lsgs_core.lora import add_lora
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cbc_layers import Refinement
 
@@ -103,6 +104,30 @@ def test_scenario_latents_are_the_loop_over_latent(name: str) -> None:
     for first in range(7):  # and every scenario differs from every other
         for second in range(first):
             assert not torch.allclose(found[first], found[second], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_copy_for_scoring(name: str) -> None:
+    model, images = demo(name), patches(2, (3, 3, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    copied = model.for_scoring()
+    assert model.training
+    assert not copied.training
+    expected = model.eval().scenario_latents(images, SCENARIOS)
+    found = copied.scenario_latents(images, SCENARIOS)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    norms = [x for x in copied.modules() if isinstance(x, nn.BatchNorm2d)]
+    assert len(norms) < len([x for x in model.modules() if isinstance(x, nn.BatchNorm2d)]) / 2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    add_lora(model, rank=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    torch.testing.assert_close(
+        model.for_scoring().scenario_latents(images, SCENARIOS),
+        model.scenario_latents(images, SCENARIOS), rtol=1e-9, atol=1e-9,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["cbc_slp", "cbc"])
