@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: study test test-slow data-check lab format outputs lock clean
+.PHONY: study test test-slow bench data-check lab format outputs lock clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -32,6 +32,18 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# Times and memory of this machine, at the paper's size: 12 minutes on two CPU cores.
+BENCH := work/bench
+RUN_NOTEBOOK := $(BIN)/python -m papermill --cwd notebooks --no-progress-bar --log-level WARNING
+bench: $(VENV)/installed
+	mkdir -p $(BENCH)
+	$(RUN_NOTEBOOK) notebooks/01_data_preparation.ipynb $(BENCH)/01.ipynb -p work ../$(BENCH)/demo
+	$(RUN_NOTEBOOK) notebooks/01_data_preparation.ipynb $(BENCH)/01-paper.ipynb -p work ../$(BENCH)/paper \
+		-p patch_size 128 -p patch_stride 32 -p block_size 256 -p validation_blocks 2
+	$(RUN_NOTEBOOK) notebooks/A2_speed.ipynb $(BENCH)/A2.ipynb -p work ../$(BENCH)/demo \
+		-p paper_work ../$(BENCH)/paper -p results ../results/benchmarks -p preset paper \
+		-p patch_size 224 -p repeats 3 -p threads $(CORES)
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,16 @@ class Case:
     modalities: int = 3
     size: int = 224
     batch: int = 1
+
+
+def growth(case: Case) -> dict[str, list[Case]]:
+    """The cases that show how time grows with modalities, patch size and batch, by that field."""
+    half = max(32, case.size // 64 * 32)  # CMX halves a patch five times
+    return {
+        "modalities": [replace(case, modalities=count) for count in range(2, 6)],
+        "size": [replace(case, size=size) for size in (half, case.size, case.size + half)],
+        "batch": [replace(case, batch=count) for count in (1, 2, 4)],
+    }
 
 
 @dataclass(frozen=True)

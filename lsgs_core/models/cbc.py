@@ -128,9 +128,12 @@ class CBC(Backbone):
     ) -> tuple[Tensor, Tensor]:
         """Return the shared latent [B, N, C·M] and the correlated tokens [B, M, N, T]."""
         query, key, value = qkv.chunk(3, dim=-1)
+        # Absent in every sample: zero in the end, so it need not be computed.
+        present = available.any(dim=0).nonzero().flatten()
         # Element by element: modality m (axis 1) weighs every modality j (axis 2).
-        logits = query[:, :, None] * key[:, None] / math.sqrt(len(self.bands))
-        correlated = (logits.softmax(dim=2) * value[:, None]).sum(dim=2)
+        logits = query[:, present, None] * (key[:, None] / math.sqrt(len(self.bands)))
+        weighed = (logits.softmax(dim=2) * value[:, None]).sum(dim=2)
+        correlated = torch.zeros_like(value).index_copy(1, present, weighed)
         correlated = zero_absent(correlated, available)
         fused = self.tokenizers[-1](_tokens(self.fusions["level6"](x6.flatten(1, 2))))
         sequence = torch.cat(((tokens + correlated).flatten(1, 2), fused), dim=1)
