@@ -67,9 +67,10 @@ class Case:
 def growth(case: Case) -> dict[str, list[Case]]:
     """The cases that show how time grows with modalities, patch size and batch, by that field."""
     half = max(32, case.size // 64 * 32)  # CMX halves a patch five times
+    sizes = sorted({half, case.size, case.size + half})
     return {
         "modalities": [replace(case, modalities=count) for count in range(2, 6)],
-        "size": [replace(case, size=size) for size in (half, case.size, case.size + half)],
+        "size": [replace(case, size=size) for size in sizes],
         "batch": [replace(case, batch=count) for count in (1, 2, 4)],
     }
 

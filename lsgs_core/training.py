@@ -92,6 +92,8 @@ def make_deterministic(threads: int) -> None:
     torch.set_num_threads(threads)
     # Only a warning, since some CUDA backward passes (3-D resizing) have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would also fill every new tensor with NaN first, to show who reads memory before writing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_weights(seed: int) -> None:

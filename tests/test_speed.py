@@ -1,0 +1,89 @@
+"""What the benchmark counts; its times are not tested, only that they are put together rightly."""
+
+import pandas as pd
+import pytest
+import torch
+
+from lsgs_core import speed, speed_figures
+from lsgs_core.models import BACKBONES, build_backbone
+from lsgs_core.models.plain import is_plain
+from lsgs_core.speed import FORMS, PARTS, Case
+
+SMALL = Case(preset="demo", size=32)
+
+
+def test_every_part_is_a_module() -> None:
+    names = {name for backbone in BACKBONES
+             for name, _ in build_backbone(backbone, "demo").named_children()}  # fmt: skip
+    assert names - {"positions"} == {name for group in PARTS.values() for name in group}
+
+
+@pytest.mark.parametrize("backbone", ["cbc_slp", "cmx"])
+@pytest.mark.parametrize("task", ["scoring", "training"])
+def test_compare(task: str, backbone: str) -> None:
+    case = Case(task, backbone, "demo", size=32, batch=2)
+    timings = speed.compare([case], repeats=2, progress=False)
+    runs = timings.groupby(["form", "repeat"], sort=False)
+    assert len(runs) == 4
+    expected = {*PARTS, "other"} | ({"backward", "optimiser"} if task == "training" else set())
+    assert all(set(run["part"]) == expected for _, run in runs)
+    assert (timings["seconds"] >= 0).all()
+    used = timings[timings["seconds"] > 0].groupby("form")["part"].agg(set)
+    assert {"encoders", "fusion", "decoder"} <= used["plain"]
+    assert ("decoder" in used["ours"]) == (task == "training")
+    assert ("transformers" in used["ours"]) == (backbone != "cmx")
+
+
+def test_the_plain_scoring_is_one_pass_per_scenario_and_patch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(preset="demo", size=32, batch=2, modalities=2)
+    passes = []
+
+    def counted(self: torch.nn.Module, images: torch.Tensor, masks: torch.Tensor) -> None:
+        assert is_plain()
+        passes.append((tuple(images.shape[:2]), masks[0].tolist()))
+
+    monkeypatch.setattr("lsgs_core.models.cbc.CBC.heads", counted)
+    speed.compare([case], repeats=1, progress=False)
+    # The full scenario stands last, and goes first as the reference.
+    wanted = [[True, True], [True, False], [False, True], [True, True]]
+    assert passes == [((1, 2), mask) for _ in range(4) for mask in wanted]
+    passes.clear()
+    speed.compare([case], repeats=1, plain_forwards=3, progress=False)
+    assert passes == [((1, 2), mask) for _ in range(2) for mask in wanted[:3]]
+
+
+def test_ratios_are_of_medians() -> None:
+    rows = [
+        {**vars(SMALL), "form": form, "repeat": repeat, "part": part, "seconds": seconds * share}
+        for form, times in (("plain", [10, 12, 99]), ("ours", [2, 3, 4]))
+        for repeat, seconds in enumerate(times)
+        for part, share in (("encoders", 0.25), ("other", 0.75))
+    ]
+    table = speed.ratios(pd.DataFrame(rows))
+    assert table[["plain", "ours", "ratio"]].to_numpy().tolist() == [[12, 3, 4]]
+    figure = speed_figures.parts_figure(pd.DataFrame(rows))
+    assert "4.0 times as fast" in figure.axes[0].get_title(loc="left")
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert sum(widths) == pytest.approx(15)
+
+
+def test_growth() -> None:
+    cases = speed.growth(Case(size=224))
+    assert [case.modalities for case in cases["modalities"]] == [2, 3, 4, 5]
+    assert [case.size for case in cases["size"]] == [96, 224, 320]
+    assert [case.size for case in speed.growth(SMALL)["size"]] == [32, 64]
+    assert all(case.size % 32 == 0 for grown in cases.values() for case in grown)
+
+
+def test_distortion_error() -> None:
+    for backbone in BACKBONES:
+        assert speed.distortion_error(Case(backbone=backbone, preset="demo", size=64)) < 1e-4
+
+
+def test_peak_memory() -> None:
+    table = speed.peak_memory([SMALL], threads=1, progress=False)
+    assert list(table.columns[-3:]) == [*FORMS, "ratio"]
+    assert table[[*FORMS]].to_numpy().min() > 0.1  # GB: PyTorch alone takes more
+    assert table["ratio"][0] == pytest.approx(table["ours"][0] / table["plain"][0])
