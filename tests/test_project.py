@@ -1,5 +1,6 @@
 """The project's own promises: its files agree with each other and with the README."""
 
+import json
 import re
 import subprocess
 import sys
@@ -134,3 +135,22 @@ def test_the_readmes_figures_are_the_committed_results():
     assert written == [tuple(row) for row in summary[columns].round(3).itertuples(index=False)]
     trivial = pd.read_csv(folder / "trivial.csv")["iou"].mean()
     assert f"says yes everywhere has {trivial:.3f}" in text
+
+
+def test_the_readmes_times_are_the_committed_benchmark():
+    folder = ROOT / "results" / "benchmarks"
+    table = pd.read_csv(folder / "ratios.csv")
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (scoring|training) \| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M
+    )
+    measured = table[(table["preset"] == "paper") & (table["batch"] == 1)]
+    expected = [
+        (row.task, row.backbone, f"{row.plain:.2f}", f"{row.ours:.2f}", f"{row.ratio:.1f}")
+        for row in measured.itertuples()
+    ]
+    assert rows == expected
+    memory = pd.read_csv(folder / "memory.csv")["ratio"]
+    assert f"takes {memory[0]:.0%} of the plain form's memory" in text
+    record = json.loads((folder / "ratios.csv.record.json").read_text())
+    assert record["parameters"]["processor"] in text

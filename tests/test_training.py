@@ -290,3 +290,15 @@ def test_methods_by_name():
     assert [name for name in METHODS if METHODS[name].low_rank] == ["lora"]
     with pytest.raises(InputError, match="method"):
         find_method("magic")
+
+
+def test_deterministic_without_filling_memory():
+    threads = torch.get_num_threads()
+    try:
+        make_deterministic(threads + 1)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == threads + 1
+        assert torch.utils.deterministic.fill_uninitialized_memory is False
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
