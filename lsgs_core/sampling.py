@@ -17,7 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from lsgs_core.errors import InputError
 
 # One stream per purpose, so that the scenario of a sample is independent of its augmentation.
-STREAMS = {"scenario": 0, "order": 1, "augmentation": 2, "weights": 3, "dropout": 4}
+STREAMS = {
+    "scenario": 0,
+    "order": 1,
+    "augmentation": 2,
+    "weights": 3,
+    "dropout": 4,
+    "permutation": 5,
+}
 
 
 def generator(stream: str, seed: int, epoch: int = 0, index: int = 0) -> np.random.Generator:

@@ -112,7 +112,7 @@ def test_importing_is_cheap():
 
 
 def test_the_mathematics_knows_nothing_of_files_or_torch():
-    for name in ("scenarios", "smoothing", "sampling"):
+    for name in ("scenarios", "smoothing", "sampling", "samplers"):
         text = (ROOT / "lsgs_core" / f"{name}.py").read_text()
         imported = re.findall(r"^(?:from|import) ([\w.]+)", text, flags=re.MULTILINE)
         forbidden = {"torch", "pathlib", "rasterio", "pandas", "lsgs_core.patches"}

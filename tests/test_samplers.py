@@ -1,0 +1,216 @@
+"""The samplers of the study: their distributions, what they learn, and that their state goes on."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsgs_core import samplers
+from lsgs_core.errors import InputError
+from lsgs_core.scenarios import ScenarioSet
+from lsgs_core.smoothing import rbf_kernel, scenario_probabilities
+
+THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
+UNIFORM = np.full(7, 1 / 7)
+SCORED = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
+
+
+def test_bernoulli() -> None:
+    np.testing.assert_allclose(samplers.bernoulli(THREE, 0.5), UNIFORM)
+    p = samplers.bernoulli(THREE, 0.8)
+    random = np.random.default_rng(0)
+    kept = random.random((200_000, 3)) < 0.8
+    kept = kept[kept.any(axis=1)]
+    drawn = [(kept == mask).all(axis=1).mean() for mask in THREE.masks]
+    np.testing.assert_allclose(p, drawn, atol=0.004)
+    for wrong in (0, 1, -0.1, float("nan")):
+        with pytest.raises(InputError, match="keep"):
+            samplers.bernoulli(THREE, wrong)
+
+
+def test_deployment_prior() -> None:
+    p = samplers.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
+    np.testing.assert_allclose(p, [0.5, 0, 0, 0.5, 0, 0, 0])
+    np.testing.assert_allclose(samplers.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
+    for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan]):
+        with pytest.raises(InputError, match="failure_rates: expected 3"):
+            samplers.deployment_prior(THREE, wrong)
+
+
+def test_cardinality_is_the_nearest_that_knows_only_the_number_missing() -> None:
+    p = samplers.by_cardinality(THREE, SCORED)
+    for missing in range(3):
+        assert np.ptp(p[THREE.missing == missing]) == pytest.approx(0, abs=1e-12)
+    assert p @ THREE.missing == pytest.approx(SCORED @ THREE.missing)
+
+    def cross_entropy(beta: float) -> float:
+        weights = np.exp(beta * THREE.missing)
+        return float(-SCORED @ np.log(weights / weights.sum()))
+
+    best = scipy.optimize.minimize_scalar(cross_entropy, bounds=(-5, 5), method="bounded").x
+    np.testing.assert_allclose(np.diff(np.log(p[[6, 3, 0]])), best, atol=1e-4)
+    np.testing.assert_allclose(samplers.by_cardinality(THREE, UNIFORM), UNIFORM)
+    np.testing.assert_allclose(samplers.by_cardinality(THREE, np.eye(7)[6]), np.eye(7)[6])
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_permuted(within: bool) -> None:
+    seen = set()
+    for seed in range(40):
+        p = samplers.permuted(THREE, SCORED, seed, within)
+        assert np.array_equal(p, samplers.permuted(THREE, SCORED, seed, within))
+        assert not np.array_equal(p, SCORED)
+        np.testing.assert_array_equal(np.sort(p), np.sort(SCORED))
+        if within:
+            for missing in range(3):
+                group = THREE.missing == missing
+                np.testing.assert_array_equal(np.sort(p[group]), np.sort(SCORED[group]))
+        seen.add(tuple(p))
+    assert len(seen) > 20 if not within else 15 < len(seen) <= 35
+
+
+def test_dirichlet() -> None:
+    draws = np.array([samplers.dirichlet(7, seed, 5.0) for seed in range(4000)])
+    np.testing.assert_allclose(draws.sum(axis=1), 1)
+    np.testing.assert_allclose(draws.mean(axis=0), UNIFORM, atol=0.006)
+    np.testing.assert_allclose(draws.var(axis=0), (1 / 7) * (6 / 7) / 36, rtol=0.1)
+
+
+def test_coverage_without_relations_is_proportional_to_utility() -> None:
+    utility = np.array([3.0, 1.0, 0.0, 2.0])
+    np.testing.assert_allclose(
+        samplers.coverage(utility, np.eye(4), mixing=1), utility / 6, atol=2e-4
+    )
+    p = samplers.coverage(utility, np.eye(4), mixing=0.5)
+    np.testing.assert_allclose(p, 0.125 + utility / 12, atol=1e-4)
+    np.testing.assert_allclose(samplers.coverage(np.zeros(4), np.eye(4), 1), 0.25)
+    for wrong in ([1.0, -1, 0, 0], [1.0, np.nan, 0, 0], [1.0, 2, 3]):
+        with pytest.raises(InputError, match="utility: expected 4"):
+            samplers.coverage(wrong, np.eye(4), 1)
+
+
+def test_coverage_shares_the_mass_of_twins() -> None:
+    """Two scenarios that are alike get together what one of them would get alone."""
+    kernel = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    p = samplers.coverage([1.0, 1.0, 2.0], kernel, mixing=1)
+    np.testing.assert_allclose([p[0] + p[1], p[2]], [0.5, 0.5], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(0, 5), min_size=5, max_size=5),
+    st.lists(st.floats(-3, 3), min_size=5, max_size=5),
+)
+def test_coverage_is_the_maximum(utility: list[float], places: list[float]) -> None:
+    kernel, _ = rbf_kernel(places, 1.0)
+    q = samplers.coverage(utility, kernel, mixing=1)
+    assert q.sum() == pytest.approx(1)
+    if max(utility) == 0:
+        np.testing.assert_allclose(q, 0.2)
+        return
+    weights = np.array(utility) / max(utility)
+    weights /= weights.sum()
+    # First-order condition of a concave maximum on the simplex: no direction gains.
+    gain = kernel.T @ (weights / (kernel @ q))
+    assert gain.max() < 1 + 2e-6
+
+
+def adaptive() -> dict[str, Callable[[], Any]]:
+    return {
+        "loss": lambda: samplers.LossProportional(UNIFORM, 2.0, 0.8),
+        "group_dro": lambda: samplers.GroupDRO(UNIFORM, step=0.05),
+        "exp3s": lambda: samplers.Exp3S(UNIFORM, step=0.02, window=32),
+    }
+
+
+@pytest.mark.parametrize("name", adaptive())
+def test_state_goes_on(name: str) -> None:
+    random = np.random.default_rng(1)
+    first, second = adaptive()[name](), adaptive()[name]()
+    np.testing.assert_allclose(first.probabilities(0), UNIFORM)
+
+    def step(sampler: Any, k: np.ndarray, loss: np.ndarray) -> None:
+        sampler.observe(k, loss)
+        p = sampler.probabilities(1)
+        assert p.sum() == pytest.approx(1)
+        assert p.min() > 0
+
+    for _ in range(60):
+        k = random.integers(7, size=8)
+        step(first, k, 0.1 * k + random.random(8))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(20):
+        k = random.integers(7, size=8)
+        loss = 0.1 * k + random.random(8)
+        step(first, k, loss)
+        step(second, k, loss)
+        np.testing.assert_array_equal(first.probabilities(1), second.probabilities(1))
+    for wrong in ({}, {"log_weights": [0.0], "average": [0.0], "count": [0.0]}):
+        with pytest.raises(InputError, match="not of this sampler"):
+            second.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("name", ["loss", "group_dro"])
+def test_high_losses_are_drawn_more_often(name: str) -> None:
+    sampler, random = adaptive()[name](), np.random.default_rng(2)
+    for _ in range(200):
+        k = random.choice(7, size=8, p=sampler.probabilities(0))
+        sampler.observe(k, 0.2 * k + 0.05 * random.random(8))
+    assert (np.diff(sampler.probabilities(0)) > 0).all()
+
+
+def test_exp3s_draws_where_the_loss_falls() -> None:
+    sampler, random = adaptive()["exp3s"](), np.random.default_rng(3)
+    level = np.full(7, 2.0)
+    for _ in range(400):
+        k = random.choice(7, size=4, p=sampler.probabilities(0))
+        sampler.observe(k, level[k] + 0.02 * random.standard_normal(4))
+        level[3] *= 0.995  # only here is anything learnt
+    assert sampler.probabilities(0).argmax() == 3
+
+
+def test_loss_proportional_formula() -> None:
+    sampler = samplers.LossProportional(UNIFORM, 0.5, 0.5, memory=0.5)
+    sampler.observe(np.array([0, 0, 1]), np.array([1.0, 3.0, 5.0]))
+    # Averages with the bias of the start taken out: (0.25 * 1 + 0.5 * 3) / 0.75 and 5.
+    loss = np.array([7 / 3, 5, *[(7 / 3 + 5) / 2] * 5])
+    z = (loss - loss.mean()) / loss.std()
+    q = np.exp(0.5 * z) / np.exp(0.5 * z).sum()
+    np.testing.assert_allclose(sampler.probabilities(0), 0.5 / 7 + 0.5 * q)
+
+
+def test_curriculum() -> None:
+    distortion = [1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]
+    sampler = samplers.Curriculum(distortion, UNIFORM, epochs=4, strength=2.0)
+    spans = [np.ptp(sampler.probabilities(epoch)) for epoch in range(5)]
+    assert spans == sorted(spans, reverse=True)
+    assert sampler.probabilities(0).argmax() == 6
+    np.testing.assert_allclose(sampler.probabilities(4), UNIFORM)
+    np.testing.assert_allclose(sampler.probabilities(9), UNIFORM)
+    assert sampler.state_dict() == {}
+    sampler.load_state_dict({})
+
+
+def test_online_measures_when_it_is_time() -> None:
+    calls = []
+
+    def measure() -> np.ndarray:
+        calls.append(len(calls))
+        return np.roll(SCORED, len(calls))
+
+    sampler = samplers.Online(SCORED, measure, every=2)
+    p = [sampler.probabilities(epoch) for epoch in (0, 0, 1, 2, 2, 3)]
+    assert len(calls) == 1
+    np.testing.assert_array_equal(p[2], SCORED)
+    np.testing.assert_array_equal(p[3], np.roll(SCORED, 1))
+    again = samplers.Online(SCORED, measure, every=2)
+    again.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    np.testing.assert_array_equal(again.probabilities(3), p[5])
+    assert len(calls) == 1
+    again.probabilities(4)
+    assert len(calls) == 2
