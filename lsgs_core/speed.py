@@ -142,7 +142,7 @@ class _Workload:
     def _step(self, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         shape = len(self.images), 1, self.case.size, self.case.size
         target = torch.ones(shape, device=self.images.device)
-        # Patches of a batch have different scenarios: one modality missing, another, none, …
+        # Patches of a batch have different scenarios: none missing, the first one, the second, …
         available = self.masks[-1].repeat(len(self.images), 1)
         for index in range(len(self.images)):
             if index % (self.case.modalities + 1):
