@@ -85,10 +85,10 @@ def score_scenarios(
     seen = 0
     training = model.training
     model.eval()
-    scored: Any = model
-    if hasattr(scored, "for_scoring"):
-        scored = scored.for_scoring()
     try:
+        scored: Any = model
+        if hasattr(scored, "for_scoring"):
+            scored = scored.for_scoring()
         with torch.inference_mode():
             for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
                 images, ids, blocks = _complete_patches(item, seen)
