@@ -12,14 +12,14 @@ tier = load_tier(config.get("tier", "demo"), Path(workflow.basedir))
 tier.write_parameter_files()
 study = tier.folder
 grid = tier.grid
-dataset = tier.setting("data", "dataset")
+pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
 gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
 
 # So is the code: an edit must not leave figures of the old code behind.
 SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
-POINT = "{backbone}-fold{fold}-seed{seed}"
-RUN = "{backbone}-{method}-fold{fold}-seed{seed}"
+START = "{dataset}-{backbone}-fold{fold}"
+POINT = START + "-seed{seed}"
 
 # The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
 PAPERMILL = (
@@ -39,8 +39,8 @@ def inputs(stage, job):
 
 
 wildcard_constraints:
+    dataset="[^/]+",
     backbone="[a-z_]+",
-    method="[a-z_]+",
     fold="[0-9]+",
     seed="[0-9]+",
 
@@ -57,12 +57,12 @@ rule all:
 
 rule data:
     input:
-        **inputs("data", NOTEBOOKS["data"]),
+        **inputs("data", NOTEBOOKS["data"] + "-{dataset}"),
         manifest="data_manifest.yaml",
     output:
-        study.prepared(dataset) / "patches.csv",
+        study.prepared("{dataset}") / "patches.csv",
     log:
-        study.executed_notebook(NOTEBOOKS["data"]),
+        study.executed_notebook(NOTEBOOKS["data"] + "-{dataset}"),
     params:
         notebook=NOTEBOOKS["data"],
     shell:
@@ -71,12 +71,13 @@ rule data:
 
 rule pretraining:
     input:
-        **inputs("pretraining", NOTEBOOKS["pretraining"] + "-" + POINT),
+        **inputs("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
         patches=rules.data.output,
     output:
-        study.pretrained("{backbone}", "{fold}", "{seed}") / "weights.safetensors",
+        study.pretrained("{dataset}", "{backbone}", "{fold}", pretraining_seed)
+        / "weights.safetensors",
     log:
-        study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + POINT),
+        study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + START),
     params:
         notebook=NOTEBOOKS["pretraining"],
     threads: threads_of_a_run
@@ -88,12 +89,12 @@ rule pretraining:
 
 rule scoring:
     input:
-        **inputs("scoring", NOTEBOOKS["scoring"] + "-" + POINT),
+        **inputs("scoring", NOTEBOOKS["scoring"] + "-" + START),
         weights=rules.pretraining.output,
     output:
-        study.scores("{backbone}", "{fold}", "{seed}") / "probabilities.json",
+        study.scores("{dataset}", "{backbone}", "{fold}", pretraining_seed) / "probabilities.json",
     log:
-        study.executed_notebook(NOTEBOOKS["scoring"] + "-" + POINT),
+        study.executed_notebook(NOTEBOOKS["scoring"] + "-" + START),
     params:
         notebook=NOTEBOOKS["scoring"],
     threads: threads_of_a_run
@@ -103,14 +104,17 @@ rule scoring:
         PAPERMILL
 
 
+# All methods of a seed in one notebook: they share data and initial weights, and starting a kernel
+# takes as long as a short run. What each method wrote is not an output here, since Snakemake would
+# delete it before going on with a notebook that was killed; `finetune` knows what is done.
 rule finetuning:
     input:
-        **inputs("finetuning", NOTEBOOKS["finetuning"] + "-" + RUN),
+        **inputs("finetuning", NOTEBOOKS["finetuning"] + "-" + POINT),
         probabilities=rules.scoring.output,
     output:
-        study.run("{backbone}", "{method}", "{fold}", "{seed}") / "records.csv",
+        study.runs("{dataset}", "{backbone}", "{fold}", "{seed}") / "scores.csv",
     log:
-        study.executed_notebook(NOTEBOOKS["finetuning"] + "-" + RUN),
+        study.executed_notebook(NOTEBOOKS["finetuning"] + "-" + POINT),
     params:
         notebook=NOTEBOOKS["finetuning"],
     threads: threads_of_a_run
@@ -123,15 +127,9 @@ rule finetuning:
 rule evaluation:
     input:
         **inputs("evaluation", NOTEBOOKS["evaluation"]),
-        records=expand(
-            rules.finetuning.output,
-            backbone=grid.backbones,
-            method=grid.methods,
-            fold=grid.folds,
-            seed=grid.seeds,
-        ),
+        scores=[study.runs(*point) / "scores.csv" for point in tier.grid.points()],
     output:
-        study.evaluation / "records.csv",
+        study.evaluation / "summary.csv",
     log:
         study.executed_notebook(NOTEBOOKS["evaluation"]),
     params:

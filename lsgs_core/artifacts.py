@@ -147,6 +147,17 @@ def check(
     return record
 
 
+def is_made(path: Path, record: Record) -> bool:
+    """Whether an output is there, whole, and made with just these parameters from these inputs."""
+    try:
+        found = check(path)
+    except InputError:
+        return False
+    return _same(found["parameters"], dict(record.parameters)) and _same(
+        found["inputs"], dict(record.inputs)
+    )
+
+
 def load_weights(
     path: Path, expected: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -10,45 +10,56 @@ import pandas as pd
 import torch
 
 from lsgs_core.artifacts import load_table
+from lsgs_core.errors import InputError
 from lsgs_core.evaluation import class_map
 from lsgs_core.figures import PredictedPatch, composite
 from lsgs_core.models import Backbone
 from lsgs_core.patches import PatchDataset
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.tiers import Grid, StudyFolder
+from lsgs_core.tiers import StudyFolder
 
 
 def collect(
     study: StudyFolder,
-    grid: Grid,
+    points: Mapping[tuple[str, str, int, int], Sequence[str]],
     name: str,
     expected: Mapping[str, Any],
-    pretrained: bool = True,
+    pretraining_seed: int | None = None,
 ) -> pd.DataFrame:
-    """Read one table of every run of a grid.
+    """Read one table of every run.
 
     Args:
         study: Where the runs are.
-        grid: Which runs.
+        points: Methods of every (dataset, backbone, fold, seed), as `Grid.points` gives them.
         name: Of the table in the folder of a run.
         expected: Parameters that every run must have been made with.
-        pretrained: Also read the table of every pretrained network, as method "pretrained".
+        pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
+            every seed that started from it; None: do not.
 
     Returns:
-        The tables one below the other, with columns backbone, fold, seed and method in front.
+        The tables one below the other, with columns dataset, backbone, fold, seed and method in
+        front.
 
     Raises:
-        InputError: A run is not there, is damaged, or was made with other parameters.
+        InputError: A run is not there, is damaged, or was made with other parameters; or there is
+            none at all.
     """
     tables = []
-    for point in grid.points():
-        paths = {"pretrained": study.pretrained(**point)} if pretrained else {}
-        paths |= {method: study.run(method=method, **point) for method in grid.methods}
+    for (dataset, backbone, fold, seed), methods in points.items():
+        folder = study.runs(dataset, backbone, fold, seed)
+        paths = {method: folder / method for method in methods}
+        if pretraining_seed is not None:
+            start = study.pretrained(dataset, backbone, fold, pretraining_seed)
+            paths = {"pretrained": start, **paths}
         for method, folder in paths.items():
-            table = load_table(folder / name, {**expected, "fold": point["fold"]})
-            for position, (key, value) in enumerate({**point, "method": method}.items()):
-                table.insert(position, key, value)
-            tables.append(table)
+            table = load_table(folder / name, {**expected, "dataset": dataset, "fold": fold})
+            keys: dict[str, Any] = {"dataset": dataset, "backbone": backbone}
+            keys |= {"fold": fold, "seed": seed, "method": method}
+
+            table = table.assign(**keys)
+            tables.append(table[[*keys, *table.columns.difference(list(keys), sort=False)]])
+    if not tables:
+        raise InputError(f"{study.root}/runs: no run is there; has notebook 04 been run?")
     return pd.concat(tables, ignore_index=True)
 
 

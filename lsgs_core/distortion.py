@@ -7,7 +7,7 @@ scoring). Evaluation mode, so D_full = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ def score_scenarios(
     batches: Iterable[Batch | Tensor | Sequence[Tensor]],
     scenarios: ScenarioSet,
     device: torch.device | str | None = None,
+    until: Callable[[NDArray[np.float64], NDArray[np.int64]], bool] | None = None,
     progress: bool = True,
 ) -> ScenarioScores:
     """Measure the distortion of every scenario.
@@ -67,6 +68,9 @@ def score_scenarios(
             against the full scenario.
         scenarios: Which scenarios, for the modalities in the model's order.
         device: Where to compute; None: where the model's parameters are.
+        until: Asked after every batch, with d_k(x) and the blocks of the patches so far, whether
+            that is enough (`lsgs_core.sensitivity.known_to`); None: all batches. The order of the
+            patches must be random then.
         progress: Show a progress bar over the batches.
 
     Returns:
@@ -104,6 +108,8 @@ def score_scenarios(
                 block_ids.append(blocks)
                 shift_sum = shift_sum + shift
                 seen += len(ids)
+                if until and until(np.concatenate(per_patch), np.concatenate(block_ids)):
+                    break
     finally:
         model.train(training)
     if not seen:

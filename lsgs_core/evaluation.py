@@ -1,26 +1,31 @@
-"""Evaluation: counts of true and false pixels per scenario, and the figures made of them.
+"""Evaluation of every scenario: the records of a run, and the figures made of them.
 
-The record of a run is tidy: one row per block, scenario and class with its counts tp, fp, fn. Every
-metric is computed from pooled counts, so rows of several folds are simply put together.
+Protocol "strict": one row per block, scenario and class with its counts of pixels tp, fp, fn. Every
+metric is computed from pooled counts, so rows of several folds are simply put together. An IoU or
+F1 whose pooled counts are all zero (no positive pixel in truth or prediction) is not defined: it is
+NaN here and left out of means, where others count it as 0 or as 1.
 
-An IoU or F1 whose pooled counts are all zero (no positive pixel in truth or prediction) is not
-defined: it is NaN here and left out of means, where others count it as 0 or as 1.
+Protocol "paper": one row per patch, scenario and class with the soft Jaccard index and F1 that the
+authors report, which are then averaged over patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from lsgs_core.losses import TaskKind
+from lsgs_core.losses import Protocol, TaskKind
 from lsgs_core.scenarios import ScenarioSet
 
 COUNTS = ["tp", "fp", "fn"]
+SOFT = ["soft_iou", "soft_f1"]
 
 
 class AlwaysPositive(nn.Module):
@@ -65,8 +70,9 @@ def evaluate(
     classes: tuple[str, ...],
     kind: TaskKind,
     threshold: float = 0.5,
+    protocol: Protocol = "strict",
 ) -> pd.DataFrame:
-    """Count true positives, false positives and false negatives under every scenario.
+    """Compare predictions with the truth under every scenario.
 
     A patch without the files that a scenario needs is counted with what it has; pixels that no
     modality of the scenario sees are not counted (`Batch.counted`).
@@ -78,10 +84,13 @@ def evaluate(
         scenarios: The scenarios to evaluate, each separately.
         classes: Name of every class.
         kind: Kind of the target.
-        threshold: On the probability, for binary and multi-label targets.
+        threshold: On the probability, for binary and multi-label targets; strict only.
+        protocol: See the module.
 
     Returns:
-        One row per block, scenario and class: block, scenario, class, tp, fp, fn (pixels).
+        Strict: one row per block, scenario and class: block, scenario, class, tp, fp, fn (pixels).
+        Paper: one row per patch, scenario and class: patch, block, scenario, class, soft_iou,
+        soft_f1 (NaN where no pixel counts).
 
     Raises:
         InputError: No batch, or a batch without target.
@@ -90,6 +99,7 @@ def evaluate(
     device = parameter.device if parameter is not None else torch.device("cpu")
     masks = torch.tensor(scenarios.masks, device=device)
     names = list(scenarios.names)
+    columns = COUNTS if protocol == "strict" else SOFT
     rows: list[pd.DataFrame] = []
     training = model.training
     model.eval()
@@ -103,26 +113,38 @@ def evaluate(
                 for name, mask in zip(names, masks, strict=True):
                     present = moved.available & mask
                     served = present.any(dim=1)  # networks need at least one modality
-                    counts = torch.zeros(len(present), len(classes), 3, dtype=torch.int64)
+                    found = torch.zeros(len(present), len(classes), len(columns)).double()
+                    if protocol == "paper":
+                        found.fill_(torch.nan)
                     if bool(served.any()):
                         logits = model([i[served] for i in moved.images], present[served])
                         counted = moved.counted(present)[served, None]
-                        predicted = predict(logits, kind, threshold)
-                        counts[served.cpu()] = _counts(predicted, truth[served], counted).cpu()
-                    frame = pd.DataFrame(counts.flatten(end_dim=1).numpy(), columns=COUNTS)
+                        if protocol == "strict":
+                            predicted = predict(logits, kind, threshold)
+                            measured = _counts(predicted, truth[served], counted).double()
+                        else:
+                            measured = _soft_scores(logits, truth[served], counted, kind)
+                        found[served.cpu()] = measured.cpu()
+                    frame = pd.DataFrame(found.flatten(end_dim=1).numpy(), columns=columns)
                     frame["block"] = batch.block_ids.repeat_interleave(len(classes)).numpy()
-                    frame["class"] = list(classes) * len(counts)
+                    if protocol == "paper" and batch.patch_ids is not None:
+                        frame["patch"] = batch.patch_ids.repeat_interleave(len(classes)).numpy()
+                    frame["class"] = list(classes) * len(found)
                     frame["scenario"] = name
                     rows.append(frame)
     finally:
         model.train(training)
     if not rows:
         raise InputError("evaluation: expected at least one labelled patch, found none")
-    pooled = pd.concat(rows).groupby(["block", "scenario", "class"], sort=False)[COUNTS].sum()
+    table = pd.concat(rows, ignore_index=True)
+    places = ["patch", "block"] if "patch" in table else ["block"]
+    keys = [*places, "scenario", "class"]
+    if protocol == "strict":
+        table = table.groupby(keys, sort=False)[COUNTS].sum().astype("int64").reset_index()
     order = {name: position for position, name in enumerate([*names, *classes])}
-    return pooled.reset_index().sort_values(
-        ["block", "scenario", "class"],
-        key=lambda column: column if column.name == "block" else column.map(order),
+    return table[[*keys, *columns]].sort_values(
+        keys,
+        key=lambda column: column if column.name in places else column.map(order),
         ignore_index=True,
     )
 
@@ -144,16 +166,22 @@ def validation_scores(
 
 
 def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """IoU and F1 of every class, from counts pooled within the groups of `by`.
+    """IoU and F1 of every class, within the groups of `by`.
+
+    Strict records: from pooled counts. Paper records: the mean over patches.
 
     Args:
-        records: Rows with tp, fp, fn and a column `class`.
+        records: Rows of `evaluate`, with a column `class`.
         by: Columns to keep apart, such as ["method", "scenario"].
 
     Returns:
         The columns of `by`, class, iou and f1; NaN where not defined (see the module).
     """
-    pooled = records.groupby([*by, "class"], sort=False)[COUNTS].sum().reset_index()
+    grouped = records.groupby([*by, "class"], sort=False)
+    if "tp" not in records:
+        means = grouped[SOFT].mean().reset_index()
+        return means.rename(columns={"soft_iou": "iou", "soft_f1": "f1"})
+    pooled = grouped[COUNTS].sum().reset_index()
     tp, fp, fn = (pooled[name].astype(float) for name in COUNTS)
     union = (tp + fp + fn).where(lambda pixels: pixels > 0)
     pooled["iou"] = tp / union
@@ -176,28 +204,37 @@ def scenario_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return grouped.mean().reset_index()
 
 
-def summary(records: pd.DataFrame, scenarios: ScenarioSet, by: list[str]) -> pd.DataFrame:
-    """Figures of the whole: mean over scenarios, worst scenario, full, and the drop from full.
+def summary(
+    records: pd.DataFrame,
+    scenarios: ScenarioSet,
+    by: list[str],
+    prior: NDArray[np.float64] | None = None,
+) -> pd.DataFrame:
+    """Figures of the whole: mean over scenarios, worst scenario, expected, full, drop from full.
 
     Args:
         records: Rows with scenario, class and counts.
-        scenarios: Names the full scenario.
+        scenarios: Names the scenarios.
         by: Columns to keep apart.
+        prior: How probable every scenario is in deployment, [K]; None is uniform.
 
     Returns:
-        The columns of `by`, mean_iou, worst_iou, worst_scenario, full_iou and drop (full minus
-        mean), of the IoU averaged over classes.
+        The columns of `by`, mean_iou, worst_iou, worst_scenario, expected_iou (under the prior),
+        full_iou and drop (full minus mean), of the IoU averaged over classes.
     """
+    names = list(scenarios.names)
+    weights = np.full(len(names), 1 / len(names)) if prior is None else prior
     rows = []
     for keys, group in scenario_scores(records, by).groupby(by, sort=False):
-        iou = group.set_index("scenario")["iou"]
-        full = iou[scenarios.names[scenarios.full]]
+        iou = group.set_index("scenario")["iou"].reindex(names)
+        full = iou.iloc[scenarios.full]
         rows.append(
             {
                 **dict(zip(by, keys if isinstance(keys, tuple) else (keys,), strict=True)),
                 "mean_iou": iou.mean(),
                 "worst_iou": iou.min(),
                 "worst_scenario": iou.idxmin(),
+                "expected_iou": float(iou.to_numpy() @ weights),
                 "full_iou": full,
                 "drop": full - iou.mean(),
             }
@@ -219,3 +256,19 @@ def _counts(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """True positives, false positives and false negatives per sample and class, [B, C, 3]."""
     pairs = (predicted & truth, predicted & ~truth, ~predicted & truth)
     return torch.stack([(pair & valid).sum(dim=(2, 3)) for pair in pairs], dim=2)
+
+
+def _soft_scores(logits: Tensor, truth: Tensor, counted: Tensor, kind: TaskKind) -> Tensor:
+    """Soft Jaccard index and F1 per sample and class, [B, C, 2].
+
+    sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y); where the truth is empty,
+    both are inverted first, as the authors do. Never thresholded.
+    """
+    probability = (logits.softmax(dim=1) if kind == "multiclass" else logits.sigmoid()).double()
+    positive = truth.double()
+    empty = ~(truth & counted).any(dim=(2, 3), keepdim=True)
+    probability = torch.where(empty, 1 - probability, probability) * counted
+    positive = torch.where(empty, 1 - positive, positive) * counted
+    shared = (probability * positive).sum(dim=(2, 3))
+    both = (probability + positive).sum(dim=(2, 3))
+    return torch.stack((shared / (both - shared), 2 * shared / both), dim=2)

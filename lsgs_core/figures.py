@@ -16,20 +16,27 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lsgs_core.artifacts import Record, save
-from lsgs_core.distortion import ScenarioScores
 from lsgs_core.methods import METHODS
-from lsgs_core.smoothing import ScenarioProbabilities
 
 # Okabe and Ito's colours, told apart by readers of every colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 # Methods that are not in the table, such as the network before fine-tuning.
 OTHER_METHODS = {"pretrained": "before fine-tuning", "always_positive": "always positive"}
+FAMILY_COLOURS = {
+    "LSGS": "#0072B2",
+    "uniform": "#555555",
+    "successor": "#CC79A7",
+    "control": "#E69F00",
+    "adaptive": "#009E73",
+    "LoRA": "#56B4E9",
+    "positive control": "#D55E00",
+}
 
 
 def use_style() -> None:
@@ -57,9 +64,13 @@ def method_title(method: str) -> str:
 
 
 def method_colour(method: str) -> str:
-    """A method's colour, the same in every figure."""
-    known = [*METHODS, *OTHER_METHODS]
-    return PALETTE[known.index(method) % len(PALETTE)] if method in known else "#666666"
+    """A method's colour, the same in every figure: its family's, lighter for later members."""
+    if method not in METHODS:
+        return "#999999"
+    family = METHODS[method].family
+    members = [name for name, known in METHODS.items() if known.family == family]
+    shades = sns.light_palette(FAMILY_COLOURS[family], n_colors=len(members) + 3, reverse=True)
+    return to_hex(shades[members.index(method)])
 
 
 def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list[Path]:
@@ -206,53 +217,6 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def distortion_bars(scores: ScenarioScores) -> Figure:
-    """Distortion per scenario with its standard error, on the left of the distance to full."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
-    names = list(scores.scenarios.names)
-    missing = scores.scenarios.missing
-    shades = sns.color_palette("crest", len(scores.scenarios.modalities))
-    colours = [shades[int(number)] for number in missing]
-    axes.bar(names, scores.distortion, yerr=scores.standard_error, color=colours, capsize=3)
-    axes.set_ylabel("distortion D")
-    axes.set_title("Mean squared change of the latent, ± 1 standard error over spatial blocks")
-    handles = [
-        Patch(color=shades[number], label=f"{number} missing")
-        for number in sorted(set(missing.tolist()), reverse=True)
-    ]
-    axes.legend(handles=handles)
-    axes.tick_params(axis="x", rotation=30)
-    return figure
-
-
-def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
-    """The kernel, what smoothing changed, and the probabilities beside uniform."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
-    sns.heatmap(
-        result.kernel,
-        ax=axes[0],
-        xticklabels=list(names),
-        yticklabels=list(names),
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        square=True,
-        cbar_kws={"label": "similarity"},
-    )
-    axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
-    axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
-    limits = [result.utility.min(), result.utility.max()]
-    axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
-    axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
-    positions = np.arange(len(names))
-    axes[2].bar(positions, result.probabilities, color=PALETTE[1])
-    axes[2].plot(positions, result.prior, color="#333333", linestyle="--", label="prior (uniform)")
-    axes[2].set_xticks(positions, list(names), rotation=40, ha="right")
-    axes[2].set(ylabel="probability p", title="Scenario probabilities")
-    axes[2].legend()
-    return figure
-
-
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
     """IoU per method and scenario, one panel per backbone.
 
@@ -320,7 +284,7 @@ def method_curves(histories: pd.DataFrame) -> Figure:
             )
         panel.set(title=backbone, xlabel="epoch of fine-tuning")
     axes[0, 0].set_ylabel("validation IoU, mean over scenarios")
-    axes[0, -1].legend()
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     return figure
 
 

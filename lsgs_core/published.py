@@ -12,18 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lsgs_core.distortion import ScenarioScores
 from lsgs_core.errors import InputError
+from lsgs_core.methods import Evidence
 from lsgs_core.sampling import check_probabilities
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.smoothing import ScenarioProbabilities
+from lsgs_core.smoothing import ScenarioProbabilities, scenario_descriptors
+
+# Published names of what a scoring was made with, and of what it found.
+SETTINGS = {
+    "direction": "alpha",
+    "inverse_temperature": "tau",
+    "mixing": "gamma_floor",
+    "ridge": "lambda",
+    "lengthscale": "rbf_sigma",
+}
+ARRAYS = ("D_sh", "latent_shift", "prior")
 
 
 def published_scoring(
     scores: ScenarioScores,
     result: ScenarioProbabilities,
+    descriptor: str,
     settings: Mapping[str, float],
     model_type: str,
     checkpoint: str,
@@ -35,6 +46,7 @@ def published_scoring(
     Args:
         scores: Distortions.
         result: What was made of them.
+        descriptor: What the kernel compared, see `scenario_descriptors`.
         settings: direction, inverse_temperature, mixing and ridge, as they were used.
         model_type: Name of the backbone.
         checkpoint: Path of the weights, as it is to be recorded.
@@ -45,6 +57,9 @@ def published_scoring(
         A dictionary for JSON.
     """
     scenarios = scores.scenarios
+    features = scenario_descriptors(
+        descriptor, scenarios.masks, scores.distortion, scores.latent_shift
+    )
     return {
         "modelType": model_type,
         "checkpoint_path": checkpoint,
@@ -59,24 +74,26 @@ def published_scoring(
         "meta_info": dict(meta_info),
         "D_sh": scores.distortion.tolist(),
         "U": result.utility.tolist(),
-        "scenario_features_X": scores.distortion[:, None].tolist(),
+        "scenario_features_X": features.tolist(),
         "kernel_matrix": result.kernel.tolist(),
         "kernel_scores_r": result.smoothed.tolist(),
         "normalized_kernel_scores": result.standardised.tolist(),
         "softmax_probs": result.softmax.tolist(),
         "final_probs": result.probabilities.tolist(),
+        # Beyond the published fields, for the other samplers of this study.
+        "latent_shift": scores.latent_shift.tolist(),
+        "prior": result.prior.tolist(),
+        "descriptor": descriptor,
     }
 
 
-def read_final_probabilities(path: Path, scenarios: ScenarioSet) -> NDArray[np.float64]:
-    """Read the probabilities of a scoring, ours or the authors'.
+def read_evidence(path: Path, scenarios: ScenarioSet) -> Evidence:
+    """Read a scoring, ours or the authors', for the methods that build on it.
 
     Args:
-        path: A JSON file with `final_probs` and, where it is there, `mask_array`.
-        scenarios: Over which they must be, in this order.
-
-    Returns:
-        float64 [K].
+        path: A JSON file with `final_probs` and, where they are there, the fields of
+            `published_scoring`. What a file lacks is None, and methods that need it say so.
+        scenarios: Over which it must be, in this order.
 
     Raises:
         InputError: Not such a file, not a distribution, or over other scenarios.
@@ -85,6 +102,11 @@ def read_final_probabilities(path: Path, scenarios: ScenarioSet) -> NDArray[np.f
         content = json.loads(path.read_text())
         final = np.asarray(content["final_probs"], dtype=np.float64)
         masks = content.get("mask_array")
+        given = {
+            name: np.asarray(content[name], dtype=np.float64) for name in ARRAYS if name in content
+        }
+        descriptor = str(content.get("descriptor", "distortion"))
+        settings = {name: float(content[key]) for name, key in SETTINGS.items() if key in content}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: expected JSON with 'final_probs': {error}") from error
     try:
@@ -93,4 +115,15 @@ def read_final_probabilities(path: Path, scenarios: ScenarioSet) -> NDArray[np.f
         raise InputError(f"{path}: final_probs: {error}") from error
     if masks is not None and not np.array_equal(np.asarray(masks), scenarios.masks.astype(int)):
         raise InputError(f"{path}: mask_array: expected the scenarios {list(scenarios.names)}")
-    return probabilities
+    for name, values in given.items():
+        if values.shape[:1] != final.shape or not np.isfinite(values).all():
+            raise InputError(f"{path}: {name}: expected finite numbers for every scenario")
+    return Evidence(
+        scenarios,
+        probabilities,
+        distortion=given.get("D_sh"),
+        latent_shift=given.get("latent_shift"),
+        prior=given.get("prior"),
+        settings=settings,
+        descriptor=descriptor,
+    )

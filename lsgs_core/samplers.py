@@ -68,6 +68,35 @@ def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probab
     return weights / weights.sum()
 
 
+def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | None:
+    """The deployment prior of failure rates written as "RGB=0.1,SWIR=0.3".
+
+    Args:
+        text: Sensors that are not named never fail; "" is no prior.
+        scenarios: Of K scenarios.
+
+    Returns:
+        float64 [K], or None without a prior.
+
+    Raises:
+        InputError: A modality that there is not, or what is no number from 0 to 1.
+    """
+    if not text:
+        return None
+    rates = dict.fromkeys(scenarios.modalities, 0.0)
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            rates[name.strip()] = float(number)
+        except ValueError:
+            raise InputError(f"failure_rates: expected name=number, found {part!r}") from None
+    if unknown := rates.keys() - set(scenarios.modalities):
+        raise InputError(
+            f"failure_rates: expected some of {list(scenarios.modalities)}, found {sorted(unknown)}"
+        )
+    return deployment_prior(scenarios, list(rates.values()))
+
+
 def by_cardinality(scenarios: ScenarioSet, target: ArrayLike) -> Probabilities:
     """The distribution nearest to p that knows only how many modalities are missing.
 

@@ -24,6 +24,8 @@ STREAMS = {
     "weights": 3,
     "dropout": 4,
     "permutation": 5,
+    "second_scenario": 6,
+    "bootstrap": 7,
 }
 
 
@@ -59,6 +61,7 @@ def draw_scenarios(
     epoch: int,
     indices: Sequence[int] | NDArray[np.int64],
     servable: NDArray[np.bool_] | None = None,
+    stream: str = "scenario",
 ) -> NDArray[np.int64]:
     """Draw one scenario per sample by inverse CDF.
 
@@ -69,6 +72,7 @@ def draw_scenarios(
         indices: Index of every sample in its data set, [B]; not its position in the batch.
         servable: Scenarios that each sample can serve, bool [B, K], where files are absent: p is
             renormalised over them. None: every sample serves every scenario.
+        stream: Which random numbers; arms that are to differ by chance alone take another one.
 
     Returns:
         Scenario index per sample, int64 [B].
@@ -77,7 +81,7 @@ def draw_scenarios(
         InputError: p is not a distribution, or a sample can serve no scenario of positive p.
     """
     p = check_probabilities(probabilities)
-    numbers = uniform_numbers("scenario", seed, epoch, indices)
+    numbers = uniform_numbers(stream, seed, epoch, indices)
     if servable is None:
         rows = np.broadcast_to(p, (len(numbers), p.size))
     else:

@@ -117,6 +117,37 @@ def scenario_probabilities(
     )
 
 
+def scenario_descriptors(
+    kind: str,
+    masks: NDArray[np.bool_],
+    distortion: ArrayLike,
+    latent_shift: ArrayLike | None = None,
+) -> NDArray[np.float64]:
+    """What the kernel compares, by name.
+
+    Args:
+        kind: "distortion" (the paper), "latent_shift" or "availability".
+        masks: Availability mask of every scenario, [K, M].
+        distortion: D, [K].
+        latent_shift: Mean shift of the latent per channel, [K, C].
+
+    Returns:
+        float64 [K, F].
+
+    Raises:
+        InputError: Another kind, or the latent shifts are wanted and not known.
+    """
+    known = {
+        "distortion": np.asarray(distortion, dtype=np.float64)[:, None],
+        "availability": masks.astype(np.float64),
+    }
+    if latent_shift is not None:
+        known["latent_shift"] = np.asarray(latent_shift, dtype=np.float64)
+    if kind not in known:
+        raise InputError(f"descriptor: expected one of {sorted(known)}, found {kind!r}")
+    return known[kind]
+
+
 def rbf_kernel(
     descriptors: ArrayLike, lengthscale: Lengthscale
 ) -> tuple[NDArray[np.float64], float]:

@@ -80,7 +80,7 @@ def publish(tier: Tier) -> list[Path]:
     beside = target.with_name(f".{tier.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     sources = {
-        "data": tier.folder.prepared(tier.setting("data", "dataset")) / "figures",
+        **{f"data/{name}": tier.folder.prepared(name) / "figures" for name in tier.grid.datasets},
         "pretrained": tier.folder.root / "pretrained",
         "scores": tier.folder.root / "scores",
         "evaluation": tier.folder.evaluation,
@@ -91,11 +91,12 @@ def publish(tier: Tier) -> list[Path]:
                 copy = beside / name / path.relative_to(ROOT / source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-    record = json.loads(sidecar_path(ROOT / tier.folder.evaluation / "records.csv").read_text())
+    record = json.loads(sidecar_path(ROOT / tier.folder.evaluation / "summary.csv").read_text())
     provenance = {
         "command": f"make study TIER={tier.name}",
         "parameters": {name: dict(section) for name, section in tier.sections.items()},
-        "grid": tier.grid.model_dump(),
+        "grid": [part.model_dump() for part in tier.grid.parts],
+        "tier_sha256": tier.sha256,
         "environment": record["environment"],
     }
     with written_beside(beside / "provenance.json") as temporary:

@@ -1,10 +1,11 @@
 """Tiers: one parameter file for the five notebooks, and where each of their runs writes.
 
-A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid` (which backbones, folds, seeds and
-methods), one section per notebook with the parameters that differ from the notebook's own defaults,
-and perhaps a section `all` for those that several notebooks have, such as `dataset`. Everything is
-checked against the notebooks' `parameters` cells before anything runs, since papermill itself only
-warns about a parameter that a notebook does not have.
+A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, one section per notebook with the
+parameters that differ from the notebook's own defaults, and perhaps a section `all` for those that
+several notebooks have. The grid says which data sets, backbones, methods, folds and seeds; it can
+be a list of such products, whose runs are put together. Everything is checked against the
+notebooks' `parameters` cells before anything runs, since papermill itself only warns about a
+parameter that a notebook does not have.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
 
 from lsgs_core.errors import InputError
-from lsgs_core.files import written_beside
+from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
 from lsgs_core.schema import Strict, read_yaml, validated
@@ -34,17 +35,7 @@ NOTEBOOKS = {
     "evaluation": "05_evaluation",
 }
 # Set per job from the grid and the folder, so a tier file must not set them.
-SET_BY_GRID = {
-    "work",
-    "backbone",
-    "fold",
-    "seed",
-    "method",
-    "backbones",
-    "methods",
-    "folds",
-    "seeds",
-}
+SET_BY_GRID = {"work", "dataset", "backbone", "fold", "seed", "methods", "tier"}
 
 
 def _known(names: Mapping[str, object] | tuple[str, ...]) -> AfterValidator:
@@ -62,7 +53,15 @@ def _different(values: list[Any]) -> list[Any]:
     return values
 
 
+def _counted(value: Any) -> Any:
+    """Write a number of folds or seeds out: 3 is [0, 1, 2]."""
+    return [*range(value)] if type(value) is int else value
+
+
 Entries = Field(min_length=1), AfterValidator(_different)
+Indices = Annotated[
+    list[Annotated[int, Field(ge=0)]], *Entries, BeforeValidator(_counted)
+]  # or their number
 
 
 class Exact(Strict):
@@ -71,30 +70,43 @@ class Exact(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Grid(Exact):
-    """Which runs a tier consists of: the product of all four."""
+class Runs(Exact):
+    """The product of all five: one part of a grid."""
 
+    datasets: Annotated[list[str], *Entries] = ["demo"]
     backbones: Annotated[list[Annotated[str, _known(BACKBONES)]], *Entries]
     methods: Annotated[list[Annotated[str, _known(METHODS)]], *Entries]
-    folds: Annotated[list[Annotated[int, Field(ge=0)]], *Entries]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], *Entries]
+    folds: Indices
+    seeds: Indices
 
-    @classmethod
-    def parse(cls, **axes: str) -> Grid:
-        """Read lists separated by commas, the form in which a notebook gets them.
 
-        Raises:
-            InputError: An empty list, an unknown name, or a fold or seed that is no number.
-        """
-        lists: dict[str, Any] = {axis: text.split(",") for axis, text in axes.items()}
-        for axis in ("folds", "seeds"):
-            lists[axis] = [int(v) if v.isdecimal() else v for v in lists[axis]]
-        return validated(cls, lists, "parameters")
+@dataclass(frozen=True)
+class Grid:
+    """Which runs a tier consists of.
 
-    def points(self) -> list[dict[str, Any]]:
-        """Every combination of backbone, fold and seed."""
-        axes = product(self.backbones, self.folds, self.seeds)
-        return [dict(zip(("backbone", "fold", "seed"), point, strict=True)) for point in axes]
+    Attributes:
+        parts: Products, whose runs are put together; what is in several is run once.
+    """
+
+    parts: list[Runs]
+
+    def points(self) -> dict[tuple[str, str, int, int], list[str]]:
+        """Methods of every (dataset, backbone, fold, seed)."""
+        found: dict[tuple[str, str, int, int], list[str]] = {}
+        for part in self.parts:
+            for point in product(part.datasets, part.backbones, part.folds, part.seeds):
+                known = found.setdefault(point, [])
+                known += [method for method in part.methods if method not in known]
+        return found
+
+    def starts(self) -> list[tuple[str, str, int]]:
+        """Every (dataset, backbone, fold): what is pretrained and scored once for all seeds."""
+        return list(dict.fromkeys(point[:3] for point in self.points()))
+
+    @property
+    def datasets(self) -> list[str]:
+        """Every data set."""
+        return list(dict.fromkeys(name for name, *_ in self.points()))
 
 
 @dataclass(frozen=True)
@@ -111,17 +123,27 @@ class StudyFolder:
         """Aligned rasters and patch table of a data set."""
         return self.root / "prepared" / dataset
 
-    def pretrained(self, backbone: str, fold: int | str, seed: int | str) -> Path:
+    def pretrained(self, dataset: str, backbone: str, fold: int | str, seed: int | str) -> Path:
         """Pretrained weights."""
-        return self.root / "pretrained" / backbone / f"fold{fold}" / f"seed{seed}"
+        return self.root / "pretrained" / dataset / backbone / f"fold{fold}" / f"seed{seed}"
 
-    def scores(self, backbone: str, fold: int | str, seed: int | str) -> Path:
-        """Distortions and probabilities."""
-        return self.root / "scores" / backbone / f"fold{fold}" / f"seed{seed}"
+    def scores(self, dataset: str, backbone: str, fold: int | str, seed: int | str) -> Path:
+        """Distortions and probabilities of a pretrained network."""
+        return self.root / "scores" / dataset / backbone / f"fold{fold}" / f"seed{seed}"
 
-    def run(self, backbone: str, method: str, fold: int | str, seed: int | str) -> Path:
-        """Fine-tuned weights, history and records of one run."""
-        return self.root / "runs" / backbone / method / f"fold{fold}" / f"seed{seed}"
+    def runs(self, dataset: str, backbone: str, fold: int | str, seed: int | str) -> Path:
+        """The runs of all methods: a folder each, with weights, history and records."""
+        return self.root / "runs" / dataset / backbone / f"fold{fold}" / f"seed{seed}"
+
+    def points(self) -> dict[tuple[str, str, int, int], list[str]]:
+        """Methods of every (dataset, backbone, fold, seed) that has records in this folder."""
+        found: dict[tuple[str, str, int, int], list[str]] = {}
+        for path in sorted(self.root.glob("runs/*/*/fold*/seed*/*/records.csv")):
+            dataset, backbone, fold, seed, method = path.relative_to(self.root).parts[1:-1]
+            point = dataset, backbone, int(fold[len("fold") :]), int(seed[len("seed") :])
+            found.setdefault(point, []).append(method)
+        order = list(METHODS)
+        return {point: sorted(found[point], key=order.index) for point in sorted(found)}
 
     @property
     def evaluation(self) -> Path:
@@ -145,31 +167,39 @@ class Tier:
         name: Of the tier.
         grid: Its runs.
         sections: Parameters per notebook.
+        sha256: Of the file.
         folder: Where it writes, relative to the project's root.
     """
 
     name: str
     grid: Grid
     sections: Mapping[str, Mapping[str, Any]]
+    sha256: str
     folder: StudyFolder
 
     def setting(self, stage: str, name: str) -> Any:
         """The value of a notebook's parameter in this tier."""
         return self.sections[NOTEBOOKS[stage]][name]
 
+    @property
+    def pretraining_seed(self) -> int:
+        """Of the weights that all fine-tuning runs start from."""
+        return int(self.setting("finetuning", "pretraining_seed"))
+
     def jobs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and parameters of every notebook run, in an order in which they can run."""
-        yield self._job("data")
+        for dataset in self.grid.datasets:
+            yield self._job("data", dataset=dataset)
         for stage in ("pretraining", "scoring"):
-            for point in self.grid.points():
-                yield self._job(stage, **point)
-        for point in self.grid.points():
-            for method in self.grid.methods:
-                yield self._job(
-                    "finetuning", **{"backbone": point["backbone"], "method": method} | point
-                )
-        axes = {axis: ",".join(map(str, values)) for axis, values in self.grid}
-        yield NOTEBOOKS["evaluation"], {**self._job("evaluation")[1], **axes}
+            for dataset, backbone, fold in self.grid.starts():
+                yield self._job(stage, dataset=dataset, backbone=backbone, fold=fold)
+        for (dataset, backbone, fold, seed), methods in self.grid.points().items():
+            job, parameters = self._job(
+                "finetuning", dataset=dataset, backbone=backbone, fold=fold, seed=seed
+            )
+            yield job, parameters | {"methods": ",".join(methods)}
+        job, parameters = self._job("evaluation")
+        yield job, parameters | {"tier": self.name}
 
     def _job(self, stage: str, **point: Any) -> tuple[str, dict[str, Any]]:
         parts = [f"{k}{v}" if k in ("fold", "seed") else v for k, v in point.items()]
@@ -227,10 +257,14 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
             content[notebook] = common | content[notebook]
     if unused:
         raise InputError(f"{path.name}: all: no notebook has a parameter {sorted(unused)[0]!r}")
-    schema = create_model("TierFile", __base__=Exact, grid=(Grid, ...), **sections)
+    if isinstance(content, dict) and isinstance(content.get("grid"), dict):
+        content["grid"] = [content["grid"]]
+    grid = Annotated[list[Runs], Field(min_length=1)]
+    schema = create_model("TierFile", __base__=Exact, grid=(grid, ...), **sections)
     checked: Any = validated(schema, content, path.name)
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
-    return Tier(name, checked.grid, values, StudyFolder(work / name))
+    folder_of_tier = StudyFolder(work / name)
+    return Tier(name, Grid(checked.grid), values, file_sha256(path), folder_of_tier)
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
 from lsgs_core.lora import training_mode
-from lsgs_core.losses import LossName, paper_loss, segmentation_loss
+from lsgs_core.losses import Protocol, paper_loss, segmentation_loss
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.patches import PatchDataset
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios, generator, uniform_numbers
@@ -46,7 +46,8 @@ class TrainingSettings:
         weight_decay: L2 penalty.
         rate_decay: Factor on the learning rate ...
         rate_decay_every: ... every so many epochs.
-        loss: "logits", or "paper" for the published loss (binary and multi-label only).
+        protocol: "strict" takes `segmentation_loss`, "paper" the published one (binary and
+            multi-label tasks only).
         augment: Turn and mirror every patch at random (the eight symmetries of the square).
     """
 
@@ -57,7 +58,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     rate_decay: float = 1.0
     rate_decay_every: int = 5
-    loss: LossName = "logits"
+    protocol: Protocol = "strict"
     augment: bool = True
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class TrainingSettings:
                 "learning_rate > 0, 0 < rate_decay <= 1 and weight_decay >= 0 expected, found "
                 f"{self.learning_rate}, {self.rate_decay}, {self.weight_decay}"
             )
-        for name, known in (("optimiser", ("adam", "sgd")), ("loss", ("logits", "paper"))):
+        for name, known in (("optimiser", ("adam", "sgd")), ("protocol", ("strict", "paper"))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {known}, found {getattr(self, name)!r}")
 
@@ -127,6 +128,7 @@ def train(
     folder: Path,
     identity: Mapping[str, Any],
     validate: Validation | None = None,
+    stream: str = "scenario",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train a model in place.
@@ -142,6 +144,7 @@ def train(
         identity: Everything else that the result depends on (data and initial weights); a training
             state that was left with another identity, seed or settings is not gone on with.
         validate: Called after every epoch; its figures become columns of the history.
+        stream: Random numbers that scenarios are drawn with (`lsgs_core.sampling.STREAMS`).
         progress: Show a progress bar over the steps.
 
     Returns:
@@ -154,12 +157,13 @@ def train(
     """
     if not len(dataset):
         raise InputError("training: expected at least one training patch, found none")
-    if settings.loss == "paper" and dataset.task_kind == "multiclass":
-        raise InputError("loss: 'paper' is for binary and multi-label tasks")
+    if settings.protocol == "paper" and dataset.task_kind == "multiclass":
+        raise InputError("protocol: 'paper' is for binary and multi-label tasks")
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
+    whole["stream"] = stream
     run = _Run(
-        model, dataset, scenarios, sampler, settings, seed, _optimiser(model, settings),
+        model, dataset, scenarios, sampler, settings, seed, stream, _optimiser(model, settings),
         folder / STATE, json.dumps(whole, sort_keys=True),
     )  # fmt: skip
     history = run.restore()
@@ -214,6 +218,7 @@ class _Run:
     sampler: ScenarioSampler
     settings: TrainingSettings
     seed: int
+    stream: str
     optimiser: torch.optim.Optimizer
     path: Path
     identity: str
@@ -259,6 +264,7 @@ class _Run:
         # Dropout of an epoch does not depend on what ran before it, so a resumed run repeats it.
         torch.manual_seed(int(generator("dropout", seed, epoch).integers(2**63)))
         order = generator("order", seed, epoch).permutation(len(self.dataset))
+        self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
         training_mode(self.model)
         total = 0.0
         drawn = np.zeros(len(self.scenarios))
@@ -266,7 +272,9 @@ class _Run:
             assert batch.patch_ids is not None
             ids = batch.patch_ids.numpy()
             probabilities = self.sampler.probabilities(epoch)
-            chosen = draw_scenarios(probabilities, seed, epoch, ids, self._servable(batch))
+            chosen = draw_scenarios(
+                probabilities, seed, epoch, ids, self._servable(batch), self.stream
+            )
             if settings.augment:
                 batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
             loss, per_sample = self._loss(batch, self.scenarios.masks[chosen])
@@ -304,7 +312,7 @@ class _Run:
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
         counted = batch.counted(available)
-        if self.settings.loss == "paper":
+        if self.settings.protocol == "paper":
             return paper_loss(self.model.heads(batch.images, available), batch.target, counted)
         logits = self.model(batch.images, available)
         return segmentation_loss(logits, batch.target, counted, self.dataset.task_kind)

@@ -1,0 +1,154 @@
+"""One fine-tuning run: from pretrained weights and a scoring to records, with any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from lsgs_core.artifacts import Record, is_made, load_table, save_table, save_weights
+from lsgs_core.distortion import score_scenarios
+from lsgs_core.evaluation import evaluate, validation_scores
+from lsgs_core.lora import add_lora, merge_lora, trained_parameters
+from lsgs_core.methods import Evidence, find_method
+from lsgs_core.models import Backbone
+from lsgs_core.patches import PatchDataset
+from lsgs_core.sources import source_sha256
+from lsgs_core.training import TrainingSettings, discard_state, seed_weights, train
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the runs of one backbone, fold and seed have in common: all but the method.
+
+    Attributes:
+        build: Gives the pretrained network, anew for every run, on its device.
+        evidence: Of the scoring of this network.
+        training: Patches.
+        validation: Patches for the learning curve.
+        test: Patches that no training saw.
+        settings: How to train.
+        seed: Of order, scenarios, augmentation, dropout, and what a method draws.
+        lora_learning_rate: Low-rank updates start at zero and need larger steps.
+        lora_rank: Of the low-rank updates.
+        parameters: What else decides the result, for the records.
+        inputs: Hashes of weights and probabilities.
+    """
+
+    build: Callable[[], Backbone]
+    evidence: Evidence
+    training: PatchDataset
+    validation: PatchDataset
+    test: PatchDataset
+    settings: TrainingSettings
+    seed: int
+    lora_learning_rate: float
+    lora_rank: int
+    parameters: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run gave.
+
+    Attributes:
+        method: Its name.
+        history: One row per epoch, as `train` returns it.
+        records: As `evaluate` returns them, of the test patches.
+        probabilities: p before the first step, [K].
+        trained_parameters: Number of them.
+    """
+
+    method: str
+    history: pd.DataFrame
+    records: pd.DataFrame
+    probabilities: NDArray[np.float64]
+    trained_parameters: int
+
+
+def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -> Run:
+    """Fine-tune with one method, test, and write history, weights and records.
+
+    A run that is there already, made by the same code with the same parameters from the same
+    inputs, is read instead; one that was interrupted goes on.
+
+    Args:
+        start: What this run shares with those of other methods.
+        name: Of the method.
+        folder: Where it writes: history.csv, records.csv, weights.safetensors.
+        keep_weights: Write the weights too (low-rank updates merged).
+
+    Raises:
+        InputError: No such method, or one that needs what the scoring does not hold.
+    """
+    method = find_method(name)
+    model = start.build()
+    if method.low_rank:
+        seed_weights(start.seed)
+        add_lora(model, start.lora_rank)
+    settings = start.settings
+    if method.low_rank:
+        settings = replace(settings, learning_rate=start.lora_learning_rate)
+    device = str(next(model.parameters()).device)
+    sampler = method.sampler(
+        replace(
+            start.evidence,
+            seed=start.seed,
+            epochs=settings.epochs,
+            steps=settings.epochs * -(-len(start.training) // settings.batch_size),
+            measure=lambda: _scored_again(start, model),
+        )
+    )
+    p, trained = sampler.probabilities(0), trained_parameters(model)
+    how = {
+        **start.parameters,
+        "method": name,
+        "seed": start.seed,
+        "settings": asdict(settings),
+        "lora_rank": start.lora_rank if method.low_rank else 0,
+    }
+    record = Record(how, {**start.inputs, "code": source_sha256(__name__)}, device)
+    paths = [folder / "history.csv", folder / "records.csv"]
+    if keep_weights:
+        paths.append(folder / "weights.safetensors")
+    if all(is_made(path, record) for path in paths):
+        return Run(name, load_table(paths[0]), load_table(paths[1]), p, trained)
+    tested = start.evidence.scenarios, start.training.classes, start.training.task_kind
+    size = settings.batch_size
+    history = train(
+        model,
+        start.training,
+        start.evidence.scenarios,
+        sampler,
+        settings,
+        start.seed,
+        folder,
+        identity={**how, **record.inputs, "device": device},
+        validate=lambda network: validation_scores(
+            network, start.validation.batches(size), *tested
+        ),
+        stream=method.stream,
+    )
+    merge_lora(model)
+    records = evaluate(model, start.test.batches(size), *tested, protocol=settings.protocol)
+    save_table(paths[0], history, record)
+    if keep_weights:
+        save_weights(paths[2], model.state_dict(), record)
+    save_table(paths[1], records, record)
+    discard_state(folder)
+    return Run(name, history, records, p, trained)
+
+
+def _scored_again(start: Start, model: torch.nn.Module) -> NDArray[np.float64]:
+    """Score the network as it is now, with the settings of the scoring."""
+    batches = start.training.batches(start.settings.batch_size)
+    scores = score_scenarios(model, batches, start.evidence.scenarios, progress=False)
+    now = replace(start.evidence, distortion=scores.distortion, latent_shift=scores.latent_shift)
+    return now.scored().probabilities(0)

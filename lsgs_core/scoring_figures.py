@@ -1,0 +1,115 @@
+"""Figures of a scoring: distortions, kernel, probabilities, and what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from lsgs_core.distortion import ScenarioScores
+from lsgs_core.figures import PALETTE
+from lsgs_core.smoothing import ScenarioProbabilities
+
+SETTING_TITLES = {
+    "inverse_temperature": "inverse temperature τ",
+    "mixing": "mixing γ",
+    "ridge": "ridge λ",
+    "lengthscale": "lengthscale σ / median distance",
+}
+
+
+def distortion_bars(scores: ScenarioScores) -> Figure:
+    """Distortion per scenario with its standard error, on the left of the distance to full."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    names = list(scores.scenarios.names)
+    missing = scores.scenarios.missing
+    shades = sns.color_palette("crest", len(scores.scenarios.modalities))
+    colours = [shades[int(number)] for number in missing]
+    axes.bar(names, scores.distortion, yerr=scores.standard_error, color=colours, capsize=3)
+    axes.set_ylabel("distortion D")
+    axes.set_title("Mean squared change of the latent, ± 1 standard error over spatial blocks")
+    handles = [
+        Patch(color=shades[number], label=f"{number} missing")
+        for number in sorted(set(missing.tolist()), reverse=True)
+    ]
+    axes.legend(handles=handles)
+    axes.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
+    """The kernel, what smoothing changed, and the probabilities beside uniform."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
+    sns.heatmap(
+        result.kernel,
+        ax=axes[0],
+        xticklabels=list(names),
+        yticklabels=list(names),
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        square=True,
+        cbar_kws={"label": "similarity"},
+    )
+    axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
+    axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
+    limits = [result.utility.min(), result.utility.max()]
+    axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
+    axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
+    positions = np.arange(len(names))
+    axes[2].bar(positions, result.probabilities, color=PALETTE[1])
+    axes[2].plot(positions, result.prior, color="#333333", linestyle="--", label="prior (uniform)")
+    axes[2].set_xticks(positions, list(names), rotation=40, ha="right")
+    axes[2].set(ylabel="probability p", title="Scenario probabilities")
+    axes[2].legend()
+    return figure
+
+
+def sensitivity_panels(
+    result: ScenarioProbabilities,
+    names: Sequence[str],
+    drawn: NDArray[np.float64],
+    varied: pd.DataFrame,
+    settings: Mapping[str, Any],
+) -> Figure:
+    """P with its uncertainty from the scored patches, and p when one setting is varied.
+
+    Args:
+        result: The probabilities in use.
+        names: Of the scenarios.
+        drawn: Of `bootstrap_probabilities`, [R, K].
+        varied: Of `sensitivity`.
+        settings: In use; those that are numbers are marked, but for the lengthscale, whose panel
+            has another unit.
+    """
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), width_ratios=(1.3, 1, 1, 1, 1))
+    positions = np.arange(len(names))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    p = result.probabilities
+    axes[0].bar(positions, p, color=PALETTE[1])
+    axes[0].vlines(positions, low, high, color="#333333")
+    axes[0].plot(positions, result.prior, color="#333333", linestyle="--", label="prior (uniform)")
+    axes[0].set_xticks(positions, list(names), rotation=40, ha="right")
+    axes[0].set(ylabel="probability p", title="95 % over resampled blocks")
+    axes[0].legend()
+    shades = sns.color_palette("viridis", len(names)).as_hex()
+    for panel, (setting, rows) in zip(axes[1:], varied.groupby("setting", sort=False), strict=True):
+        for scenario, line in rows.groupby("scenario"):
+            index = int(str(scenario))
+            panel.plot(line["value"], line["probability"], color=shades[index], label=names[index])
+        value = settings.get(str(setting))
+        if setting != "lengthscale" and isinstance(value, float):
+            panel.axvline(value, color="#333333", linestyle=":", linewidth=1)
+        if setting in ("ridge", "lengthscale"):
+            panel.set_xscale("log")
+        panel.set(xlabel=SETTING_TITLES[str(setting)], ylim=(0, None))
+    axes[4].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    axes[1].set_ylabel("probability p")
+    return figure
