@@ -197,11 +197,14 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
 
 @method("coverage", "successor")
 def coverage(evidence: Evidence) -> ScenarioSampler:
-    """Coverage sampling: U is the distortion, K compares latent shifts at the median lengthscale.
+    """Coverage sampling: U is the distortion, K compares latent shifts at half the median distance.
 
-    This study's successor to LSGS; see `lsgs_core.samplers.coverage`.
+    This study's successor to LSGS; see `lsgs_core.samplers.coverage`. At the median distance itself
+    q sits on a single scenario.
     """
-    kernel, _ = rbf_kernel(evidence.known("latent_shift"), "median")
+    shift = evidence.known("latent_shift")
+    _, median = rbf_kernel(shift, "median")
+    kernel, _ = rbf_kernel(shift, median / 2)
     p = samplers.coverage(evidence.known("distortion"), kernel, evidence.mixing, evidence.prior)
     return FixedSampler(p)
 
