@@ -23,7 +23,7 @@ def collect(
     study: StudyFolder,
     points: Mapping[tuple[str, str, int, int], Sequence[str]],
     name: str,
-    expected: Mapping[str, Any],
+    expected: Mapping[str, Mapping[str, Any]],
     pretraining_seed: int | None = None,
 ) -> pd.DataFrame:
     """Read one table of every run.
@@ -32,7 +32,7 @@ def collect(
         study: Where the runs are.
         points: Methods of every (dataset, backbone, fold, seed), as `Grid.points` gives them.
         name: Of the table in the folder of a run.
-        expected: Parameters that every run must have been made with.
+        expected: Parameters that every run of a data set must have been made with.
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
             every seed that started from it; None: do not.
 
@@ -52,7 +52,7 @@ def collect(
             start = study.pretrained(dataset, backbone, fold, pretraining_seed)
             paths = {"pretrained": start, **paths}
         for method, folder in paths.items():
-            table = load_table(folder / name, {**expected, "dataset": dataset, "fold": fold})
+            table = load_table(folder / name, {**expected[dataset], "fold": fold})
             keys: dict[str, Any] = {"dataset": dataset, "backbone": backbone}
             keys |= {"fold": fold, "seed": seed, "method": method}
 

@@ -69,7 +69,7 @@ def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probab
 
 
 def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | None:
-    """The deployment prior of failure rates written as "RGB=0.1,SWIR=0.3".
+    """The deployment prior of failure rates written as "RGB:0.1,SWIR:0.3".
 
     Args:
         text: Sensors that are not named never fail; "" is no prior.
@@ -85,11 +85,11 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
         return None
     rates = dict.fromkeys(scenarios.modalities, 0.0)
     for part in text.split(","):
-        name, _, number = part.partition("=")
+        name, _, number = part.partition(":")
         try:
             rates[name.strip()] = float(number)
         except ValueError:
-            raise InputError(f"failure_rates: expected name=number, found {part!r}") from None
+            raise InputError(f"failure_rates: expected name:number, found {part!r}") from None
     if unknown := rates.keys() - set(scenarios.modalities):
         raise InputError(
             f"failure_rates: expected some of {list(scenarios.modalities)}, found {sorted(unknown)}"

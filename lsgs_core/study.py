@@ -27,7 +27,7 @@ from lsgs_core.tiers import Tier, load_tier
 ROOT = Path(__file__).resolve().parent.parent
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
-PUBLISHED_KINDS = {".csv", ".json", ".png", ".pdf"}
+PUBLISHED_KINDS = {".csv", ".xz", ".json", ".png", ".pdf"}
 
 
 def run(tier: Tier, cores: int, dry_run: bool = False) -> int:

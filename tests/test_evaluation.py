@@ -117,6 +117,61 @@ def test_undefined_classes_are_left_out_of_means():
     assert scenario_scores(counts, ["method"])["iou"].item() == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_scores_are_the_authors(kind):
+    """Per patch, never thresholded; where the mask is empty both are inverted first."""
+    classes = 1 if kind == "binary" else 3
+    names = tuple(f"class{index}" for index in range(classes))
+    batch = random_batch(kind, classes)
+    if kind == "multiclass":
+        batch.target[0] = 0  # classes 1 and 2 are empty in the first patch
+    else:
+        batch.target[0] = 0
+    records = evaluate(SumOfImages(), [batch], SCENARIOS, names, kind, protocol="paper")
+    assert len(records) == 6 * len(SCENARIOS) * classes
+    assert list(records.columns)[:4] == ["patch", "block", "scenario", "class"]
+    logits = batch.images[0].double()
+    probability = logits.softmax(dim=1) if kind == "multiclass" else logits.sigmoid()
+    truth = (
+        batch.target if kind != "multiclass" else F.one_hot(batch.target, classes).movedim(-1, 1)
+    )
+    for row in records.query("scenario == 'A'").itertuples():
+        number = names.index(row[4])
+        valid = batch.valid[row.patch]
+        p = probability[row.patch, number][valid]
+        y = truth[row.patch, number][valid].double()
+        if not y.any():
+            p, y = 1 - p, 1 - y
+        shared = float((p * y).sum())
+        assert row.soft_iou == pytest.approx(shared / float(p.sum() + y.sum() - shared))
+        assert row.soft_f1 == pytest.approx(2 * shared / float(p.sum() + y.sum()))
+    means = class_scores(records, ["scenario"]).query("scenario == 'A'")
+    expected = records.query("scenario == 'A'").groupby("class")["soft_iou"].mean()
+    np.testing.assert_allclose(means.set_index("class")["iou"], expected)
+    assert summary(records.assign(m=1), SCENARIOS, ["m"])["worst_iou"].notna().all()
+
+
+def test_soft_scores_without_a_pixel_are_left_out():
+    batch = random_batch("binary", 1)
+    batch.valid[0] = False
+    records = evaluate(SumOfImages(), [batch], SCENARIOS, ("x",), "binary", protocol="paper")
+    assert records.query("patch == 0")["soft_iou"].isna().all()
+    assert records.query("patch > 0")["soft_iou"].notna().all()
+    assert class_scores(records, ["scenario"])["iou"].notna().all()
+
+
+def test_expected_iou_weighs_scenarios_by_the_prior():
+    batch = random_batch("binary", 1)
+    records = evaluate(SumOfImages(), [batch], SCENARIOS, ("x",), "binary").assign(m=1)
+    prior = np.array([0.2, 0.3, 0.5])
+    iou = scenario_scores(records, ["m"]).set_index("scenario")["iou"][list(SCENARIOS.names)]
+    found = summary(records, SCENARIOS, ["m"], prior).iloc[0]
+    assert found["expected_iou"] == pytest.approx(float(iou.to_numpy() @ prior))
+    assert summary(records, SCENARIOS, ["m"])["expected_iou"].item() == pytest.approx(
+        found["mean_iou"]
+    )
+
+
 def test_the_trivial_predictor_scores_the_share_of_the_class():
     batch = random_batch("multilabel", 3)
     names = ("x", "y", "z")
@@ -171,12 +226,22 @@ def test_loss_is_pytorchs_over_valid_pixels(kind):
     else:
         chosen = batch.valid[:, None].expand_as(logits)
         expected = F.binary_cross_entropy_with_logits(logits[chosen], batch.target[chosen])
-    torch.testing.assert_close(loss, expected)
+    valid = batch.valid[:, None].float()
+    if kind == "multiclass":
+        truth = F.one_hot(batch.target, classes).movedim(-1, 1).float()
+        probability = logits.softmax(dim=1)
+    else:
+        truth, probability = batch.target, logits.sigmoid()
+    shared = (probability * truth * valid).sum(dim=(0, 2, 3))
+    both = ((probability + truth) * valid).sum(dim=(0, 2, 3))
+    jaccard = (1 - (shared + 1) / (both - shared + 1)).mean()
+    torch.testing.assert_close(loss, expected + jaccard)
     assert per_sample.shape == (6,)
     weight = batch.valid.sum(dim=(1, 2))
-    torch.testing.assert_close((per_sample * weight).sum() / weight.sum(), loss.detach())
+    torch.testing.assert_close((per_sample * weight).sum() / weight.sum(), expected.detach())
     loss.backward()
     assert (logits.grad * ~batch.valid[:, None] == 0).all()
+    assert logits.grad.isfinite().all()
     # whatever the ignored pixels hold
     target = batch.target.clone()
     target[~batch.valid if kind == "multiclass" else ~batch.valid[:, None].expand_as(target)] = 255

@@ -214,3 +214,19 @@ def test_online_measures_when_it_is_time() -> None:
     assert len(calls) == 1
     again.probabilities(4)
     assert len(calls) == 2
+
+
+def test_failure_rates_from_text() -> None:
+    assert samplers.read_failure_rates("", THREE) is None
+    np.testing.assert_allclose(
+        samplers.read_failure_rates("SWIR:0.5, RGB:0.2", THREE),
+        samplers.deployment_prior(THREE, [0.2, 0.0, 0.5]),
+    )
+    for wrong, message in (
+        ("RGB", "name:number"),
+        ("RGB:often", "name:number"),
+        ("UV:0.1", "UV"),
+        ("RGB:2", "0 to 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            samplers.read_failure_rates(wrong, THREE)

@@ -9,7 +9,8 @@ from torch import nn
 
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
-from lsgs_core.published import published_scoring, read_final_probabilities
+from lsgs_core.methods import find_method
+from lsgs_core.published import published_scoring, read_evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 
@@ -125,7 +126,9 @@ def published(tmp_path):
     scores = score_scenarios(SumOfMeans(), [ones(2)], SCENARIOS, progress=False)
     settings = {"direction": 1.0, "inverse_temperature": 0.5, "mixing": 0.5, "ridge": 1e-3}
     result = scenario_probabilities(scores.distortion, **settings)
-    content = published_scoring(scores, result, settings, "toy", "in", "out", {"foldNo": 1})
+    content = published_scoring(
+        scores, result, "distortion", settings, "toy", "in", "out", {"foldNo": 1}
+    )
     path = tmp_path / "probabilities.json"
     path.write_text(json.dumps(content))
     return path, content, result
@@ -133,8 +136,22 @@ def published(tmp_path):
 
 def test_published_fields(published):
     path, content, result = published
-    assert set(content) == PUBLISHED_FIELDS
-    np.testing.assert_allclose(read_final_probabilities(path, SCENARIOS), result.probabilities)
+    assert set(content) == PUBLISHED_FIELDS | {"latent_shift", "prior", "descriptor"}
+    evidence = read_evidence(path, SCENARIOS)
+    np.testing.assert_allclose(evidence.probabilities, result.probabilities)
+    np.testing.assert_allclose(evidence.distortion, content["D_sh"])
+    np.testing.assert_allclose(evidence.scored().probabilities(0), result.probabilities)
+
+
+def test_the_authors_file_needs_only_the_probabilities(published):
+    path, content, result = published
+    path.write_text(json.dumps({"final_probs": content["final_probs"]}))
+    evidence = read_evidence(path, SCENARIOS)
+    np.testing.assert_allclose(
+        find_method("lsgs").sampler(evidence).probabilities(0), result.probabilities
+    )
+    with pytest.raises(InputError, match="distortion, which this method needs"):
+        find_method("lsgs_strong").sampler(evidence)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +161,16 @@ def test_published_fields(published):
         ({"final_probs": [1.0] * 7}, "sum to 1"),
         ({"final_probs": ["a"] * 7}, "final_probs"),
         ({"mask_array": [[1, 1, 1]] * 7}, "mask_array"),
+        ({"D_sh": [1.0, 2.0]}, "D_sh: expected finite numbers for every scenario"),
+        ({"latent_shift": [[float("nan")]] * 7}, "latent_shift"),
+        ({"tau": "x"}, "probabilities.json"),
     ],
 )
 def test_foreign_probabilities_are_checked(published, change, message):
     path, content, _ = published
     path.write_text(json.dumps({**content, **change}))
     with pytest.raises(InputError, match=message):
-        read_final_probabilities(path, SCENARIOS)
+        read_evidence(path, SCENARIOS)
 
 
 def test_not_a_scoring(tmp_path):
@@ -158,4 +178,4 @@ def test_not_a_scoring(tmp_path):
     for text in ("[1, 2]", "{}", "no json"):
         path.write_text(text)
         with pytest.raises(InputError, match=r"other\.json"):
-            read_final_probabilities(path, SCENARIOS)
+            read_evidence(path, SCENARIOS)

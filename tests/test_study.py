@@ -52,18 +52,21 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr("lsgs_core.study.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
     folder = tmp_path / tier.folder.evaluation
-    save_table(folder / "records.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
+    save_table(folder / "summary.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
+    save_table(folder / "records.csv.xz", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
     (folder / "figure.png").write_bytes(b"png")
     (folder / "weights.safetensors").write_bytes(b"large")
     stale = tmp_path / "results" / "smoke" / "old.csv"
     stale.parent.mkdir(parents=True)
     stale.write_text("old")
     names = {path.relative_to(tmp_path / "results" / "smoke").as_posix() for path in publish(tier)}
-    assert names == {"evaluation/records.csv", "evaluation/figure.png", "provenance.json"}
+    expected = {"summary.csv", "records.csv.xz", "figure.png"}
+    assert names == {f"evaluation/{name}" for name in expected} | {"provenance.json"}
     assert not stale.exists()
     provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
     assert provenance["command"] == "make study TIER=smoke"
     assert provenance["environment"]["date"]
+    assert provenance["tier_sha256"] == tier.sha256
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import yaml
 
 from lsgs_core import InputError
 from lsgs_core.models import BACKBONES
-from lsgs_core.tiers import NOTEBOOKS, Grid, load_tier, notebook_parameters
+from lsgs_core.tiers import NOTEBOOKS, StudyFolder, load_tier, notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK_FOLDER = ROOT / "notebooks"
@@ -32,7 +32,7 @@ def project(tmp_path):
 
 
 def test_the_tiers_that_the_readme_names_are_there():
-    assert {"smoke", "demo", "paper"} <= set(TIERS)
+    assert {"smoke", "demo", "study", "paper"} <= set(TIERS)
 
 
 @pytest.mark.parametrize("name", TIERS)
@@ -40,8 +40,8 @@ def test_committed_tiers_are_valid(name):
     tier = load_tier(name, ROOT)
     jobs = list(tier.jobs())
     grid = tier.grid
-    points = len(grid.backbones) * len(grid.folds) * len(grid.seeds)
-    assert len(jobs) == len(dict(jobs)) == 2 + points * (2 + len(grid.methods))
+    expected = len(grid.datasets) + 2 * len(grid.starts()) + len(grid.points()) + 1
+    assert len(jobs) == len(dict(jobs)) == expected
     for job, parameters in jobs:
         notebook = job.split("-")[0]
         assert (
@@ -71,14 +71,18 @@ def changed(section, **values):
         (changed("04_finetuning", epochs="three"), r"04_finetuning\.epochs: .*integer"),
         (changed("04_finetuning", epochs=True), r"epochs: .*integer"),
         (changed("04_finetuning", augment=1), r"augment: .*boolean"),
-        (changed("04_finetuning", method="lsgs"), r"method: .*not known"),
+        (changed("04_finetuning", methods="lsgs"), r"methods: .*not known"),
+        (changed("05_evaluation", tier="demo"), r"tier: .*not known"),
         (changed("06_more", x=1), "06_more: .*not known"),
-        (changed("grid", backbones=["cbc", "unet"]), r"grid\.backbones\.1: expected one of"),
-        (changed("grid", methods=["magic"]), r"grid\.methods\.0: expected one of"),
-        (changed("grid", folds=[0, 0]), r"grid\.folds: expected different"),
-        (changed("grid", folds=["a"]), r"grid\.folds\.0"),
-        (changed("grid", seeds=[]), r"grid\.seeds"),
-        (changed("grid", colours=[1]), r"grid\.colours: .*not known"),
+        (changed("grid", backbones=["cbc", "unet"]), r"grid\.0\.backbones\.1: expected one of"),
+        (changed("grid", methods=["magic"]), r"grid\.0\.methods\.0: expected one of"),
+        (changed("grid", folds=[0, 0]), r"grid\.0\.folds: expected different"),
+        (changed("grid", folds=["a"]), r"grid\.0\.folds\.0"),
+        (changed("grid", seeds=[]), r"grid\.0\.seeds"),
+        (changed("grid", colours=[1]), r"grid\.0\.colours: .*not known"),
+        (changed("grid", seeds=0), r"grid\.0\.seeds"),
+        (lambda tier: tier | {"grid": []}, "grid"),
+        (changed("all", dataset="landsat7"), "all: no notebook has a parameter 'dataset'"),
         (changed("all", epoch=3), "all: no notebook has a parameter 'epoch'"),
         (changed("all", batch_size="8"), r"batch_size: .*integer"),
         (lambda tier: tier | {"all": [1]}, "all: expected parameters"),
@@ -94,11 +98,11 @@ def test_mistakes_are_named(project, change, message):
 
 def test_what_is_for_all_is_taken_where_a_notebook_has_it(project):
     def change(tier):
-        tier["all"] = {"dataset": "landsat7", "batch_size": 4, "threads": 2}
+        tier["all"] = {"task": "forest", "batch_size": 4, "threads": 2}
         tier["04_finetuning"] = {"batch_size": 2}
 
     sections = project(change).sections
-    assert {section["dataset"] for section in sections.values()} == {"landsat7"}
+    assert {section["task"] for section in sections.values()} == {"forest"}
     sizes = {name: section.get("batch_size") for name, section in sections.items()}
     assert sizes["04_finetuning"] == 2
     assert sizes["03_scenario_scoring"] == 4
@@ -129,14 +133,45 @@ def test_parameter_files_keep_their_date(project, tmp_path, monkeypatch):
     assert rewritten == {job for job, _ in tier.jobs() if job.startswith("04")}
 
 
-def test_grids_from_text():
-    given = {"backbones": "cbc,cmx", "methods": "lsgs", "folds": "0,1", "seeds": "3"}
-    grid = Grid.parse(**given)
-    assert grid == Grid(backbones=["cbc", "cmx"], methods=["lsgs"], folds=[0, 1], seeds=[3])
-    assert len(grid.points()) == 4
-    for change in ({"backbones": ""}, {"folds": "a"}, {"methods": "x"}, {"seeds": "1,1"}):
-        with pytest.raises(InputError, match=next(iter(change))):
-            Grid.parse(**given | change)
+def test_a_grid_of_several_products(project):
+    def change(tier):
+        tier["grid"] = [
+            {"backbones": ["cbc"], "methods": ["uniform", "lsgs"], "folds": 2, "seeds": 3},
+            {
+                "datasets": ["demo", "landsat7"],
+                "backbones": ["cbc"],
+                "methods": ["lora", "uniform"],
+                "folds": [0],
+                "seeds": [2],
+            },
+        ]
+
+    tier = project(change)
+    points = tier.grid.points()
+    assert len(points) == 2 * 3 + 1
+    assert points["demo", "cbc", 0, 2] == ["uniform", "lsgs", "lora"]  # in both, run once
+    assert points["demo", "cbc", 1, 2] == ["uniform", "lsgs"]
+    assert points["landsat7", "cbc", 0, 2] == ["lora", "uniform"]
+    assert tier.grid.starts() == [("demo", "cbc", 0), ("demo", "cbc", 1), ("landsat7", "cbc", 0)]
+    jobs = dict(tier.jobs())
+    assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["methods"] == "uniform,lsgs,lora"
+    assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["work"] == "../work/own"
+    assert jobs["02_pretraining_check-landsat7-cbc-fold0"]["dataset"] == "landsat7"
+    assert jobs["05_evaluation"]["tier"] == "own"
+
+
+def test_runs_that_are_there_are_found(tmp_path):
+    study = StudyFolder(tmp_path)
+    for seed, methods in ((0, ("lora", "uniform")), (11, ("lsgs",))):
+        for method in methods:
+            run = study.runs("demo", "cbc", 1, seed) / method
+            run.mkdir(parents=True)
+            (run / "records.csv").touch()
+    (study.runs("demo", "cbc", 1, 0) / "lsgs").mkdir()  # not finished
+    assert study.points() == {
+        ("demo", "cbc", 1, 0): ["uniform", "lora"],
+        ("demo", "cbc", 1, 11): ["lsgs"],
+    }
 
 
 def test_backbones_of_the_grid_are_those_that_can_be_built():

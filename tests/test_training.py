@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import torch
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.lora import add_lora, merge_lora, trained_parameters, training_mode
-from lsgs_core.methods import METHODS, find_method
 from lsgs_core.sampling import FixedSampler
 from lsgs_core.training import (
     TrainingSettings,
@@ -197,7 +197,7 @@ def test_learning_rate_decays_in_steps(tmp_path):
 
 
 def test_paper_loss_and_sgd_run(tmp_path):
-    settings = replace(SETTINGS, loss="paper", optimiser="sgd", epochs=1)
+    settings = replace(SETTINGS, protocol="paper", optimiser="sgd", epochs=1)
     _, history = run(tmp_path, small("cbc_slp"), settings)
     assert history["loss"].iloc[0] > np.log1p(np.exp(-1))
 
@@ -210,7 +210,7 @@ def test_paper_loss_and_sgd_run(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"rate_decay": 1.5}, "rate_decay"),
         ({"optimiser": "adamw"}, "optimiser"),
-        ({"loss": "dice"}, "loss"),
+        ({"protocol": "dice"}, "protocol"),
     ],
 )
 def test_bad_settings(change, field):
@@ -279,17 +279,40 @@ def test_batch_norm_of_a_network_that_trains_is_not_frozen():
     assert all(norm.training for norm in norms)
 
 
-def test_methods_by_name():
-    scored = np.array([0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1])
-    drawn_from = {
-        name: find_method(name).sampler(SCENARIOS, scored).probabilities(0) for name in METHODS
-    }
-    np.testing.assert_allclose(drawn_from["uniform"], 1 / 7)
-    np.testing.assert_allclose(drawn_from["lora"], 1 / 7)
-    np.testing.assert_allclose(drawn_from["lsgs"], scored)
-    assert [name for name in METHODS if METHODS[name].low_rank] == ["lora"]
-    with pytest.raises(InputError, match="method"):
-        find_method("magic")
+def test_a_sampler_may_score_the_network_before_an_epoch(tmp_path):
+    """What it does to the mode of the network is undone before the first step."""
+    model = small()
+
+    class Looks(FixedSampler):
+        modes: ClassVar[list[bool]] = []
+
+        def probabilities(self, epoch):
+            model.eval()
+            return super().probabilities(epoch)
+
+        def observe(self, scenario, loss):
+            norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            self.modes.append(norms[0].training)
+
+    class LooksOnce(Looks):
+        def probabilities(self, epoch):
+            looked = getattr(self, "looked", -1)
+            self.looked = epoch
+            return super().probabilities(epoch) if looked < epoch else self._probabilities
+
+    run(tmp_path, model, replace(SETTINGS, epochs=2), sampler=LooksOnce(np.full(7, 1 / 7)))
+    assert Looks.modes
+    assert all(Looks.modes)
+
+
+def test_arms_with_another_stream_draw_other_scenarios(tmp_path):
+    settings = replace(SETTINGS, epochs=1)
+    _, first = run(tmp_path / "a", settings=settings)
+    _, again = run(tmp_path / "b", settings=settings)
+    _, other = run(tmp_path / "c", settings=settings, stream="second_scenario")
+    drawn = first.filter(like="drawn:")
+    assert drawn.equals(again.filter(like="drawn:"))
+    assert not drawn.equals(other.filter(like="drawn:"))
 
 
 def test_deterministic_without_filling_memory():

@@ -1,0 +1,130 @@
+"""One run from start to records: resumed when it is done, anew when anything changed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_training import Blobs, small
+
+from lsgs_core import InputError, ScenarioSet
+from lsgs_core import finetuning as module
+from lsgs_core.artifacts import check
+from lsgs_core.finetuning import Start, finetune
+from lsgs_core.methods import METHODS, Evidence
+from lsgs_core.sources import imported, source_sha256
+from lsgs_core.training import TrainingSettings
+
+SCENARIOS = ScenarioSet.of(["A", "B", "C"])
+WEIGHTS = small("cmx").state_dict()
+
+
+class Patches(Blobs):
+    """Blobs with what evaluation asks of a data set."""
+
+    classes = ("bright",)
+
+    def batches(self, batch_size, order=None):
+        return super().batches(batch_size, np.arange(len(self)) if order is None else order)
+
+
+def build():
+    model = small("cmx")
+    model.load_state_dict(WEIGHTS)
+    return model
+
+
+@pytest.fixture
+def start():
+    rng = np.random.default_rng(0)
+    distortion = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
+    settings = {"inverse_temperature": 0.5, "mixing": 0.5, "ridge": 1e-3, "lengthscale": 1.0}
+    return Start(
+        build=build,
+        evidence=Evidence(
+            SCENARIOS, np.full(7, 1 / 7), distortion, rng.normal(size=(7, 4)), None, settings
+        ),
+        training=Patches(10),
+        validation=Patches(4),
+        test=Patches(6),
+        settings=TrainingSettings(epochs=2, batch_size=4),
+        seed=0,
+        lora_learning_rate=1e-2,
+        lora_rank=2,
+        parameters={"fold": 0},
+        inputs={"weights": "0"},
+    )
+
+
+def test_every_method_runs(start, tmp_path):
+    """In a single step: what a method asks of the evidence is there, and records are whole."""
+    start = replace(start, settings=TrainingSettings(epochs=1, batch_size=10))
+    for name in METHODS:
+        run = finetune(start, name, tmp_path / name, keep_weights=False)
+        assert len(run.records) == 6 * 7
+        assert run.probabilities.sum() == pytest.approx(1)
+        assert not (tmp_path / name / "weights.safetensors").exists()
+        assert not (tmp_path / name / "training_state.pt").exists()
+    assert finetune(start, "lora", tmp_path / "lora", False).trained_parameters < sum(
+        value.numel() for value in WEIGHTS.values()
+    )
+
+
+def test_online_measures_the_network_that_is_trained(start, tmp_path):
+    asked = []
+    first = module._scored_again(start, build())
+
+    def measured(given, model):
+        asked.append({k: v.clone() for k, v in model.state_dict().items()})
+        return first
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_scored_again", measured)
+        finetune(start, "online", tmp_path)
+    assert len(asked) == 1  # before the second of two epochs
+    assert any(not torch.equal(asked[0][name], WEIGHTS[name]) for name in WEIGHTS)
+    assert first.sum() == pytest.approx(1)
+
+
+def test_a_finished_run_is_read(start, tmp_path, monkeypatch):
+    run = finetune(start, "lsgs", tmp_path)
+    dates = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = finetune(start, "lsgs", tmp_path)
+    assert dates == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    np.testing.assert_array_equal(run.records["tp"], again.records["tp"])
+    for change in (
+        {"seed": 1},
+        {"inputs": {"weights": "1"}},
+        {"parameters": {"fold": 1}},
+        {"settings": replace(start.settings, learning_rate=1e-4)},
+    ):
+        finetune(replace(start, **change), "lsgs", tmp_path)
+        assert dates != {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        finetune(start, "lsgs", tmp_path)
+        dates = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    monkeypatch.setattr(module, "source_sha256", lambda name: "other code")
+    finetune(start, "lsgs", tmp_path)
+    assert check(tmp_path / "records.csv")["inputs"]["code"] == "other code"
+
+
+def test_runs_of_all_methods_see_the_same_order(start, tmp_path):
+    """Pairing: with equal probabilities, equal draws and equal weights in the end."""
+    uniform = finetune(start, "uniform", tmp_path / "a")
+    same = finetune(start, "lsgs", tmp_path / "b")  # whose probabilities are uniform here
+    other = finetune(start, "uniform_again", tmp_path / "c")
+    np.testing.assert_array_equal(uniform.records["tp"], same.records["tp"])
+    np.testing.assert_array_equal(uniform.history["loss"], same.history["loss"])
+    assert (uniform.history["loss"] != other.history["loss"]).any()
+
+
+def test_unknown_method(start, tmp_path):
+    with pytest.raises(InputError, match="expected one of"):
+        finetune(start, "magic", tmp_path)
+
+
+def test_code_that_can_matter():
+    part = imported("lsgs_core.finetuning")
+    assert {"lsgs_core.models.cmx", "lsgs_core.samplers", "lsgs_core.losses"} <= part
+    assert not {"lsgs_core.figures", "lsgs_core.statistics", "lsgs_core.tiers"} & part
+    assert imported("lsgs_core.scenarios") == {"lsgs_core.scenarios", "lsgs_core.errors"}
+    assert source_sha256("lsgs_core.scenarios") != source_sha256("lsgs_core.errors")

@@ -1,0 +1,104 @@
+"""The table of methods: what each of them draws from."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lsgs_core import InputError, ScenarioSet
+from lsgs_core.methods import METHODS, Evidence, find_method
+from lsgs_core.smoothing import scenario_probabilities
+
+THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
+DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
+SETTINGS = {
+    "direction": 1.0,
+    "lengthscale": 1.0,
+    "ridge": 1e-3,
+    "inverse_temperature": 0.5,
+    "mixing": 0.5,
+}
+SHIFT = np.random.default_rng(0).normal(size=(7, 5)) * DISTORTION[:, None]
+SCORED = scenario_probabilities(DISTORTION, **SETTINGS).probabilities
+EVIDENCE = Evidence(
+    THREE, SCORED, DISTORTION, SHIFT, None, SETTINGS, seed=3, epochs=4, steps=50,
+    measure=lambda: np.eye(7)[0],
+)  # fmt: skip
+
+
+def p(name: str, evidence: Evidence = EVIDENCE, epoch: int = 0) -> np.ndarray:
+    return find_method(name).sampler(evidence).probabilities(epoch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_a_distribution_and_says_what_it_is(name):
+    found = p(name)
+    assert found.shape == (7,)
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1)
+    assert METHODS[name].title
+    assert METHODS[name].about.endswith(".")
+    sampler = find_method(name).sampler(EVIDENCE)
+    sampler.observe(np.array([0, 6]), np.array([0.5, 0.2]))
+    other = find_method(name).sampler(EVIDENCE)
+    other.load_state_dict(sampler.state_dict())
+    np.testing.assert_array_equal(other.probabilities(1), sampler.probabilities(1))
+
+
+def test_titles_are_told_apart():
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+
+
+def test_what_is_drawn_from():
+    np.testing.assert_allclose(p("uniform"), 1 / 7)
+    np.testing.assert_allclose(p("uniform_again"), 1 / 7)
+    np.testing.assert_allclose(p("lsgs"), SCORED)
+    np.testing.assert_allclose(p("full_only"), np.eye(7)[6])
+    unsmoothed = scenario_probabilities(DISTORTION, **SETTINGS, smooth=False).probabilities
+    np.testing.assert_allclose(p("lsgs_unsmoothed"), unsmoothed)
+    # high distortion is drawn most, and least the other way round
+    for most, least in (("lsgs", "inverse"), ("lsgs_strong", "inverse_strong")):
+        assert p(most).argmax() == p(least).argmin() == DISTORTION.argmax()
+        assert p(most).argmin() == p(least).argmax() == THREE.full
+    assert np.ptp(p("lsgs_strong")) > 2 * np.ptp(p("lsgs"))
+    np.testing.assert_allclose(p("cardinality") @ THREE.missing, SCORED @ THREE.missing)
+    for name in ("permuted", "permuted_within"):
+        np.testing.assert_allclose(np.sort(p(name)), np.sort(SCORED))
+    assert p("coverage").min() >= 0.5 / 7 - 1e-9  # mixed with uniform
+    assert p("bernoulli").argmax() == THREE.full
+    assert p("curriculum").argmax() == THREE.full
+    np.testing.assert_allclose(p("curriculum", epoch=4), 1 / 7)
+    np.testing.assert_allclose(p("online", epoch=0), SCORED)
+    np.testing.assert_allclose(p("online", epoch=1), np.eye(7)[0])
+
+
+def test_methods_that_draw_depend_on_the_seed_alone():
+    for name in ("permuted", "permuted_within", "dirichlet"):
+        np.testing.assert_array_equal(p(name), p(name))
+        drawn = {tuple(p(name, replace(EVIDENCE, seed=seed))) for seed in range(6)}
+        assert len(drawn) > 3
+
+
+def test_a_prior_replaces_uniform_where_a_method_mixes():
+    prior = np.array([0.3, 0.0, 0.1, 0.2, 0.1, 0.0, 0.3])
+    evidence = replace(EVIDENCE, prior=prior)
+    np.testing.assert_allclose(p("deployment", evidence), prior)
+    for name in ("lsgs_unsmoothed", "lsgs_strong", "inverse", "loss_proportional"):
+        assert p(name, evidence)[[1, 5]].max() == 0  # never drawn
+
+
+def test_low_rank_methods_and_the_second_arm():
+    assert [name for name in METHODS if METHODS[name].low_rank] == ["lora", "lora_lsgs"]
+    own = [name for name in METHODS if METHODS[name].stream != "scenario"]
+    assert own == ["uniform_again"]
+
+
+@pytest.mark.parametrize("name", ["lsgs_strong", "coverage", "curriculum", "lsgs_latent_shift"])
+def test_what_a_method_needs_is_said(name):
+    with pytest.raises(InputError, match="which this method needs"):
+        p(name, Evidence(THREE, SCORED))
+
+
+def test_unknown():
+    with pytest.raises(InputError, match="expected one of"):
+        find_method("magic")

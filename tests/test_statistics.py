@@ -1,0 +1,154 @@
+"""Differences between methods: what the bootstrap resamples, and that it finds what is there."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from statistics_records import SCENARIOS, records_of
+
+from lsgs_core import InputError
+from lsgs_core.evaluation import summary
+from lsgs_core.statistics import METRICS, Counts, contrast, differences, holm, planned
+
+
+def test_metrics_are_those_of_the_summary():
+    """The array form and the table form are two computations of the same figures."""
+    records = records_of({"uniform": 0.0, "lsgs": 0.05}, seeds=3)
+    prior = np.array([0.5, 0.3, 0.2])
+    counts = Counts.of(records, ["uniform", "lsgs"], SCENARIOS)
+    weights = np.ones((1, len(counts.blocks)))
+    table = summary(records, SCENARIOS, ["method", "seed"], prior).set_index(["method", "seed"])
+    for metric in METRICS:
+        found = counts.metric(metric, weights, prior)[0]
+        for m, method in enumerate(counts.methods):
+            for s, seed in enumerate(counts.seeds):
+                assert found[m, s] == pytest.approx(table.loc[(method, seed), metric])
+
+
+def test_block_weights_are_repeated_blocks():
+    records = records_of({"uniform": 0.0}, seeds=2)
+    counts = Counts.of(records, ["uniform"], SCENARIOS)
+    weights = np.zeros((1, len(counts.blocks)))
+    weights[0, :3] = [2, 0, 1]
+    chosen = [counts.blocks[0], counts.blocks[0], counts.blocks[2]]
+    repeated = pd.concat([records[records["block"] == block] for block in chosen])
+    table = summary(repeated, SCENARIOS, ["seed"])
+    np.testing.assert_allclose(
+        counts.metric("mean_iou", weights, np.ones(3) / 3)[0, 0], table["mean_iou"]
+    )
+
+
+def test_a_class_without_pixels_is_left_out():
+    records = records_of({"uniform": 0.0}, seeds=2)
+    records.loc[records["class"] == "x", ["tp", "fp", "fn"]] = 0
+    counts = Counts.of(records, ["uniform"], SCENARIOS)
+    found = counts.metric("mean_iou", np.ones((1, len(counts.blocks))), np.ones(3) / 3)[0, 0]
+    np.testing.assert_allclose(found, summary(records, SCENARIOS, ["seed"])["mean_iou"])
+
+
+def test_a_difference_is_found_and_its_interval_holds_it():
+    records = records_of({"uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.06, "lora": 0.0}, seeds=8)
+    arms = ["uniform", "uniform_again"]
+    gain = contrast(records, SCENARIOS, "lsgs", arms, "mean_iou", resamples=500)
+    assert gain["low"] < gain["difference"] < gain["high"]
+    assert gain["low"] > 0
+    assert gain["p"] < 0.01
+    assert gain["detectable"] == pytest.approx(gain["standard_error"] * 2.8016, rel=1e-3)
+    nothing = contrast(records, SCENARIOS, "lora", arms, "mean_iou", resamples=500)
+    assert nothing["low"] < 0 < nothing["high"]
+    assert nothing["p"] > 0.05
+    again = contrast(records, SCENARIOS, "lsgs", arms, "mean_iou", resamples=500)
+    assert again == gain  # seeded
+
+
+def test_intervals_cover():
+    """Of the 95 % intervals for a difference of zero, about 95 % hold it."""
+    holds = []
+    for draw in range(60):
+        records = records_of({"uniform": 0.0, "lsgs": 0.0}, seeds=6, blocks=16, draw=draw)
+        found = contrast(records, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=200)
+        holds.append(found["low"] <= 0 <= found["high"])
+    assert 0.83 <= np.mean(holds) <= 1.0
+
+
+def test_both_replicates_and_blocks_are_resampled():
+    """With copies of one replicate, what is left is the spread between blocks; and the reverse."""
+    records = records_of({"uniform": 0.0, "lsgs": 0.03}, seeds=4)
+    one = records[records["seed"] == 0]
+    copies = pd.concat([one.assign(seed=seed) for seed in range(4)])
+    blocks_only = contrast(copies, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=300)
+    assert blocks_only["standard_error"] > 1e-4
+    block = records[records["block"] == records["block"].iloc[0]]
+    same = pd.concat([block.assign(block=number) for number in range(12)])
+    seeds_only = contrast(same, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=300)
+    counts = Counts.of(same, ["lsgs", "uniform"], SCENARIOS)
+    values = counts.metric("mean_iou", np.ones((1, 12)), np.ones(3) / 3)[0]
+    paired = values[0] - values[1]
+    expected = paired.std() / np.sqrt(len(paired))  # of a bootstrap mean
+    assert seeds_only["standard_error"] == pytest.approx(expected, rel=0.15)
+
+
+def test_seeds_that_only_some_methods_have_are_not_compared():
+    records = records_of({"uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.03}, seeds=5)
+    fewer = records[(records["method"] != "lsgs") | (records["seed"] < 3)]
+    found = contrast(fewer, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
+    assert found["replicates"] == 3
+    with pytest.raises(InputError, match="no seed"):
+        contrast(fewer, SCENARIOS, "lsgs", ["absent"], "mean_iou", resamples=50)
+    one = records[records["seed"] == 0]
+    with pytest.raises(InputError, match="at least 2 replicates"):
+        contrast(one, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
+    hole = records[(records["method"] != "lsgs") | (records["block"] != 3)]
+    with pytest.raises(InputError, match="missing; every method needs the same folds"):
+        contrast(hole, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
+
+
+def test_tables():
+    effects = {"pretrained": -0.05, "uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.05}
+    first = records_of(effects, seeds=4).assign(dataset="demo", backbone="cmx")
+    second = records_of({"uniform": 0.0, "lsgs": 0.0}, seeds=1).assign(
+        dataset="demo", backbone="cbc"
+    )
+    records = pd.concat([first, second])
+    table = differences(records, SCENARIOS, ["mean_iou", "worst_iou"], resamples=100)
+    assert set(table["backbone"]) == {"cmx"}  # one replicate of the other says nothing
+    assert list(table["method"]) == ["pretrained", "uniform_again", "lsgs"] * 2
+    floor = table[table["method"] == "uniform_again"]
+    assert set(floor["reference"]) == {"uniform"}
+    assert floor["p_holm"].isna().all()
+    compared = table[table["method"] == "lsgs"]
+    assert set(compared["reference"]) == {"uniform+uniform_again"}
+    assert (compared["p_holm"] >= compared["p"]).all()
+    wanted = "lsgs-uniform, lsgs-pretrained, coverage-uniform"  # the last was not run
+    fixed = planned(records, SCENARIOS, wanted, ["worst_iou"], resamples=50)
+    assert list(fixed["contrast"]) == ["lsgs - uniform", "lsgs - pretrained"]
+    with pytest.raises(InputError, match="contrasts"):
+        planned(records, SCENARIOS, "lsgs", ["worst_iou"])
+
+
+def test_holm():
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979, by hand
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    random = np.random.default_rng(0).uniform(size=20)
+    assert (np.argsort(holm(list(random)), kind="stable") == np.argsort(random)).sum() >= 1
+    assert (np.array(holm(list(random))) >= random).all()
+    bonferroni = np.minimum(1, random * 20)
+    assert (np.array(holm(list(random))) <= bonferroni + 1e-12).all()
+
+
+def test_the_interval_is_a_percentile_bootstrap_when_blocks_do_not_vary():
+    """Against scipy's own bootstrap of a paired mean."""
+    records = records_of({"uniform": 0.0, "lsgs": 0.03}, seeds=12)
+    block = records[records["block"] == records["block"].iloc[0]]
+    same = pd.concat([block.assign(block=number) for number in range(9)])
+    counts = Counts.of(same, ["lsgs", "uniform"], SCENARIOS)
+    values = counts.metric("worst_iou", np.ones((1, 9)), np.ones(3) / 3)[0]
+    expected = scipy.stats.bootstrap(
+        (values[0] - values[1],), np.mean, method="percentile", rng=np.random.default_rng(5)
+    ).confidence_interval
+    found = contrast(same, SCENARIOS, "lsgs", ["uniform"], "worst_iou", resamples=4000)
+    width = expected.high - expected.low
+    assert found["low"] == pytest.approx(expected.low, abs=0.08 * width)
+    assert found["high"] == pytest.approx(expected.high, abs=0.08 * width)
