@@ -24,24 +24,19 @@ def imported(module: str) -> frozenset[str]:
         if name in found:
             continue
         found.add(name)
-        # Importing a module runs the packages around it; the outermost imports nothing by itself.
+        if name == "lsgs_core":  # imports what it names when that is used
+            continue
+        # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
         for node in ast.walk(ast.parse(_path(name).read_text(encoding="utf-8"))):
-            if (
-                name != "lsgs_core"
-                and isinstance(node, ast.ImportFrom)
-                and (node.module or "").startswith("lsgs_core")
-            ):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lsgs_core"):
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
                 waiting += [node.module or "", *(n for n in inner if _path(n).is_file())]
     return frozenset(found - {"lsgs_core"})
 
 
 def source_sha256(module: str) -> str:
-    """SHA-256 over the source of a module and of all that it imports from this package.
-
-    The face of the package, which imports what it names when that is used, does not count.
-    """
+    """SHA-256 over the source of a module and of all that it imports from this package."""
     digest = hashlib.sha256()
     for name in sorted(imported(module)):
         digest.update(name.encode() + b"\0" + _path(name).read_bytes() + b"\0")
