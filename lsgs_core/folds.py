@@ -170,6 +170,18 @@ def read_patch_table(path: Path) -> pd.DataFrame:
     return table
 
 
+def default_split(protocol: str) -> str:
+    """Name of the folds that a protocol takes; "" is the first of a data set.
+
+    Raises:
+        InputError: Another protocol than "strict" or "paper".
+    """
+    known = {"strict": "", "paper": "shuffled"}
+    if protocol not in known:
+        raise InputError(f"protocol: expected one of {sorted(known)}, found {protocol!r}")
+    return known[protocol]
+
+
 def class_shares(
     table: pd.DataFrame, classes: Mapping[str, Sequence[str]], fold: int
 ) -> pd.DataFrame:

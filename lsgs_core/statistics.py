@@ -9,6 +9,7 @@ is the noise floor.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,20 @@ class Counts:
         raise InputError(f"metric: expected one of {METRICS}, found {name!r}")
 
 
+def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the seeds of a method that do not have all folds yet.
+
+    A study that is still running has such seeds; their pooled counts would be over other blocks.
+
+    Args:
+        records: With dataset, backbone, method, seed, fold.
+    """
+    keys = ["dataset", "backbone"]
+    wanted = records.groupby(keys)["fold"].transform("nunique")
+    found = records.groupby([*keys, "method", "seed"])["fold"].transform("nunique")
+    return records[found == wanted].reset_index(drop=True)
+
+
 def contrast(
     records: pd.DataFrame,
     scenarios: ScenarioSet,
@@ -162,6 +177,12 @@ def contrast(
         drawn = _weights(seeds, len(counts.seeds))
         return (paired * drawn).sum(axis=1) / drawn.sum(axis=1)
 
+    if len(counts.blocks) < FEWEST_BLOCKS:
+        warnings.warn(
+            f"{len(counts.blocks)} spatial blocks: intervals over fewer than {FEWEST_BLOCKS} are "
+            "not to be trusted",
+            stacklevel=2,
+        )
     all_blocks, all_seeds = np.arange(len(counts.blocks)), np.arange(len(counts.seeds))
     found = scipy.stats.bootstrap(
         (all_blocks, all_seeds),

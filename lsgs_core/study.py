@@ -27,7 +27,8 @@ from lsgs_core.tiers import Tier, load_tier
 ROOT = Path(__file__).resolve().parent.parent
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
-PUBLISHED_KINDS = {".csv", ".xz", ".json", ".png", ".pdf"}
+TABLES, FIGURES = {".csv", ".xz", ".json"}, {".png", ".pdf"}
+MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 
 def run(tier: Tier, cores: int, dry_run: bool = False) -> int:
@@ -85,9 +86,11 @@ def publish(tier: Tier) -> list[Path]:
         "scores": tier.folder.root / "scores",
         "evaluation": tier.folder.evaluation,
     }
+    many = len(tier.grid.starts()) > MOST_DRAWN
     for name, source in sources.items():
+        kinds = TABLES if many and name in ("pretrained", "scores") else TABLES | FIGURES
         for path in sorted((ROOT / source).rglob("*")):
-            if path.suffix in PUBLISHED_KINDS and not path.name.endswith(".record.json"):
+            if path.suffix in kinds and not path.name.endswith(".record.json"):
                 copy = beside / name / path.relative_to(ROOT / source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)

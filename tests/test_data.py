@@ -25,7 +25,7 @@ from lsgs_core import fetch as fetching
 from lsgs_core import patches as patches_module
 from lsgs_core.errors import InputError
 from lsgs_core.fetch import fetch
-from lsgs_core.folds import LabelledScene, read_patch_table
+from lsgs_core.folds import LabelledScene, default_split, leaks, read_patch_table
 from lsgs_core.label_kinds import Labels
 from lsgs_core.manifest import (
     Dataset,
@@ -883,3 +883,12 @@ def test_folders_that_are_not_ready(dataset: Dataset, own_prepared: Path, tmp_pa
     (own_prepared / "patches.csv").unlink()
     with pytest.raises(InputError, match=r"patches.csv: cannot be read"):
         PatchDataset(own_prepared, dataset, "forest", 0, "training")
+
+
+def test_folds_of_a_protocol():
+    assert default_split("strict") == ""
+    manifest = load_manifest(scene.MANIFEST)
+    for dataset in manifest.datasets.values():  # every data set has those of the paper
+        assert leaks(dataset.fold_definition(default_split("paper")))
+    with pytest.raises(InputError, match="protocol"):
+        default_split("paperr")

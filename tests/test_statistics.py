@@ -8,7 +8,15 @@ from statistics_records import SCENARIOS, records_of
 
 from lsgs_core import InputError
 from lsgs_core.evaluation import summary
-from lsgs_core.statistics import METRICS, Counts, contrast, differences, holm, planned
+from lsgs_core.statistics import (
+    METRICS,
+    Counts,
+    contrast,
+    differences,
+    holm,
+    planned,
+    whole_replicates,
+)
 
 
 def test_metrics_are_those_of_the_summary():
@@ -98,6 +106,9 @@ def test_seeds_that_only_some_methods_have_are_not_compared():
     one = records[records["seed"] == 0]
     with pytest.raises(InputError, match="at least 2 replicates"):
         contrast(one, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
+    few = records[records["block"] < 5]
+    with pytest.warns(UserWarning, match="5 spatial blocks"):
+        contrast(few, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
     hole = records[(records["method"] != "lsgs") | (records["block"] != 3)]
     with pytest.raises(InputError, match="missing; every method needs the same folds"):
         contrast(hole, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
@@ -124,6 +135,16 @@ def test_tables():
     assert list(fixed["contrast"]) == ["lsgs - uniform", "lsgs - pretrained"]
     with pytest.raises(InputError, match="contrasts"):
         planned(records, SCENARIOS, "lsgs", ["worst_iou"])
+
+
+def test_replicates_without_all_folds_are_left_out():
+    records = records_of({"uniform": 0.0, "lsgs": 0.0}, seeds=3).assign(dataset="d", backbone="b")
+    both = pd.concat([records, records.assign(fold=1)], ignore_index=True)
+    assert len(whole_replicates(both)) == len(both)
+    cut = both[(both["method"] != "lsgs") | (both["fold"] == 0) | (both["seed"] < 2)]
+    kept = whole_replicates(cut)
+    assert set(kept[kept["method"] == "lsgs"]["seed"]) == {0, 1}
+    assert set(kept[kept["method"] == "uniform"]["seed"]) == {0, 1, 2}
 
 
 def test_holm():

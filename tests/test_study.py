@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import yaml
 
 from lsgs_core import InputError
 from lsgs_core.artifacts import Record, save_table
@@ -143,3 +144,32 @@ def _marked(folder: Path) -> list[bool]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.mark.slow
+def test_the_papers_protocol_and_a_deployment_prior(clone):
+    """Loss, metric and folds of the paper by one parameter; failure rates in every notebook."""
+    tier = {
+        "grid": {"backbones": ["cmx"], "methods": ["lsgs", "deployment"], "folds": [1], "seeds": 2},
+        "all": {"protocol": "paper", "failure_rates": "RGB:0.1,SWIR:0.5", "batch_size": 4},
+    }
+    (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    process = launch(clone, "own")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    folder = clone / "work" / "own"
+    run = folder / "runs" / "demo" / "cmx" / "fold1" / "seed1" / "deployment"
+    records = pd.read_csv(run / "records.csv")
+    assert {"soft_iou", "soft_f1", "patch"} <= set(records)
+    history = pd.read_csv(run / "history.csv")
+    never = [name for name in history if name.startswith("drawn:") and "NIR" not in name]
+    assert never
+    assert (history[never] == 0).all(axis=None)  # NIR never fails
+    assert history["loss"].min() > 0.313  # what the published loss cannot go below
+    summary = pd.read_csv(folder / "evaluation" / "summary.csv")
+    assert (summary["expected_iou"] != summary["mean_iou"]).all()
+    parts = pd.read_csv(folder / "prepared" / "demo" / "patches.csv")
+    assert parts.filter(like="fold_").shape[1] == 5  # the authors' shuffled folds
+    again = launch(clone, "own")
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, said
