@@ -11,6 +11,7 @@ import scipy.stats
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.figures import PALETTE, method_colour, method_title
 from lsgs_core.methods import METHODS
@@ -137,7 +138,8 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
                 fontsize=7,
             )
         axes.set(xlabel="IoU, mean over scenarios", ylabel="IoU, worst scenario")
-        axes.margins(0.12)
+        axes.margins(x=0.25, y=0.12)  # room for the names
+        axes.xaxis.set_major_locator(MaxNLocator(4))
 
     return _panels(table, draw, width=4.4, height=3.8)
 
@@ -165,19 +167,14 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
             scipy.stats.spearmanr(fold["distortion"], fold["lost"]).statistic
             for _, fold in rows.groupby("fold")
         ]
-        axes.set(xlabel="distortion D", ylabel="IoU lost against all modalities")
-        axes.text(
-            0.03,
-            0.97,
-            f"rank correlation within a fold: {np.mean(per_fold):.2f}",
-            transform=axes.transAxes,
-            va="top",
-            fontsize=8,
-        )
-        axes.axhline(0, color="#333333", linewidth=1)
-        axes.legend(fontsize="small", loc="lower right")
+        correlation = f"rank correlation (mean of folds) {np.mean(per_fold):.2f}"
+        axes.set(xlabel=f"distortion D; {correlation}", ylabel="IoU lost against all modalities")
+        axes.axhline(0, color="#333333", linewidth=1, zorder=0)
 
-    return _panels(table, draw, width=4, height=3.3)
+    figure = _panels(table, draw, width=4, height=3.3)
+    shown = [axes for axes in figure.axes if axes.collections]
+    shown[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    return figure
 
 
 def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
