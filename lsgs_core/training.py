@@ -1,13 +1,15 @@
 """Training with a scenario drawn for every sample: pretraining and fine-tuning alike.
 
-Order of the data, scenarios, augmentation and dropout are functions of (seed, epoch, sample), and
-the state after every epoch is on disk. So a killed run goes on at the epoch where it stopped, and
-ends with the same bytes as one that was never killed (CPU, same number of threads).
+Order of the data, scenarios and augmentation are functions of (seed, epoch, sample), and the state
+of the run, that of the generator of dropout included, is on disk once a minute and after every
+epoch. So a killed run goes on at the step where it was last saved, and ends with the same bytes as
+one that was never killed (CPU, same number of threads).
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from lsgs_core.scenarios import ScenarioSet
 
 Validation = Callable[[Backbone], Mapping[str, float]]
 STATE = "training_state.pt"
+SAVE_EVERY = 60.0  # seconds between states within an epoch
 
 
 @dataclass(frozen=True)
@@ -166,17 +169,17 @@ def train(
         model, dataset, scenarios, sampler, settings, seed, stream, _optimiser(model, settings),
         folder / STATE, json.dumps(whole, sort_keys=True),
     )  # fmt: skip
-    history = run.restore()
+    reached = run.restore()
     steps = -(-len(dataset) // settings.batch_size)
-    done, total = len(history) * steps, settings.epochs * steps
+    done, total = len(reached.history) * steps + reached.step, settings.epochs * steps
     with tqdm(initial=done, total=total, unit="step", desc="training", disable=not progress) as bar:
-        for epoch in range(len(history), settings.epochs):
-            row = run.epoch(epoch, bar)
+        while len(reached.history) < settings.epochs:
+            row = run.epoch(reached, bar)
             if validate is not None:
                 row |= validate(model)
-            history.append(row)
-            run.keep(history)
-    return pd.DataFrame(history)
+            reached = _Reached([*reached.history, row], len(scenarios))
+            run.keep(reached)
+    return pd.DataFrame(reached.history)
 
 
 def discard_state(folder: Path) -> None:
@@ -208,9 +211,28 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
     )
 
 
+class _Reached:
+    """Where a run stands.
+
+    Attributes:
+        history: A row for every whole epoch.
+        step: Steps of the next epoch that are done.
+        loss: Sum of the losses of their samples.
+        drawn: How often they drew each scenario, [K].
+        random: State of PyTorch's generators after them.
+    """
+
+    def __init__(self, history: list[dict[str, float]], scenarios: int) -> None:
+        self.history = history
+        self.step = 0
+        self.loss = 0.0
+        self.drawn = np.zeros(scenarios)
+        self.random: list[Tensor] = []
+
+
 @dataclass(frozen=True)
 class _Run:
-    """A training run, with what it needs to go on: written and renamed after every epoch."""
+    """A training run, with what it needs to go on."""
 
     model: Backbone
     dataset: PatchDataset
@@ -223,82 +245,98 @@ class _Run:
     path: Path
     identity: str
 
-    def restore(self) -> list[dict[str, float]]:
-        """Load the state if it is this run's, and return the history so far."""
+    def restore(self) -> _Reached:
+        """Load the state if it is this run's, and return where it stands."""
+        reached = _Reached([], len(self.scenarios))
         if not self.path.is_file():
-            return []
+            return reached
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            place = json.loads(state["place"])
         except Exception as error:  # a damaged file can make torch raise anything
             raise InputError(
                 f"{self.path}: not a training state; delete it to start anew: {error}"
             ) from error
         if state["identity"] != self.identity:
             tqdm.write(f"{self.path}: left by a run with other parameters; starting anew")
-            return []
+            return reached
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.sampler.load_state_dict(json.loads(state["sampler"]))
-        history: list[dict[str, float]] = json.loads(state["history"])
-        tqdm.write(f"{self.path}: going on after epoch {len(history) - 1}")
-        return history
+        reached.history, reached.step, reached.loss = place["history"], place["step"], place["loss"]
+        reached.drawn, reached.random = np.array(place["drawn"]), state["random"]
+        tqdm.write(f"{self.path}: going on in epoch {len(reached.history)}, step {reached.step}")
+        return reached
 
-    def keep(self, history: list[dict[str, float]]) -> None:
-        """Write the state after an epoch."""
+    def keep(self, reached: _Reached) -> None:
+        """Write the state, beside and renamed."""
+        place = {"history": reached.history, "step": reached.step, "loss": reached.loss}
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.sampler.state_dict()),
-            "history": json.dumps(history),
+            "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
+            "random": _random_state(),
         }
         with written_beside(self.path) as temporary:
             torch.save(state, temporary)
 
-    def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
-        """Train one epoch and return its row of the history."""
-        settings, seed = self.settings, self.seed
+    def epoch(self, reached: _Reached, bar: tqdm) -> dict[str, float]:
+        """Train the rest of an epoch and return its row of the history."""
+        settings, seed, epoch = self.settings, self.seed, len(reached.history)
         rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        # Dropout of an epoch does not depend on what ran before it, so a resumed run repeats it.
-        torch.manual_seed(int(generator("dropout", seed, epoch).integers(2**63)))
         order = generator("order", seed, epoch).permutation(len(self.dataset))
         self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
         training_mode(self.model)
-        total = 0.0
-        drawn = np.zeros(len(self.scenarios))
-        for batch in self.dataset.batches(settings.batch_size, order):
-            assert batch.patch_ids is not None
-            ids = batch.patch_ids.numpy()
-            probabilities = self.sampler.probabilities(epoch)
-            chosen = draw_scenarios(
-                probabilities, seed, epoch, ids, self._servable(batch), self.stream
-            )
-            if settings.augment:
-                batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
-            loss, per_sample = self._loss(batch, self.scenarios.masks[chosen])
-            if not torch.isfinite(loss):
-                names = [self.scenarios.names[index] for index in chosen]
-                raise FloatingPointError(
-                    f"training: the loss is {loss.item()} in epoch {epoch} for patches "
-                    f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
-                )
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimiser.step()
-            self.sampler.observe(chosen, per_sample.cpu().double().numpy())
-            total += loss.item() * len(ids)
-            np.add.at(drawn, chosen, 1)
-            bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
+        if reached.step:
+            _set_random_state(reached.random)
+        else:
+            # Dropout of an epoch does not depend on what ran before it.
+            torch.manual_seed(int(generator("dropout", seed, epoch).integers(2**63)))
+        saved = time.monotonic()
+        rest = order[reached.step * settings.batch_size :]
+        for batch in self.dataset.batches(settings.batch_size, rest):
+            loss, chosen = self._step(batch, epoch)
+            reached.step += 1
+            reached.loss += loss * len(chosen)
+            np.add.at(reached.drawn, chosen, 1)
+            bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
             bar.update()
-        shares = dict(zip(self.scenarios.names, (drawn / len(self.dataset)).tolist(), strict=True))
+            if time.monotonic() - saved >= SAVE_EVERY:
+                self.keep(reached)
+                saved = time.monotonic()
+        shares = (reached.drawn / len(self.dataset)).tolist()
         return {
             "epoch": epoch,
             "learning_rate": rate,
-            "loss": total / len(self.dataset),
-            **{f"drawn:{name}": share for name, share in shares.items()},
+            "loss": reached.loss / len(self.dataset),
+            **{f"drawn:{k}": share for k, share in zip(self.scenarios.names, shares, strict=True)},
         }
+
+    def _step(self, batch: Batch, epoch: int) -> tuple[float, NDArray[np.int64]]:
+        """One step of the optimiser; return the loss and the scenarios that were drawn."""
+        assert batch.patch_ids is not None
+        ids, seed = batch.patch_ids.numpy(), self.seed
+        probabilities = self.sampler.probabilities(epoch)
+        servable = self._servable(batch)
+        chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream)
+        if self.settings.augment:
+            batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
+        loss, per_sample = self._loss(batch, self.scenarios.masks[chosen])
+        if not torch.isfinite(loss):
+            names = [self.scenarios.names[index] for index in chosen]
+            raise FloatingPointError(
+                f"training: the loss is {loss.item()} in epoch {epoch} for patches "
+                f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.sampler.observe(chosen, per_sample.cpu().double().numpy())
+        return loss.item(), chosen
 
     def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:
         """Scenarios whose modalities every patch has, bool [B, K]; None when all have all."""
@@ -324,3 +362,14 @@ def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optim
     if settings.optimiser == "sgd":
         return torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
     return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)
+
+
+def _random_state() -> list[Tensor]:
+    """State of the generators of the CPU and of every GPU."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def _set_random_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, device)

@@ -14,8 +14,10 @@ import torch
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.lora import add_lora, merge_lora, trained_parameters, training_mode
+from lsgs_core.samplers import LossProportional
 from lsgs_core.sampling import FixedSampler
 from lsgs_core.training import (
+    STATE,
     TrainingSettings,
     choose_device,
     make_deterministic,
@@ -27,6 +29,7 @@ from lsgs_core.training import (
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 SETTINGS = TrainingSettings(epochs=3, batch_size=4, learning_rate=2e-3)
 UNIFORM = FixedSampler.uniform(7)
+THIRDS = [1 / 3, 0, 0, 1 / 3, 0, 0, 1 / 3]
 
 
 class Blobs:
@@ -105,24 +108,33 @@ class StoppedError(Exception):
     """Stands for a kill in the middle of an epoch."""
 
 
+@pytest.mark.parametrize("save_every", [60.0, 0.0])
 @pytest.mark.parametrize("at", [1, 4, 5, 8])
-def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, at):
-    """Steps 1 to 3 are epoch 0: stopped before any state, at its end, and later."""
-    whole, history = run(tmp_path / "whole", small("cbc_slp"))
+@pytest.mark.parametrize("name", ["cbc_slp", "cmx"])  # the latter with dropout
+def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name, at, save_every):
+    """Steps 1 to 3 are epoch 0: stopped before any state, at its end, and later.
+
+    With a state after every epoch alone, and with one after every step.
+    """
+    monkeypatch.setattr("lsgs_core.training.SAVE_EVERY", save_every)
+    whole, history = run(tmp_path / "whole", small(name), sampler=LossProportional(THIRDS, 0.5, 1))
     steps = 0
 
-    class Stopping(FixedSampler):
+    class Stopping(LossProportional):
         def observe(self, scenario, loss):
             nonlocal steps
             steps += 1
             if steps == at:
                 raise StoppedError
+            super().observe(scenario, loss)
 
     with pytest.raises(StoppedError):
-        run(tmp_path / "cut", small("cbc_slp"), sampler=Stopping.uniform(7))
-    resumed, history_of_both = run(tmp_path / "cut", small("cbc_slp"))
+        run(tmp_path / "cut", small(name), sampler=Stopping(THIRDS, 0.5, 1))
+    assert (tmp_path / "cut" / STATE).is_file() == (at > (1 if save_every == 0 else 3))
+    torch.rand(3)  # what the generators were used for in between does not matter
+    resumed, of_both = run(tmp_path / "cut", small(name), sampler=LossProportional(THIRDS, 0.5, 1))
     assert same(whole, resumed)
-    assert history.equals(history_of_both)
+    assert history.equals(of_both)
 
 
 KILLED = """
@@ -152,7 +164,7 @@ def test_a_killed_process_loses_nothing(tmp_path):
     went_on = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
     )
-    assert "going on after epoch" in went_on.stdout
+    assert "going on in epoch" in went_on.stdout
     whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=20))
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
