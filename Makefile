@@ -19,7 +19,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES)
+	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 
 test: $(VENV)/installed
 	$(BIN)/ruff format --check --quiet .

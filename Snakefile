@@ -7,7 +7,9 @@ from pathlib import Path
 
 from lsgs_core.tiers import NOTEBOOKS, load_tier
 
-tier = load_tier(config.get("tier", "demo"), Path(workflow.basedir))
+tier = load_tier(
+    config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
+)
 # Parameters are inputs of the rules: an edited one runs again just what depends on it.
 tier.write_parameter_files()
 study = tier.folder
@@ -15,6 +17,9 @@ grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
 gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
+# What a job asks a cluster for, in MB and minutes; --set-resources changes it. The stages with a
+# network take an hour on a GPU at full size; the data stage needs memory for whole scenes.
+resources_of_a_run = {"gpu": gpus_of_a_run, "mem_mb": 16000, "runtime": 240}
 
 # So is the code: an edit must not leave figures of the old code behind.
 SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
@@ -82,7 +87,7 @@ rule pretraining:
         notebook=NOTEBOOKS["pretraining"],
     threads: threads_of_a_run
     resources:
-        gpu=gpus_of_a_run,
+        **resources_of_a_run,
     shell:
         PAPERMILL
 
@@ -99,7 +104,7 @@ rule scoring:
         notebook=NOTEBOOKS["scoring"],
     threads: threads_of_a_run
     resources:
-        gpu=gpus_of_a_run,
+        **resources_of_a_run,
     shell:
         PAPERMILL
 
@@ -119,7 +124,7 @@ rule finetuning:
         notebook=NOTEBOOKS["finetuning"],
     threads: threads_of_a_run
     resources:
-        gpu=gpus_of_a_run,
+        **resources_of_a_run,
     shell:
         PAPERMILL
 

@@ -31,41 +31,55 @@ TABLES, FIGURES = {".csv", ".xz", ".json"}, {".png", ".pdf"}
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 
-def run(tier: Tier, cores: int, dry_run: bool = False) -> int:
+def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
     """Run what is missing or out of date of a tier, and say where its figures are.
 
     Args:
         tier: Checked already, so that a wrong parameter fails before anything runs.
-        cores: CPU cores to share out among notebook runs.
+        cores: CPU cores to share out among notebook runs on this machine.
         dry_run: Only list what would run.
+        profile: Folder of a workflow profile, such as profiles/slurm, which says how to run jobs
+            elsewhere.
 
     Returns:
         Exit status of Snakemake.
 
     Raises:
-        InputError: Another process runs a study of this checkout now.
+        InputError: Another process runs a study of this checkout now, or there is no such profile.
     """
-    snakemake = [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *("--directory", str(ROOT), "--config", f"tier={tier.name}"),
-    ]
+    if profile and not (ROOT / profile).is_dir():
+        raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
     with _only_one(ROOT):
         if ended := end_orphans(ROOT):
             print(f"ended {ended} processes that an earlier run had left behind", flush=True)
-        marked = {**os.environ, MARK: str(ROOT)}
         if any((ROOT / ".snakemake" / "locks").glob("*")):
-            subprocess.run([*snakemake, "--unlock", "--quiet", "all"], env=marked, check=True)
-        options = ["--cores", str(cores), "--resources", "gpu=1", "--rerun-incomplete"]
+            _snakemake(tier, ["--unlock", "--quiet", "all"])
         # By date and parameters: a comment edited in the Snakefile is no reason to train again.
-        options += ["--rerun-triggers", "mtime", "--keep-going", "--quiet", "rules", "host"]
+        options = ["--rerun-triggers", "mtime"]
+        if profile:
+            options += ["--workflow-profile", profile]
+        else:
+            options += ["--cores", str(cores)] + (["--resources", "gpu=1"] if not dry_run else [])
         if dry_run:
-            options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--dry-run"]
-        status = subprocess.run([*snakemake, *options], env=marked, check=False).returncode
+            options += ["--dry-run"]
+        else:
+            options += ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
+        status = _snakemake(tier, options)
     if status:
         print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks")
     elif not dry_run:
         print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
     return status
+
+
+def _snakemake(tier: Tier, options: list[str]) -> int:
+    command = [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
+        *("--directory", str(ROOT), *options),
+        *("--config", f"tier={tier.name}", f"work={tier.folder.root.parent}"),
+    ]
+    marked = {**os.environ, MARK: str(ROOT)}
+    return subprocess.run(command, env=marked, check=False).returncode
 
 
 def publish(tier: Tier) -> list[Path]:
@@ -146,11 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
     given = parser.parse_args(arguments)
     try:
         tier = load_tier(given.tier, ROOT)
         if given.action == "run":
-            return run(tier, given.cores, given.dry_run)
+            return run(tier, given.cores, given.dry_run, given.profile)
         if given.action == "publish":
             print(f"published {len(publish(tier))} files in results/{tier.name}")
         return 0
