@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: study test test-slow bench data-check lab format outputs lock clean
+.PHONY: study reproduce test test-slow bench data-check lab format outputs lock clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -20,6 +20,10 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 study: $(VENV)/installed
 	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
+
+# One committed result again, from the download on: make reproduce RUN=demo/cmx/lsgs/0/0
+reproduce: $(VENV)/installed
+	$(BIN)/python -m lsgs_core.study reproduce $(TIER) --cores $(CORES) $(if $(RUN),--run $(RUN))
 
 test: $(VENV)/installed
 	$(BIN)/ruff format --check --quiet .

@@ -5,11 +5,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from lsgs_core.reproduction import only
 from lsgs_core.tiers import NOTEBOOKS, load_tier
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
 )
+if "only" in config:
+    tier = only(tier, config["only"])
 # Parameters are inputs of the rules: an edited one runs again just what depends on it.
 tier.write_parameter_files()
 study = tier.folder

@@ -13,8 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,8 @@ import psutil
 from lsgs_core.artifacts import sidecar_path
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
-from lsgs_core.tiers import Tier, load_tier
+from lsgs_core.reproduction import compare, only
+from lsgs_core.tiers import StudyFolder, Tier, load_tier
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
@@ -72,11 +74,57 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     return status
 
 
-def _snakemake(tier: Tier, options: list[str]) -> int:
+def reproduce(tier: Tier, run: str, cores: int) -> int:
+    """Run one committed result again in a folder of its own, and say whether it is the same.
+
+    Args:
+        tier: With that run.
+        run: Such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone.
+        cores: CPU cores.
+
+    Returns:
+        0 where it is the same, 1 where it is not or did not finish.
+
+    Raises:
+        InputError: The tier has no such run, or it is not published.
+    """
+    again = load_tier(tier.name, ROOT, Path("work") / "reproduction")
+    if not run:
+        dataset, backbone, fold, seed = list(tier.grid.points())[-1]
+        method = tier.grid.points()[dataset, backbone, fold, seed][0]
+        run = f"{dataset}/{backbone}/{method}/{fold}/{seed}"
+    single = only(again, run)
+    published = ROOT / "results" / tier.name / "evaluation" / "records.csv.xz"
+    if not published.is_file():
+        raise InputError(f"results/{tier.name}: nothing is published; run make study first")
+    done = ROOT / single.folder.root / "compared.txt"
+    if done.is_file():  # an earlier one was finished; one that was killed goes on
+        shutil.rmtree(done.parent)
+    with _only_one(ROOT):
+        end_orphans(ROOT)
+        if any((ROOT / ".snakemake" / "locks").glob("*")):
+            _snakemake(single, ["--unlock", "--quiet", "all"])
+        [point] = single.grid.points()
+        target = str(single.folder.runs(*point) / "scores.csv")
+        options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--rerun-incomplete"]
+        if _snakemake(single, [*options, "--quiet", "rules", "host"], [f"only={run}"], [target]):
+            print(f"did not finish; executed notebooks: {single.folder.root}/notebooks")
+            return 1
+    here = replace(single, folder=StudyFolder(ROOT / single.folder.root))
+    same, sentence = compare(here, published)
+    done.write_text(f"{run}: {sentence}\n")
+    print(f"{run}: {sentence}")
+    return 0 if same else 1
+
+
+def _snakemake(
+    tier: Tier, options: list[str], config: Sequence[str] = (), targets: Sequence[str] = ()
+) -> int:
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
         *("--directory", str(ROOT), *options),
-        *("--config", f"tier={tier.name}", f"work={tier.folder.root.parent}"),
+        *("--config", f"tier={tier.name}", f"work={tier.folder.root.parent}", *config),
+        *(("--", *targets) if targets else ()),
     ]
     marked = {**os.environ, MARK: str(ROOT)}
     return subprocess.run(command, env=marked, check=False).returncode
@@ -156,16 +204,19 @@ def _only_one(root: Path) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lsgs_core.study", description=__doc__)
-    parser.add_argument("action", choices=["run", "check", "publish"])
+    parser.add_argument("action", choices=["run", "check", "publish", "reproduce"])
     parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    parser.add_argument("--run", default="", help="of reproduce, such as demo/cmx/lsgs/0/0")
     parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
     given = parser.parse_args(arguments)
     try:
         tier = load_tier(given.tier, ROOT)
         if given.action == "run":
             return run(tier, given.cores, given.dry_run, given.profile)
+        if given.action == "reproduce":
+            return reproduce(tier, given.run, given.cores)
         if given.action == "publish":
             print(f"published {len(publish(tier))} files in results/{tier.name}")
         return 0

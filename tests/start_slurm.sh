@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # A SLURM of one node on this machine, for tests: start_slurm.sh start|stop FOLDER
-# Needs root and Debian's slurmctld, slurmd, slurm-client and munge (22.05). Then export
-# SLURM_CONF=FOLDER/slurm.conf.
+# Needs root and Debian's slurmctld, slurmd, slurm-client and munge (22.05). Jobs are started without
+# the variables of SLURM, so its configuration has to be where it is looked for, /etc/slurm.
 set -euo pipefail
 action=$1 folder=$2
 if [ "$action" = stop ]; then
     for name in slurmd slurmctld munged; do
         [ -f "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
     done
+    [ "$(readlink /etc/slurm/slurm.conf)" = "$folder/slurm.conf" ] && rm /etc/slurm/slurm.conf
     exit 0
+fi
+if [ -e /etc/slurm/slurm.conf ]; then
+    echo "this machine has a SLURM of its own" >&2
+    exit 2
 fi
 mkdir -p "$folder"/{state,spool,log,munge}
 chmod 755 "$folder"
@@ -46,7 +51,8 @@ JobAcctGatherType=jobacct_gather/none
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 - 512)) State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
-export SLURM_CONF=$folder/slurm.conf
+mkdir -p /etc/slurm
+ln -sf "$folder/slurm.conf" /etc/slurm/slurm.conf
 slurmctld
 slurmd
 for _ in $(seq 60); do

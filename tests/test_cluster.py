@@ -1,0 +1,72 @@
+"""The same study through SLURM, on a SLURM of one node that the test starts on this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_study import clone, outputs  # noqa: F401 - a fixture
+
+from lsgs_core.study import ROOT, main
+from lsgs_core.tiers import load_tier
+
+SCRIPT = Path(__file__).parent / "start_slurm.sh"
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+CAN_START = os.geteuid() == 0 and all(shutil.which(name) for name in NEEDED)
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    subprocess.run(["bash", SCRIPT, "start", folder], check=True, timeout=60)
+    yield
+    subprocess.run(["bash", SCRIPT, "stop", folder], check=True, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_START, reason="needs root, and SLURM from Debian's packages")
+def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "-m", "lsgs_core.study", "run", "smoke", "--profile", "profiles/slurm"],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "submitted with SLURM jobid" in done.stderr
+    assert len(outputs(clone)) >= 10
+    assert (clone / "results" / "smoke" / "evaluation" / "summary.csv").is_file()
+
+
+def test_unknown_profile(capsys):
+    assert main(["run", "smoke", "--profile", "profiles/nowhere"]) == 2
+    assert "profiles/slurm" in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_what_the_readme_predicts():
+    """Its table of jobs, the grid of the tier file, and Snakemake's own count."""
+    text = (ROOT / "README.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| `cluster` |"))
+    written = [int(cell.replace(",", "")) for cell in line.split("|")[2:-1]]
+    grid = load_tier("cluster", ROOT).grid
+    runs = sum(len(methods) for methods in grid.points().values())
+    starts, points = len(grid.starts()), len(grid.points())
+    assert written == [len(grid.datasets), starts, starts, points, runs]
+    done = subprocess.run(
+        [sys.executable, "-m", "lsgs_core.study", "run", "cluster", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    counted = dict(
+        line.split() for line in done.stdout.splitlines() if len(line.split()) == 2
+        and line.split()[1].isdigit()
+    )  # fmt: skip
+    jobs = ("data", "pretraining", "scoring", "finetuning")
+    assert [int(counted[job]) for job in jobs] == written[:4]
