@@ -19,7 +19,8 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
+	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
+		$(if $(PROCESSES),--processes $(PROCESSES))
 
 # One committed result again, from the download on: make reproduce RUN=demo/cmx/lsgs/0/0
 reproduce: $(VENV)/installed

@@ -22,7 +22,8 @@ threads_of_a_run = tier.setting("finetuning", "threads")
 gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
 # What a job asks a cluster for, in MB and minutes; --set-resources changes it. The stages with a
 # network take an hour on a GPU at full size; the data stage needs memory for whole scenes.
-resources_of_a_run = {"gpu": gpus_of_a_run, "mem_mb": 16000, "runtime": 240}
+processes = int(config.get("processes", 1))  # of a run, one per GPU
+resources_of_a_run = {"gpu": gpus_of_a_run * processes, "mem_mb": 16000, "runtime": 240}
 
 # So is the code: an edit must not leave figures of the old code behind.
 SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
@@ -35,6 +36,14 @@ PAPERMILL = (
     " -f {input.parameters} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
     " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
 )
+# Several processes share a run through accelerate, without an executed copy.
+LAUNCH = (
+    shlex.quote(sys.executable) + " -m accelerate.commands.launch --num_machines 1 --mixed_precision no"
+    f" --dynamo_backend no --num_processes {processes} {'' if gpus_of_a_run else '--cpu'} -m lsgs_core.launch"
+    " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log} 2> {log}.stderr"
+    " || {{ cat {log}.stderr >&2; exit 1; }}"
+)
+RUN = PAPERMILL if processes == 1 else LAUNCH
 
 
 def inputs(stage, job):
@@ -92,7 +101,7 @@ rule pretraining:
     resources:
         **resources_of_a_run,
     shell:
-        PAPERMILL
+        RUN
 
 
 rule scoring:
@@ -109,7 +118,7 @@ rule scoring:
     resources:
         **resources_of_a_run,
     shell:
-        PAPERMILL
+        RUN
 
 
 # All methods of a seed in one notebook: they share data and initial weights, and starting a kernel
@@ -129,7 +138,7 @@ rule finetuning:
     resources:
         **resources_of_a_run,
     shell:
-        PAPERMILL
+        RUN
 
 
 rule evaluation:

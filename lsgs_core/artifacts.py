@@ -23,6 +23,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 
+from lsgs_core.devices import is_first_process
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
 
@@ -65,6 +66,8 @@ def sidecar_path(path: Path) -> Path:
 def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
     """Write an output and its record, each beside and renamed, the record first.
 
+    Of the processes that share a run, the first one writes.
+
     The record carries the output's hash, so an output that a kill left without its own record, or
     with an older one, is noticed when it is read.
 
@@ -76,6 +79,8 @@ def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
     Returns:
         `path`.
     """
+    if not is_first_process():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as temporary:
         write(temporary)
@@ -85,6 +90,8 @@ def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
 
 def describe(path: Path, record: Record) -> None:
     """Write the record of an output that is there already."""
+    if not is_first_process():
+        return
     _write_record(path, file_sha256(path), record)
 
 

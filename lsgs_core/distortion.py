@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
+from lsgs_core.devices import processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
 
@@ -59,7 +60,8 @@ def score_scenarios(
     The model needs `latent(images, available)`; where it has `scenario_latents(images, masks)`,
     that one is used, which lets a backbone share work between scenarios, and where it has
     `for_scoring()`, the copy that this returns. No decoder runs, and the full scenario is computed
-    once. Parameters and the training mode are left as they were.
+    once. Parameters and the training mode are left as they were. In a run of several processes all
+    are given the same batches and share the work (`lsgs_core.devices`).
 
     Args:
         model: A backbone, or any module with the methods above.
@@ -77,15 +79,17 @@ def score_scenarios(
         Distortions with their clustered standard errors, and what later steps use.
 
     Raises:
-        InputError: No complete patch, or a latent that is not finite (names the patches).
+        InputError: No complete patch, or a latent that is not finite (names the patches); or
+            `until` in a run of several processes.
     """
     parameter = next(model.parameters(), None)
     target = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+    processes = processes_of(target)
+    if until is not None and processes.count > 1:
+        raise InputError("until: expected a single process, since they look at different patches")
     masks = torch.tensor(scenarios.masks, device=target)
-    per_patch: list[NDArray[np.float64]] = []
-    patch_ids: list[NDArray[np.int64]] = []
-    block_ids: list[NDArray[np.int64]] = []
-    shift_sum: NDArray[np.float64] | float = 0.0
+    # Number of the batch; distortion, ids and blocks of its patches; the sum of their shifts.
+    found: list[tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     seen = 0
     training = model.training
     model.eval()
@@ -94,35 +98,37 @@ def score_scenarios(
         if hasattr(scored, "for_scoring"):
             scored = scored.for_scoring()
         with torch.inference_mode():
-            for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
+            hidden = not progress or processes.rank > 0
+            bar = tqdm(batches, desc="scoring", unit="batch", disable=hidden)
+            for number, item in enumerate(bar):
                 images, ids, blocks = _complete_patches(item, seen)
-                if not len(ids):
+                seen += len(ids)
+                if not len(ids) or number % processes.count != processes.rank:
                     continue
                 images = [image.to(target) for image in images]
                 distortion, shift = _distortion(_latents(scored, images, masks), scenarios.full)
                 if not np.isfinite(distortion).all():
                     bad = ids[~np.isfinite(distortion).all(axis=1)]
                     raise InputError(f"scoring: the latent of patches {bad.tolist()} is not finite")
-                per_patch.append(distortion)
-                patch_ids.append(ids)
-                block_ids.append(blocks)
-                shift_sum = shift_sum + shift
-                seen += len(ids)
-                if until and until(np.concatenate(per_patch), np.concatenate(block_ids)):
+                found.append((number, distortion, ids, blocks, shift))
+                if until and until(*_joined(found, 1, 3)):
                     break
     finally:
         model.train(training)
     if not seen:
         raise InputError("scoring: expected at least one patch with every modality, found none")
-    patch_distortion = np.concatenate(per_patch)
-    all_blocks = np.concatenate(block_ids)
+    everyone = sorted(
+        (part for share in processes.gather(found) for part in share), key=lambda part: part[0]
+    )
+    patch_distortion, patch_ids, all_blocks = _joined(everyone, 1, 2, 3)
+    shift_sum = np.sum([shift for *_, shift in everyone], axis=0)
     return ScenarioScores(
         scenarios=scenarios,
         distortion=patch_distortion.mean(axis=0),
         standard_error=clustered_standard_error(patch_distortion, all_blocks),
         patch_distortion=patch_distortion,
-        latent_shift=np.asarray(shift_sum / seen),
-        patch_ids=np.concatenate(patch_ids),
+        latent_shift=shift_sum / len(patch_ids),
+        patch_ids=patch_ids,
         block_ids=all_blocks,
     )
 
@@ -150,6 +156,10 @@ def clustered_standard_error(
         return np.full(values.shape[1], np.nan)
     correction = len(labels) / (len(labels) - 1)
     return np.sqrt(correction * np.square(sums).sum(axis=0)) / len(values)
+
+
+def _joined(parts: Sequence[Sequence[Any]], *places: int) -> list[NDArray[Any]]:
+    return [np.concatenate([part[place] for part in parts]) for place in places]
 
 
 def _complete_patches(

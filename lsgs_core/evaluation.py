@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lsgs_core.batch import Batch
+from lsgs_core.devices import processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.losses import Protocol, TaskKind
 from lsgs_core.scenarios import ScenarioSet
@@ -75,7 +76,8 @@ def evaluate(
     """Compare predictions with the truth under every scenario.
 
     A patch without the files that a scenario needs is counted with what it has; pixels that no
-    modality of the scenario sees are not counted (`Batch.counted`).
+    modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes
+    all are given the same batches and share the work (`lsgs_core.devices`).
 
     Args:
         model: Called as `model(images, available)` for logits [B, C, H, W]; evaluation mode, on
@@ -100,14 +102,19 @@ def evaluate(
     masks = torch.tensor(scenarios.masks, device=device)
     names = list(scenarios.names)
     columns = COUNTS if protocol == "strict" else SOFT
+    processes = processes_of(device)
     rows: list[pd.DataFrame] = []
+    given = False
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 if batch.target is None or batch.valid is None or batch.block_ids is None:
                     raise InputError("evaluation: expected batches with target, valid, block_ids")
+                given = True
+                if number % processes.count != processes.rank:
+                    continue
                 moved = batch.to(device)
                 truth = _truth(moved, len(classes), kind)
                 for name, mask in zip(names, masks, strict=True):
@@ -134,9 +141,10 @@ def evaluate(
                     rows.append(frame)
     finally:
         model.train(training)
-    if not rows:
+    if not given:
         raise InputError("evaluation: expected at least one labelled patch, found none")
-    table = pd.concat(rows, ignore_index=True)
+    everyone = [frame for share in processes.gather(rows) for frame in share]
+    table = pd.concat(everyone, ignore_index=True)
     places = ["patch", "block"] if "patch" in table else ["block"]
     keys = [*places, "scenario", "class"]
     if protocol == "strict":

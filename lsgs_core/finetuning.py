@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lsgs_core.artifacts import Record, is_made, load_table, save_table, save_weights
+from lsgs_core.devices import seed_weights
 from lsgs_core.distortion import score_scenarios
 from lsgs_core.evaluation import evaluate, validation_scores
 from lsgs_core.lora import add_lora, merge_lora, trained_parameters
@@ -20,7 +21,7 @@ from lsgs_core.methods import Evidence, find_method
 from lsgs_core.models import Backbone
 from lsgs_core.patches import PatchDataset
 from lsgs_core.sources import source_sha256
-from lsgs_core.training import TrainingSettings, discard_state, seed_weights, train
+from lsgs_core.training import TrainingSettings, discard_state, train
 
 
 @dataclass(frozen=True)

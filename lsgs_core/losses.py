@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,10 +11,16 @@ from torch import Tensor
 
 TaskKind = Literal["binary", "multilabel", "multiclass"]
 Protocol = Literal["strict", "paper"]
+Total = Callable[[Tensor], Tensor]
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The sum over the processes when there is one."""
+    return value
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, valid: Tensor, kind: TaskKind
+    logits: Tensor, target: Tensor, valid: Tensor, kind: TaskKind, total: Total = _alone
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy plus soft Jaccard loss, over the pixels that count.
 
@@ -26,6 +33,7 @@ def segmentation_loss(
         target: [B, C, H, W] float in {0, 1}; multi-class: [B, H, W] int64 class index.
         valid: [B, H, W] bool; pixels that are not valid have no influence whatever they hold.
         kind: Kind of the target.
+        total: Sums over the processes that share the batch.
 
     Returns:
         The loss (a scalar; 0 where no pixel is valid), and the cross-entropy per sample, [B],
@@ -40,11 +48,13 @@ def segmentation_loss(
         truth = torch.where(valid[:, None], target, 0.0)
         per_pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(dim=1)
         probability = logits.sigmoid()
-    entropy, per_sample = _mean_over_valid(per_pixel, valid)
-    return entropy + soft_jaccard_loss(probability, truth, valid), per_sample
+    entropy, per_sample = _mean_over_valid(per_pixel, valid, total)
+    return entropy + soft_jaccard_loss(probability, truth, valid, total), per_sample
 
 
-def soft_jaccard_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+def soft_jaccard_loss(
+    probability: Tensor, truth: Tensor, valid: Tensor, total: Total = _alone
+) -> Tensor:
     """One minus the Jaccard index of probabilities, pooled over the batch, averaged over classes.
 
     With sums over all valid pixels of the batch, (sum p y + 1) / (sum p + sum y - sum p y + 1). The
@@ -54,14 +64,17 @@ def soft_jaccard_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tens
         probability: [B, C, H, W], from 0 to 1.
         truth: The same shape, 0 or 1.
         valid: [B, H, W] bool.
+        total: Sums over the processes that share the batch.
     """
     weight = valid[:, None].to(probability.dtype)
-    shared = (probability * truth * weight).sum(dim=(0, 2, 3))
-    union = ((probability + truth) * weight).sum(dim=(0, 2, 3)) - shared
+    shared = total((probability * truth * weight).sum(dim=(0, 2, 3)))
+    union = total(((probability + truth) * weight).sum(dim=(0, 2, 3))) - shared
     return (1 - (shared + 1) / (union + 1)).mean()
 
 
-def paper_loss(heads: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def paper_loss(
+    heads: Tensor, target: Tensor, valid: Tensor, total: Total = _alone
+) -> tuple[Tensor, Tensor]:
     """The published loss: binary cross-entropy with logits of what is already a probability.
 
     The authors apply a sigmoid in the network and another one in the loss, and average over the
@@ -72,18 +85,20 @@ def paper_loss(heads: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Te
         heads: Logits of every head, [B, heads, C, H, W].
         target: [B, C, H, W] float in {0, 1}.
         valid: [B, H, W] bool.
+        total: Sums over the processes that share the batch.
 
     Returns:
         As `segmentation_loss`.
     """
     known = torch.where(valid[:, None], target, 0.0)[:, None].expand_as(heads)
     per_pixel = F.binary_cross_entropy_with_logits(heads.sigmoid(), known, reduction="none")
-    return _mean_over_valid(per_pixel.mean(dim=(1, 2)), valid)
+    return _mean_over_valid(per_pixel.mean(dim=(1, 2)), valid, total)
 
 
-def _mean_over_valid(per_pixel: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_over_valid(per_pixel: Tensor, valid: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     """Mean of [B, H, W] over valid pixels: of the batch, and of every sample."""
     weight = valid.to(per_pixel.dtype)
     sums = (per_pixel * weight).sum(dim=(1, 2))
     counts = weight.sum(dim=(1, 2))
-    return sums.sum() / counts.sum().clamp(min=1), (sums / counts.clamp(min=1)).detach()
+    mean = total(sums.sum()) / total(counts.sum()).clamp(min=1)
+    return mean, (sums / counts.clamp(min=1)).detach()

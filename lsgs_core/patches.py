@@ -247,13 +247,17 @@ class PatchDataset:
         if batch_size < 1:
             raise InputError(f"batch_size: expected at least 1, found {batch_size}")
         order = np.arange(len(self)) if order is None else order
-        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        starts = range(0, len(order), batch_size)
+        yield from self.batches_of([order[start : start + batch_size] for start in starts])
+
+    def batches_of(self, parts: Sequence[Any]) -> Iterator[Batch]:
+        """Yield a batch for each list of positions (0 … len − 1), in order."""
         if not self.workers:
             yield from map(self.batch, parts)
             return
         # One item is a whole batch, made in a worker process; their order is kept.
         yield from DataLoader(
-            cast(Any, _Batches(self, parts)),
+            cast(Any, _Batches(self, list(parts))),
             batch_size=None,
             num_workers=self.workers,
             collate_fn=cast(Any, _as_it_is),

@@ -33,7 +33,9 @@ TABLES, FIGURES = {".csv", ".xz", ".json"}, {".png", ".pdf"}
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 
-def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
+def run(
+    tier: Tier, cores: int, dry_run: bool = False, profile: str = "", processes: int = 1
+) -> int:
     """Run what is missing or out of date of a tier, and say where its figures are.
 
     Args:
@@ -42,6 +44,7 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
         dry_run: Only list what would run.
         profile: Folder of a workflow profile, such as profiles/slurm, which says how to run jobs
             elsewhere.
+        processes: That share every training and scoring, one per GPU.
 
     Returns:
         Exit status of Snakemake.
@@ -61,12 +64,13 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
         if profile:
             options += ["--workflow-profile", profile]
         else:
-            options += ["--cores", str(cores)] + (["--resources", "gpu=1"] if not dry_run else [])
+            options += ["--cores", str(cores)]
+            options += [] if dry_run else ["--resources", f"gpu={processes}"]
         if dry_run:
             options += ["--dry-run"]
         else:
             options += ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
-        status = _snakemake(tier, options)
+        status = _snakemake(tier, options, [f"processes={processes}"])
     if status:
         print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks")
     elif not dry_run:
@@ -209,12 +213,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     parser.add_argument("--run", default="", help="of reproduce, such as demo/cmx/lsgs/0/0")
+    parser.add_argument("--processes", type=int, default=1, help="of every run, one per GPU")
     parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
     given = parser.parse_args(arguments)
     try:
         tier = load_tier(given.tier, ROOT)
         if given.action == "run":
-            return run(tier, given.cores, given.dry_run, given.profile)
+            return run(tier, given.cores, given.dry_run, given.profile, given.processes)
         if given.action == "reproduce":
             return reproduce(tier, given.run, given.cores)
         if given.action == "publish":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +19,15 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
+from lsgs_core.devices import Precision, Processes, is_first_process, processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
 from lsgs_core.lora import training_mode
-from lsgs_core.losses import Protocol, paper_loss, segmentation_loss
+from lsgs_core.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.patches import PatchDataset
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios, generator, uniform_numbers
@@ -43,12 +44,15 @@ class TrainingSettings:
 
     Attributes:
         epochs: Passes over the training patches.
-        batch_size: Patches per step.
+        batch_size: Patches per step, over all processes.
         learning_rate: At the start.
         optimiser: "adam" or "sgd" (with momentum 0.9).
         weight_decay: L2 penalty.
         rate_decay: Factor on the learning rate ...
         rate_decay_every: ... every so many epochs.
+        accumulation: Parts that a batch is computed in, one after the other, where memory is short.
+            Loss and normalisation are then those of each part.
+        precision: Of the forward pass, "float32" or "bfloat16" (mixed).
         protocol: "strict" takes `segmentation_loss`, "paper" the published one (binary and
             multi-label tasks only).
         augment: Turn and mirror every patch at random (the eight symmetries of the square).
@@ -63,6 +67,8 @@ class TrainingSettings:
     rate_decay_every: int = 5
     protocol: Protocol = "strict"
     augment: bool = True
+    accumulation: int = 1
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -70,7 +76,12 @@ class TrainingSettings:
         Raises:
             InputError: Names the setting and what was expected.
         """
-        for name, least in (("epochs", 0), ("batch_size", 1), ("rate_decay_every", 1)):
+        for name, least in (
+            ("epochs", 0),
+            ("batch_size", 1),
+            ("rate_decay_every", 1),
+            ("accumulation", 1),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: expected {least} or more, found {getattr(self, name)}")
         if not self.learning_rate > 0 or not 0 < self.rate_decay <= 1 or self.weight_decay < 0:
@@ -81,44 +92,6 @@ class TrainingSettings:
         for name, known in (("optimiser", ("adam", "sgd")), ("protocol", ("strict", "paper"))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {known}, found {getattr(self, name)!r}")
-
-
-def make_deterministic(threads: int) -> None:
-    """Fix what PyTorch leaves open: the number of CPU threads and the choice of kernels.
-
-    One and two threads differ after some steps, so the number is a parameter that is recorded.
-
-    Raises:
-        InputError: Fewer than one thread.
-    """
-    if threads < 1:
-        raise InputError(f"threads: expected 1 or more, found {threads}")
-    torch.set_num_threads(threads)
-    # Only a warning, since some CUDA backward passes (3-D resizing) have no deterministic form.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # It would also fill every new tensor with NaN first, to show who reads memory before writing.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def seed_weights(seed: int) -> None:
-    """Seed PyTorch's generator before a network is built or adapted."""
-    torch.manual_seed(int(generator("weights", seed).integers(2**63)))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one.
-
-    Raises:
-        InputError: The device is not known or not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {name!r} cannot be used: {error}") from error
-    return device
 
 
 def train(
@@ -162,17 +135,22 @@ def train(
         raise InputError("training: expected at least one training patch, found none")
     if settings.protocol == "paper" and dataset.task_kind == "multiclass":
         raise InputError("protocol: 'paper' is for binary and multi-label tasks")
+    device = next(model.parameters()).device
+    processes = processes_of(device, settings.precision)
+    _check_shares(len(dataset), settings, processes.count)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
     whole["stream"] = stream
+    objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
     run = _Run(
         model, dataset, scenarios, sampler, settings, seed, stream, _optimiser(model, settings),
-        folder / STATE, json.dumps(whole, sort_keys=True),
+        folder / STATE, json.dumps(whole, sort_keys=True), processes, processes.wrap(objective),
     )  # fmt: skip
     reached = run.restore()
     steps = -(-len(dataset) // settings.batch_size)
     done, total = len(reached.history) * steps + reached.step, settings.epochs * steps
-    with tqdm(initial=done, total=total, unit="step", desc="training", disable=not progress) as bar:
+    hidden = not progress or processes.rank > 0
+    with tqdm(initial=done, total=total, unit="step", desc="training", disable=hidden) as bar:
         while len(reached.history) < settings.epochs:
             row = run.epoch(reached, bar)
             if validate is not None:
@@ -184,7 +162,8 @@ def train(
 
 def discard_state(folder: Path) -> None:
     """Delete the training state of a finished run, once its weights are saved."""
-    (folder / STATE).unlink(missing_ok=True)
+    if is_first_process():
+        (folder / STATE).unlink(missing_ok=True)
 
 
 def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
@@ -244,6 +223,8 @@ class _Run:
     optimiser: torch.optim.Optimizer
     path: Path
     identity: str
+    processes: Processes
+    objective: nn.Module
 
     def restore(self) -> _Reached:
         """Load the state if it is this run's, and return where it stands."""
@@ -264,7 +245,13 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.sampler.load_state_dict(json.loads(state["sampler"]))
         reached.history, reached.step, reached.loss = place["history"], place["step"], place["loss"]
-        reached.drawn, reached.random = np.array(place["drawn"]), state["random"]
+        reached.drawn = np.array(place["drawn"])
+        if len(state["random"]) != self.processes.count and reached.step:
+            raise InputError(
+                f"{self.path}: left by {len(state['random'])} processes within an epoch; go on "
+                f"with as many, found {self.processes.count}, or delete it"
+            )
+        reached.random = state["random"][self.processes.rank] if reached.step else []
         tqdm.write(f"{self.path}: going on in epoch {len(reached.history)}, step {reached.step}")
         return reached
 
@@ -277,10 +264,11 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.sampler.state_dict()),
             "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
-            "random": _random_state(),
+            "random": self.processes.gather(_random_state()),
         }
-        with written_beside(self.path) as temporary:
-            torch.save(state, temporary)
+        if self.processes.rank == 0:
+            with written_beside(self.path) as temporary:
+                torch.save(state, temporary)
 
     def epoch(self, reached: _Reached, bar: tqdm) -> dict[str, float]:
         """Train the rest of an epoch and return its row of the history."""
@@ -295,17 +283,18 @@ class _Run:
             _set_random_state(reached.random)
         else:
             # Dropout of an epoch does not depend on what ran before it.
-            torch.manual_seed(int(generator("dropout", seed, epoch).integers(2**63)))
+            dropout = generator("dropout", seed, epoch, self.processes.rank)
+            torch.manual_seed(int(dropout.integers(2**63)))
         saved = time.monotonic()
-        rest = order[reached.step * settings.batch_size :]
-        for batch in self.dataset.batches(settings.batch_size, rest):
-            loss, chosen = self._step(batch, epoch)
+        for batch in self._batches(order, reached.step):
+            loss, drawn = self._step(batch, epoch)
             reached.step += 1
-            reached.loss += loss * len(chosen)
-            np.add.at(reached.drawn, chosen, 1)
+            reached.loss += loss * len(drawn)
+            np.add.at(reached.drawn, drawn, 1)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
             bar.update()
-            if time.monotonic() - saved >= SAVE_EVERY:
+            # One process decides, since all of them have to say where their generators stand.
+            if self.processes.gather(time.monotonic() - saved >= SAVE_EVERY)[0]:
                 self.keep(reached)
                 saved = time.monotonic()
         shares = (reached.drawn / len(self.dataset)).tolist()
@@ -316,27 +305,46 @@ class _Run:
             **{f"drawn:{k}": share for k, share in zip(self.scenarios.names, shares, strict=True)},
         }
 
-    def _step(self, batch: Batch, epoch: int) -> tuple[float, NDArray[np.int64]]:
-        """One step of the optimiser; return the loss and the scenarios that were drawn."""
-        assert batch.patch_ids is not None
-        ids, seed = batch.patch_ids.numpy(), self.seed
-        probabilities = self.sampler.probabilities(epoch)
-        servable = self._servable(batch)
-        chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream)
-        if self.settings.augment:
-            batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
-        loss, per_sample = self._loss(batch, self.scenarios.masks[chosen])
-        if not torch.isfinite(loss):
-            names = [self.scenarios.names[index] for index in chosen]
-            raise FloatingPointError(
-                f"training: the loss is {loss.item()} in epoch {epoch} for patches "
-                f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
-            )
+    def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
+        """This process's share of every batch from the first on, in the parts of accumulation."""
+        size, count = self.settings.batch_size, self.processes.count
+        whole = [order[start : start + size] for start in range(0, len(order), size)][first:]
+        # As many parts in every process, though shares may differ by a patch.
+        numbers = [min(self.settings.accumulation, len(batch) // count) for batch in whole]
+        shares = map(self.processes.mine, whole)
+        parts = [np.array_split(s, number) for s, number in zip(shares, numbers, strict=True)]
+        batches = self.dataset.batches_of([part for share in parts for part in share])
+        for share in parts:
+            yield [next(batches) for _ in share]
+
+    def _step(self, parts: list[Batch], epoch: int) -> tuple[float, NDArray[np.int64]]:
+        """One step of the optimiser; return the loss and the scenarios of the whole batch."""
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        probabilities = self.sampler.probabilities(epoch)
+        seen = []
+        for number, batch in enumerate(parts):
+            assert batch.patch_ids is not None
+            ids, seed = batch.patch_ids.numpy(), self.seed
+            servable = self._servable(batch)
+            chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream)
+            if self.settings.augment:
+                batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
+            with self.processes.whole_gradients(self.objective, number == len(parts) - 1):
+                loss, per_sample = self.objective(batch, self.scenarios.masks[chosen])
+                if not torch.isfinite(loss):
+                    names = [self.scenarios.names[index] for index in chosen]
+                    raise FloatingPointError(
+                        f"training: the loss is {loss.item()} in epoch {epoch} for patches "
+                        f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
+                    )
+                (loss / len(parts)).backward()
+            seen.append((chosen, per_sample.cpu().double().numpy(), loss.item()))
         self.optimiser.step()
-        self.sampler.observe(chosen, per_sample.cpu().double().numpy())
-        return loss.item(), chosen
+        # In order of rank, so that a sampler sees what one process would have seen.
+        everyone = [part for share in self.processes.gather(seen) for part in share]
+        chosen = np.concatenate([scenarios for scenarios, *_ in everyone])
+        self.sampler.observe(chosen, np.concatenate([losses for _, losses, _ in everyone]))
+        return float(np.mean([loss for *_, loss in seen])), chosen
 
     def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:
         """Scenarios whose modalities every patch has, bool [B, K]; None when all have all."""
@@ -345,15 +353,50 @@ class _Run:
             return None
         return ~(self.scenarios.masks[None] & absent[:, None]).any(axis=2)
 
-    def _loss(self, batch: Batch, present: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+
+class _Objective(nn.Module):
+    """The network and its loss in one module, which is what several processes share."""
+
+    def __init__(
+        self, model: Backbone, protocol: Protocol, kind: TaskKind, processes: Processes
+    ) -> None:
+        super().__init__()
+        self.model, self.protocol, self.kind = model, protocol, kind
+        self.processes = processes
+
+    def forward(self, batch: Batch, present: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """Loss of the batch, and per sample."""
         device = next(self.model.parameters()).device
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
-        counted = batch.counted(available)
-        if self.settings.protocol == "paper":
-            return paper_loss(self.model.heads(batch.images, available), batch.target, counted)
-        logits = self.model(batch.images, available)
-        return segmentation_loss(logits, batch.target, counted, self.dataset.task_kind)
+        counted, total = batch.counted(available), self.processes.total
+        with self.processes.autocast():
+            if self.protocol == "paper":
+                heads = self.model.heads(batch.images, available)
+            else:
+                logits = self.model(batch.images, available)
+        if self.protocol == "paper":
+            return paper_loss(_summable(heads), batch.target, counted, total)
+        return segmentation_loss(_summable(logits), batch.target, counted, self.kind, total)
+
+
+def _summable(logits: Tensor) -> Tensor:
+    """Logits of at least float32, which sums over millions of pixels need."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+
+def _check_shares(patches: int, settings: TrainingSettings, count: int) -> None:
+    """Every process needs a patch of every batch.
+
+    Raises:
+        InputError: There are more processes than patches in a batch, or in the last one.
+    """
+    last = patches % settings.batch_size or settings.batch_size
+    if min(last, settings.batch_size) < count:
+        raise InputError(
+            f"batch_size: {settings.batch_size} of {patches} patches leave a batch of {last} for "
+            f"{count} processes; expected at least a patch for each"
+        )
 
 
 def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -2,10 +2,14 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -136,14 +140,58 @@ def test_a_killed_study_ends_with_the_same_bytes(clone, tmp_path_factory):
     assert outputs(clone) == before
 
 
-def _marked(folder: Path) -> list[bool]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            found.append(process.environ().get(MARK) == str(folder))
-        except psutil.Error:
+@pytest.mark.slow
+def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
+    """kill -9 of the launcher, of a papermill or of a kernel, at moments that chance decides."""
+    tier = {
+        "grid": {"backbones": ["cmx"], "methods": ["uniform", "lsgs"], "folds": [0], "seeds": 12},
+        "04_finetuning": {"epochs": 3},
+        "05_evaluation": {"shown_patches": 0, "resamples": 20},
+    }
+    (clone / "notebooks" / "tiers" / "smoke.yaml").write_text(yaml.safe_dump(tier))
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(clone, whole, dirs_exist_ok=True)
+    said, _ = (process := launch(whole)).communicate(timeout=900)
+    assert process.returncode == 0, said
+    chance = random.Random()
+    killed: Counter[str] = Counter()
+    while killed.total() < 20:
+        process = launch(clone)
+        time.sleep(chance.uniform(5, 20))
+        if process.poll() is not None:
+            # Finished already: the rest of the kills hits a study that starts anew.
+            shutil.rmtree(clone / "work" / "smoke")
             continue
-    return found
+        kinds = {"launcher": [process.pid], "papermill": [], "ipykernel_launcher": []}
+        for found in psutil.process_iter(["cmdline"]):
+            line = " ".join(found.info["cmdline"] or [])
+            for kind in ("papermill", "ipykernel_launcher"):
+                if f"-m {kind}" in line and "bash" not in line and _is_marked(found, clone):
+                    kinds[kind].append(found.pid)
+        kind = chance.choice([name for name, ids in kinds.items() if ids])
+        with suppress(ProcessLookupError):
+            os.kill(chance.choice(kinds[kind]), signal.SIGKILL)
+            killed[kind] += 1
+        if kind != "launcher":  # the others go on: the launcher ends by itself, or is killed next
+            time.sleep(chance.uniform(0, 2))
+            process.kill()
+        process.communicate()
+    said, _ = (process := launch(clone)).communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert set(killed) == {"launcher", "papermill", "ipykernel_launcher"}, killed
+    assert outputs(clone) == outputs(whole)
+    assert len(outputs(clone)) >= 50
+
+
+def _is_marked(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return process.environ().get(MARK) == str(folder)
+    except psutil.Error:
+        return False
+
+
+def _marked(folder: Path) -> list[bool]:
+    return [_is_marked(process, folder) for process in psutil.process_iter()]
 
 
 @pytest.mark.slow
