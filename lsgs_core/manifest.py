@@ -101,7 +101,7 @@ class Slope(Strict):
 
 
 def _band_kind(value: Any) -> str:
-    fields = value if isinstance(value, dict) else vars(value) if value is not None else {}
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     return next((kind for kind in ("difference", "slope") if kind in fields), "file_band")
 
 
@@ -248,6 +248,8 @@ class Dataset(Strict):
         if not isinstance(content, dict) or not isinstance(content.get("modalities"), dict):
             return content
         content = dict(content)
+        if not isinstance(content.get("bands") or {}, dict):
+            return content
         bands, modalities = dict(content.get("bands") or {}), {}
         for name, given in content["modalities"].items():
             if isinstance(given, dict):

@@ -46,6 +46,8 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
             f"{path}: a checkpoint of another model: {len(wrong)} entries differ, the first is "
             f"{wrong[0]}: expected {wanted.get(wrong[0])}, found {found.get(wrong[0])}"
         )
+    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+        raise InputError(f"{path}: {len(bad)} entries are not finite, the first is {bad[0]}")
     model.load_state_dict(weights)
     return "ours"
 

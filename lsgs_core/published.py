@@ -101,19 +101,19 @@ def read_evidence(path: Path, scenarios: ScenarioSet) -> Evidence:
     try:
         content = json.loads(path.read_text())
         final = np.asarray(content["final_probs"], dtype=np.float64)
-        masks = content.get("mask_array")
+        masks = np.asarray(content.get("mask_array", scenarios.masks.astype(int)))
         given = {
             name: np.asarray(content[name], dtype=np.float64) for name in ARRAYS if name in content
         }
         descriptor = str(content.get("descriptor", "distortion"))
         settings = {name: float(content[key]) for name, key in SETTINGS.items() if key in content}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: expected JSON with 'final_probs': {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path}: expected the JSON of a scoring: {error}") from error
     try:
         probabilities = check_probabilities(final, len(scenarios))
     except InputError as error:
         raise InputError(f"{path}: final_probs: {error}") from error
-    if masks is not None and not np.array_equal(np.asarray(masks), scenarios.masks.astype(int)):
+    if not np.array_equal(masks, scenarios.masks.astype(int)):
         raise InputError(f"{path}: mask_array: expected the scenarios {list(scenarios.names)}")
     for name, values in given.items():
         if values.shape[:1] != final.shape or not np.isfinite(values).all():

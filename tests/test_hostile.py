@@ -1,0 +1,335 @@
+"""Input that is wrong in ways nobody thought of: a clear error or a right result, and in time."""
+
+import copy
+import json
+import pickle
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import raw_layouts as raw
+import safetensors.torch
+import scene
+import shapely
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_tiers import ROOT
+
+from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
+from lsgs_core.artifacts import Record, save_weights
+from lsgs_core.manifest import load_manifest
+from lsgs_core.methods import METHODS
+from lsgs_core.patches import make_patches
+from lsgs_core.pretraining import load_checkpoint
+from lsgs_core.published import read_evidence
+from lsgs_core.rasters import prepare
+from lsgs_core.tiers import load_tier
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([10**400, 2**63, -(2**63)]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=8),
+    st.sampled_from(
+        ["../../etc/passwd", "/etc/passwd", "C:\\x", "${scene}", "${", "\x00", "a" * 999]
+    ),
+    st.lists(st.integers(-1, 2), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+bounded = settings(
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def names(error: Exception, *places: str) -> None:
+    """An error says where the mistake is."""
+    assert any(place in str(error) for place in places), error
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every entry of nested lists and dictionaries."""
+    found = []
+    entries: Any = ()
+    if isinstance(content, dict):
+        entries = content.items()
+    elif isinstance(content, list):
+        entries = enumerate(content)
+    for key, value in entries:
+        found += [(*path, key), *places(value, (*path, key))]
+    return found
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: Any) -> Any:
+    """A copy with one to three entries replaced by junk, taken out, or doubled under junk."""
+    result = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        *parents, last = draw(st.sampled_from(places(result)))
+        holder = result
+        for key in parents:
+            holder = holder[key]
+        match draw(st.sampled_from(["replace", "remove", "add"])):
+            case "replace":
+                holder[last] = draw(JUNK)
+            case "remove":
+                del holder[last]
+            case "add" if isinstance(holder, dict):
+                holder[draw(st.text(max_size=5))] = draw(JUNK)
+            case _:
+                holder.append(draw(JUNK))
+        if not places(result):
+            break
+    return result
+
+
+MANIFEST = yaml.safe_load(scene.MANIFEST.read_text("utf-8"))
+SMALL = {"datasets": {name: MANIFEST["datasets"][name] for name in ("landsat7", "potsdam")}}
+
+
+@bounded
+@given(content=damaged(SMALL))
+def test_manifests(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
+    try:
+        manifest = load_manifest(path)
+    except InputError as error:
+        names(error, "manifest.yaml")
+        return
+    for dataset in manifest.datasets.values():
+        for templates in dataset.templates:
+            assert not any(Path(path).is_absolute() or ".." in path for path in templates)
+
+
+@bounded
+@given(text=st.text(max_size=200))
+def test_manifests_that_are_any_text(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "manifest.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError):
+        load_manifest(path)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    return folder
+
+
+STUDY = yaml.safe_load((ROOT / "notebooks" / "tiers" / "study.yaml").read_text("utf-8"))
+
+
+@settings(bounded, max_examples=40)
+@given(content=damaged(STUDY))
+def test_tier_files(project: Path, content: Any) -> None:
+    path = project / "notebooks" / "tiers" / "own.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
+    try:
+        tier = load_tier("own", project)
+    except InputError as error:
+        names(error, "own.yaml")
+        return
+    for _, parameters in tier.jobs():
+        assert parameters["work"] == "../work/own"
+
+
+RESULT = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
+SCORING = {
+    "alpha": 1.0,
+    "tau": 0.5,
+    "gamma_floor": 0.5,
+    "lambda": 1e-3,
+    "rbf_sigma": 1.0,
+    "mask_array": THREE.masks.astype(int).tolist(),
+    "D_sh": [1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0],
+    "latent_shift": np.random.default_rng(0).normal(size=(7, 3)).tolist(),
+    "prior": [1 / 7] * 7,
+    "descriptor": "distortion",
+    "final_probs": RESULT.probabilities.tolist(),
+}
+
+
+@bounded
+@given(content=damaged(SCORING))
+def test_probabilities(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "probabilities.json"
+    path.write_text(json.dumps(content))
+    try:
+        evidence = read_evidence(path, THREE)
+    except InputError as error:
+        names(error, "probabilities.json")
+        return
+    for method in METHODS.values():
+        try:
+            p = method.sampler(evidence).probabilities(0)
+        except InputError:
+            continue
+        assert p.shape == (7,)
+        assert p.min() >= 0
+        assert p.sum() == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    torch.manual_seed(0)
+    return build_backbone("cmx", "demo")
+
+
+@settings(bounded, max_examples=30)
+@given(data=st.data())
+def test_checkpoints(tmp_path: Path, network: Any, data: st.DataObject) -> None:
+    """Entries that are missing, renamed, of another shape or type, or not finite."""
+    weights = dict(network.state_dict())
+    name = data.draw(st.sampled_from([*weights]))
+    kind = data.draw(st.sampled_from(["missing", "renamed", "shape", "nan", "infinite", "half"]))
+    tensor = weights.pop(name)
+    if kind == "renamed":
+        weights[name + "x"] = tensor
+    elif kind == "shape":
+        weights[name] = torch.zeros(*tensor.shape, 2)
+    elif kind in ("nan", "infinite"):
+        weights[name] = torch.full(tensor.shape, torch.nan if kind == "nan" else torch.inf)
+    elif kind == "half":
+        weights[name] = tensor.half() if tensor.is_floating_point() else tensor
+    path = save_weights(tmp_path / "weights.safetensors", weights, Record({}))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    try:
+        load_checkpoint(network, path)
+    except InputError as error:
+        names(error, "weights.safetensors")
+        after = network.state_dict()  # what was refused has changed nothing
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        return
+    assert kind == "half"
+
+
+@settings(bounded, max_examples=30)
+@given(data=st.data())
+def test_checkpoints_with_other_bytes(tmp_path: Path, network: Any, data: st.DataObject) -> None:
+    """Ours are known by their hash; a file without a record has to make sense by itself."""
+    path = tmp_path / "weights.safetensors"
+    content = bytearray(safetensors.torch.save(dict(network.state_dict())))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, 2000))] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.sampled_from([len(content), len(content) // 2, 10, 0]))
+    path.write_bytes(bytes(content[:cut]))
+    with pytest.raises(InputError, match="weights"):
+        load_checkpoint(network, path)
+
+
+class Bomb:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_pickle_that_would_run_code_is_not_run(
+    tmp_path: Path, network: Any, name: str, how: str
+) -> None:
+    fuse, path = tmp_path / "exploded", tmp_path / name
+    content = {"model": Bomb(fuse)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match="weights"):
+        load_checkpoint(network, path)
+    assert not fuse.exists()
+    pickle.loads(pickle.dumps(Bomb(fuse)))  # the bomb is a real one
+    assert fuse.exists()
+
+
+PAIR = raw.dataset("pair")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    raw.write_pair(folder)
+    return folder
+
+
+@settings(bounded, max_examples=40)
+@given(data=st.data())
+def test_rasters_with_other_bytes(
+    tmp_path_factory: pytest.TempPathFactory, pair: Path, data: st.DataObject
+) -> None:
+    """In the header, the directory or the pixels; the rest of the file missing, or too much."""
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(pair, folder / "raw")
+    files = sorted(path for path in (folder / "raw").rglob("*") if path.suffix == ".tif")
+    path = data.draw(st.sampled_from(files))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        place = data.draw(
+            st.integers(0, min(len(content), 600) - 1) | st.integers(0, len(content) - 1)
+        )
+        content[place] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.sampled_from([len(content), len(content), len(content) // 2, 8, 0]))
+    path.write_bytes(bytes(content[:cut]))
+    try:
+        prepare(PAIR, folder / "raw", folder / "prepared")
+        make_patches(PAIR, folder / "prepared")
+    except InputError as error:
+        names(error, ".tif", "label", "scene")  # one band elsewhere is as wrong as all others
+    shutil.rmtree(folder)
+
+
+def test_a_polygon_with_a_hundred_thousand_vertices(tmp_path: Path) -> None:
+    """Burned as one with as many sides as the eye can tell, and not in minutes."""
+    source = scene.write_scene(tmp_path / "raw")
+    angles = np.linspace(0, 2 * np.pi, 100_000, endpoint=False)
+    jagged = 400 + 1e-3 * np.cos(5000 * angles)
+    centre = scene.LEFT + 1000, scene.TOP - 800
+    ring = np.stack((centre[0] + jagged * np.cos(angles), centre[1] + jagged * np.sin(angles)), 1)
+    before = geopandas.read_file(source / scene.POLYGONS)
+    added = geopandas.GeoDataFrame(
+        {"fclass": ["water"]}, geometry=[shapely.Polygon(ring)], crs=scene.CRS
+    )
+    (source / scene.POLYGONS).unlink()
+    pd.concat([before, added]).to_file(source / scene.POLYGONS, driver="GPKG")
+    content = scene.manifest_content(source)
+    dataset = load_manifest(scene.write_manifest(tmp_path / "m.yaml", content)).dataset("demo")
+    started = time.monotonic()
+    prepare(dataset, source, tmp_path / "prepared")
+    assert time.monotonic() - started < 60
+    with rasterio.open(next((tmp_path / "prepared").rglob("labels.tif"))) as raster:
+        labels = raster.read(1)
+    row, column = np.mgrid[: scene.HEIGHT, : scene.WIDTH] + 0.5
+    distance = np.hypot(row - 80, column - 100)  # pixels of 10 m from the centre
+    water = labels == dataset.labels.names.index("water") + 1  # burned last
+    assert water[distance < 39.9].all()
+    expected = scene.expected_labels() == scene.VALUES.index("water") + 1
+    assert (water == expected)[distance > 40.1].all()
+
+
+def test_a_scene_without_any_label(pair: Path, tmp_path: Path) -> None:
+    """Nothing to train or test on: said before anything is aligned."""
+    shutil.copytree(pair, tmp_path / "raw")
+    with rasterio.open(pair / "labels.tif") as raster:
+        place = {"crs": raster.crs, "transform": raster.transform}
+        nothing = np.zeros_like(raster.read())
+    raw.write_raster(tmp_path / "raw" / "labels.tif", nothing, **place)
+    with pytest.raises(InputError, match="label"):
+        prepare(PAIR, tmp_path / "raw", tmp_path / "prepared")
