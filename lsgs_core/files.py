@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = 1 << 20  # bytes; with less than that left, a failed write is for want of space
 
 
 @contextmanager
@@ -21,6 +25,9 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     Yields:
         A path in the same folder to write to.
+
+    Raises:
+        OSError: The disk is full; what was there before is whole.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -28,6 +35,12 @@ def written_beside(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except Exception as error:
+        # Writers say it in many ways, such as a RuntimeError about a stream.
+        if shutil.disk_usage(path.parent).free < FULL:
+            said = f"the disk is full; {path.name} was not written, what it held before is whole"
+            raise OSError(errno.ENOSPC, said, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -174,6 +174,30 @@ def test_a_process_that_is_killed_three_times_loses_nothing(tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one training state, not for two."""
+    size = sum(value.numel() * 4 for value in small().state_dict().values())  # and twice for Adam
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(4.5 * size)}", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_state(tmp_path, small_disk):
+    with pytest.raises(OSError, match=r"the disk is full; training_state\.pt was not written"):
+        run(small_disk)
+    assert [path.name for path in small_disk.iterdir()] == [STATE]  # nothing half-written
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    resumed, history = run(small_disk)
+    whole, _ = run(tmp_path / "whole")
+    assert same(whole, resumed)
+    assert len(history) == SETTINGS.epochs
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"identity": {"data": "others"}}])
 def test_the_state_of_another_run_is_not_gone_on_with(tmp_path, capsys, change):
     run(tmp_path)
