@@ -20,8 +20,9 @@ from lsgs_core.lora import add_lora, merge_lora, trained_parameters
 from lsgs_core.methods import Evidence, find_method
 from lsgs_core.models import Backbone
 from lsgs_core.patches import PatchDataset
+from lsgs_core.settings import TrainingSettings
 from lsgs_core.sources import source_sha256
-from lsgs_core.training import TrainingSettings, discard_state, train
+from lsgs_core.training import discard_state, train
 
 
 @dataclass(frozen=True)

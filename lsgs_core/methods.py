@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core import samplers
+from lsgs_core import adaptive, samplers
 from lsgs_core.errors import InputError
 from lsgs_core.sampling import FixedSampler, ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
@@ -249,7 +249,7 @@ def dirichlet(evidence: Evidence) -> ScenarioSampler:
 def loss_proportional(evidence: Evidence) -> ScenarioSampler:
     """Observes the training loss: scenarios whose running mean is high more often."""
     temperature, mixing = evidence.inverse_temperature, evidence.mixing
-    return samplers.LossProportional(evidence.base, temperature, mixing)
+    return adaptive.LossProportional(evidence.base, temperature, mixing)
 
 
 @method("group DRO", "adaptive")
@@ -258,25 +258,25 @@ def group_dro(evidence: Evidence) -> ScenarioSampler:
 
     Their step of 0.01 is for runs of ten thousand steps; step times steps is kept.
     """
-    return samplers.GroupDRO(evidence.base, step=100 / evidence.steps)
+    return adaptive.GroupDRO(evidence.base, step=100 / evidence.steps)
 
 
 @method("Exp3.S", "adaptive")
 def exp3s(evidence: Evidence) -> ScenarioSampler:
     """Observes how the training loss falls: a bandit on learning progress (Graves et al. 2017)."""
-    return samplers.Exp3S(evidence.base)
+    return adaptive.Exp3S(evidence.base)
 
 
 @method("curriculum", "adaptive")
 def curriculum(evidence: Evidence) -> ScenarioSampler:
     """Scenarios of low distortion first, annealed to the prior."""
-    return samplers.Curriculum(evidence.known("distortion"), evidence.base, evidence.epochs)
+    return adaptive.Curriculum(evidence.known("distortion"), evidence.base, evidence.epochs)
 
 
 @method("online LSGS", "LSGS")
 def online(evidence: Evidence) -> ScenarioSampler:
     """Observes the network: distortions are measured again in every epoch of fine-tuning."""
-    return samplers.Online(evidence.probabilities, evidence.known("measure"), every=1)
+    return adaptive.Online(evidence.probabilities, evidence.known("measure"), every=1)
 
 
 @method("LoRA + LSGS", "LoRA", low_rank=True)

@@ -12,8 +12,8 @@ from lsgs_core import finetuning as module
 from lsgs_core.artifacts import check
 from lsgs_core.finetuning import Start, finetune
 from lsgs_core.methods import METHODS, Evidence
+from lsgs_core.settings import TrainingSettings
 from lsgs_core.sources import imported, source_sha256
-from lsgs_core.training import TrainingSettings
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 WEIGHTS = small("cmx").state_dict()

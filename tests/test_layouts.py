@@ -32,7 +32,8 @@ from lsgs_core.rasters import prepare
 from lsgs_core.sampling import FixedSampler
 from lsgs_core.schema import read_yaml
 from lsgs_core.separation import PARTS, Place, check_separation
-from lsgs_core.training import TrainingSettings, train
+from lsgs_core.settings import TrainingSettings
+from lsgs_core.training import train
 
 # Rasters without georeference are what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

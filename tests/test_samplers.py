@@ -10,7 +10,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsgs_core import samplers
+from lsgs_core import adaptive, samplers
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.smoothing import rbf_kernel, scenario_probabilities
@@ -122,9 +122,9 @@ def test_coverage_is_the_maximum(utility: list[float], places: list[float]) -> N
 
 def adaptive() -> dict[str, Callable[[], Any]]:
     return {
-        "loss": lambda: samplers.LossProportional(UNIFORM, 2.0, 0.8),
-        "group_dro": lambda: samplers.GroupDRO(UNIFORM, step=0.05),
-        "exp3s": lambda: samplers.Exp3S(UNIFORM, step=0.02, window=32),
+        "loss": lambda: adaptive.LossProportional(UNIFORM, 2.0, 0.8),
+        "group_dro": lambda: adaptive.GroupDRO(UNIFORM, step=0.05),
+        "exp3s": lambda: adaptive.Exp3S(UNIFORM, step=0.02, window=32),
     }
 
 
@@ -175,7 +175,7 @@ def test_exp3s_draws_where_the_loss_falls() -> None:
 
 
 def test_loss_proportional_formula() -> None:
-    sampler = samplers.LossProportional(UNIFORM, 0.5, 0.5, memory=0.5)
+    sampler = adaptive.LossProportional(UNIFORM, 0.5, 0.5, memory=0.5)
     sampler.observe(np.array([0, 0, 1]), np.array([1.0, 3.0, 5.0]))
     # Averages with the bias of the start taken out: (0.25 * 1 + 0.5 * 3) / 0.75 and 5.
     loss = np.array([7 / 3, 5, *[(7 / 3 + 5) / 2] * 5])
@@ -186,7 +186,7 @@ def test_loss_proportional_formula() -> None:
 
 def test_curriculum() -> None:
     distortion = [1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]
-    sampler = samplers.Curriculum(distortion, UNIFORM, epochs=4, strength=2.0)
+    sampler = adaptive.Curriculum(distortion, UNIFORM, epochs=4, strength=2.0)
     spans = [np.ptp(sampler.probabilities(epoch)) for epoch in range(5)]
     assert spans == sorted(spans, reverse=True)
     assert sampler.probabilities(0).argmax() == 6
@@ -203,12 +203,12 @@ def test_online_measures_when_it_is_time() -> None:
         calls.append(len(calls))
         return np.roll(SCORED, len(calls))
 
-    sampler = samplers.Online(SCORED, measure, every=2)
+    sampler = adaptive.Online(SCORED, measure, every=2)
     p = [sampler.probabilities(epoch) for epoch in (0, 0, 1, 2, 2, 3)]
     assert len(calls) == 1
     np.testing.assert_array_equal(p[2], SCORED)
     np.testing.assert_array_equal(p[3], np.roll(SCORED, 1))
-    again = samplers.Online(SCORED, measure, every=2)
+    again = adaptive.Online(SCORED, measure, every=2)
     again.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     np.testing.assert_array_equal(again.probabilities(3), p[5])
     assert len(calls) == 1

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
+from lsgs_core.adaptive import LossProportional
 from lsgs_core.devices import make_deterministic, seed_weights
 from lsgs_core.lora import add_lora, merge_lora, trained_parameters, training_mode
-from lsgs_core.samplers import LossProportional
 from lsgs_core.sampling import FixedSampler
-from lsgs_core.training import STATE, TrainingSettings, train, turned
+from lsgs_core.settings import TrainingSettings
+from lsgs_core.training import STATE, train, turned
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 SETTINGS = TrainingSettings(epochs=3, batch_size=4, learning_rate=2e-3)

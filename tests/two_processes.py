@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from test_training import SCENARIOS, SETTINGS, Blobs, small
 
+from lsgs_core.adaptive import LossProportional
 from lsgs_core.devices import is_first_process
 from lsgs_core.distortion import score_scenarios
 from lsgs_core.evaluation import evaluate
-from lsgs_core.samplers import LossProportional
 from lsgs_core.training import replace, train
 
 torch.set_num_threads(1)
