@@ -120,7 +120,7 @@ def test_coverage_is_the_maximum(utility: list[float], places: list[float]) -> N
     assert gain.max() < 1 + 2e-6
 
 
-def adaptive() -> dict[str, Callable[[], Any]]:
+def adapting() -> dict[str, Callable[[], Any]]:
     return {
         "loss": lambda: adaptive.LossProportional(UNIFORM, 2.0, 0.8),
         "group_dro": lambda: adaptive.GroupDRO(UNIFORM, step=0.05),
@@ -131,7 +131,7 @@ def adaptive() -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("name", adaptive())
 def test_state_goes_on(name: str) -> None:
     random = np.random.default_rng(1)
-    first, second = adaptive()[name](), adaptive()[name]()
+    first, second = adapting()[name](), adapting()[name]()
     np.testing.assert_allclose(first.probabilities(0), UNIFORM)
 
     def step(sampler: Any, k: np.ndarray, loss: np.ndarray) -> None:
@@ -157,7 +157,7 @@ def test_state_goes_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["loss", "group_dro"])
 def test_high_losses_are_drawn_more_often(name: str) -> None:
-    sampler, random = adaptive()[name](), np.random.default_rng(2)
+    sampler, random = adapting()[name](), np.random.default_rng(2)
     for _ in range(200):
         k = random.choice(7, size=8, p=sampler.probabilities(0))
         sampler.observe(k, 0.2 * k + 0.05 * random.random(8))
@@ -165,7 +165,7 @@ def test_high_losses_are_drawn_more_often(name: str) -> None:
 
 
 def test_exp3s_draws_where_the_loss_falls() -> None:
-    sampler, random = adaptive()["exp3s"](), np.random.default_rng(3)
+    sampler, random = adapting()["exp3s"](), np.random.default_rng(3)
     level = np.full(7, 2.0)
     for _ in range(400):
         k = random.choice(7, size=4, p=sampler.probabilities(0))
