@@ -128,7 +128,7 @@ def adapting() -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("name", adaptive())
+@pytest.mark.parametrize("name", adapting())
 def test_state_goes_on(name: str) -> None:
     random = np.random.default_rng(1)
     first, second = adapting()[name](), adapting()[name]()
