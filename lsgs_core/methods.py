@@ -269,7 +269,7 @@ def exp3s(evidence: Evidence) -> ScenarioSampler:
 
 @method("curriculum", "adaptive")
 def curriculum(evidence: Evidence) -> ScenarioSampler:
-    """Scenarios of low distortion first, annealed to the prior."""
+    """Scenarios of low distortion first, annealed to the prior (after Bengio et al. 2009)."""
     return adaptive.Curriculum(evidence.known("distortion"), evidence.base, evidence.epochs)
 
 

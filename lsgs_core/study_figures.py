@@ -32,7 +32,8 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
         metric: Which rows.
     """
     table = differences[differences["metric"] == metric]
-    order = [name for name in METHODS if name in set(table["method"]) and name != "uniform_again"]
+    present = set(table["method"]) - {"uniform_again"}
+    order = [name for name in ["pretrained", *METHODS] if name in present]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         rows = rows.set_index("method")
@@ -51,6 +52,7 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
             axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
         axes.set_yticks(range(len(order)), [method_title(name) for name in reversed(order)])
         axes.set_xlabel("IoU minus uniform")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
 
     figure = _panels(table, draw, width=3.4, height=0.6 + 0.27 * len(order), sharey=True)
     figure.suptitle(
@@ -211,7 +213,7 @@ def _panels(
     figure, axes = plt.subplots(
         len(datasets),
         len(backbones),
-        figsize=(width * len(backbones) + 1, height * len(datasets) + 0.6),
+        figsize=(max(7, width * len(backbones) + 1), height * len(datasets) + 0.6),
         squeeze=False,
         sharey=sharey,
     )
