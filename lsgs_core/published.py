@@ -108,7 +108,9 @@ def read_evidence(path: Path, scenarios: ScenarioSet) -> Evidence:
         descriptor = str(content.get("descriptor", "distortion"))
         settings = {name: float(content[key]) for name, key in SETTINGS.items() if key in content}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: expected the JSON of a scoring: {error}") from error
+        raise InputError(
+            f"{path}: expected the JSON of a scoring, with 'final_probs': {error}"
+        ) from error
     try:
         probabilities = check_probabilities(final, len(scenarios))
     except InputError as error:
