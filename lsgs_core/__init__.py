@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from lsgs_core.batch import Batch
     from lsgs_core.distortion import ScenarioScores, score_scenarios
     from lsgs_core.errors import InputError
+    from lsgs_core.hooked import HookedModel
     from lsgs_core.models import build_backbone, load_author_weights
     from lsgs_core.scenarios import ScenarioSet
     from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
 
 _HOME = {
     "Batch": "batch",
+    "HookedModel": "hooked",
     "InputError": "errors",
     "ScenarioProbabilities": "smoothing",
     "ScenarioScores": "distortion",
@@ -28,6 +30,7 @@ _HOME = {
 }
 __all__ = [
     "Batch",
+    "HookedModel",
     "InputError",
     "ScenarioProbabilities",
     "ScenarioScores",
