@@ -154,3 +154,33 @@ def test_the_readmes_times_are_the_committed_benchmark():
     assert f"takes {memory[0]:.0%} of the plain form's memory" in text
     record = json.loads((folder / "ratios.csv.record.json").read_text())
     assert record["parameters"]["processor"] in text
+
+
+def test_the_findings_are_the_committed_results():
+    """Every row of a table in FINDINGS.md is a row of the study's tables."""
+    folder = ROOT / "results" / "study" / "evaluation"
+    planned = pd.read_csv(folder / "planned_contrasts.csv")
+    compared = pd.read_csv(folder / "differences.csv")
+    compared["contrast"] = compared["method"] + " - uniform"
+    titles = {"worst_iou": "worst scenario", "mean_iou": "mean"}
+    known = {
+        (
+            row.dataset,
+            row.backbone,
+            titles.get(row.metric, row.metric),
+            row.contrast,
+            f"{row.difference:+.4f}",
+            f"{row.low:+.4f} to {row.high:+.4f}",
+            str(row.replicates),
+        )
+        for row in pd.concat([planned, compared]).itertuples()
+    }
+    text = (ROOT / "results" / "FINDINGS.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith(("| demo", "| landsat7"))
+    ]
+    assert rows
+    for row in rows:
+        assert tuple(row) in known, row
