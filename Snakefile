@@ -40,7 +40,7 @@ PAPERMILL = (
 LAUNCH = (
     shlex.quote(sys.executable) + " -m accelerate.commands.launch --num_machines 1 --mixed_precision no"
     f" --dynamo_backend no --num_processes {processes} {'' if gpus_of_a_run else '--cpu'} -m lsgs_core.launch"
-    " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log} 2> {log}.stderr"
+    " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log}.txt 2> {log}.stderr"
     " || {{ cat {log}.stderr >&2; exit 1; }}"
 )
 RUN = PAPERMILL if processes == 1 else LAUNCH
