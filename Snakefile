@@ -36,10 +36,11 @@ PAPERMILL = (
     " -f {input.parameters} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
     " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
 )
-# Several processes share a run through accelerate, without an executed copy.
+# Several processes share a run, without an executed copy. Not `accelerate launch`, which on a CPU
+# starts a single process and says nothing.
 LAUNCH = (
-    shlex.quote(sys.executable) + " -m accelerate.commands.launch --num_machines 1 --mixed_precision no"
-    f" --dynamo_backend no --num_processes {processes} {'' if gpus_of_a_run else '--cpu'} -m lsgs_core.launch"
+    shlex.quote(sys.executable) + " -m torch.distributed.run --standalone"
+    f" --nproc_per_node {processes} -m lsgs_core.launch"
     " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log}.txt 2> {log}.stderr"
     " || {{ cat {log}.stderr >&2; exit 1; }}"
 )

@@ -1,7 +1,7 @@
 """Where a run computes: device, threads, precision, and the processes that share it.
 
-`accelerate launch` (or torchrun) starts a run in several processes, one per GPU or several on a
-CPU. The batch size stays that of the whole step: every process takes its share of each batch, and
+torchrun starts a run in several processes, one per GPU or several on a CPU; so does `accelerate
+launch`, on GPUs alone. The batch size stays that of the whole step: every process takes its share of each batch, and
 sums over pixels, gradients and normalisation statistics are those of the whole batch. So the result
 does not depend on the number of processes, but for rounding, and for dropout, which every process
 draws for itself.
@@ -115,7 +115,7 @@ class Processes:
 
 
 class LaunchedProcesses(Processes):
-    """Processes started by `accelerate launch` or torchrun, or one with another precision.
+    """Processes started by torchrun or `accelerate launch`, or one with another precision.
 
     Args:
         device: Where this process computes.

@@ -1,6 +1,6 @@
 """Runs a notebook's code in several processes, which papermill cannot: one per GPU.
 
-    accelerate launch --num_processes 4 -m lsgs_core.launch notebooks/04_finetuning.ipynb -f p.yaml
+    torchrun --nproc_per_node 4 -m lsgs_core.launch notebooks/04_finetuning.ipynb -f p.yaml
 
 Every process runs all cells; the first one writes files and prints. There is no executed copy.
 """
