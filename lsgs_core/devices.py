@@ -2,9 +2,9 @@
 
 torchrun starts a run in several processes, one per GPU or several on a CPU; so does `accelerate
 launch`, on GPUs alone. The batch size stays that of the whole step: every process takes its share
-of each batch, and sums over pixels, gradients and normalisation statistics are those of the whole batch. So the result
-does not depend on the number of processes, but for rounding, and for dropout, which every process
-draws for itself.
+of each batch, and sums over pixels, gradients and normalisation statistics are those of the whole
+batch. So the result does not depend on the number of processes, but for rounding, and for dropout,
+which every process draws for itself.
 """
 
 from __future__ import annotations
