@@ -7,7 +7,6 @@ without dates, so that equal figures are equal files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +110,12 @@ def composite(
     return stretched.transpose(1, 2, 0)
 
 
+def category_colours(count: int, colours: Sequence[str] = PALETTE) -> list[str]:
+    """The first of some colours; evenly spread hues where there are not enough of them."""
+    few = count <= len(colours)
+    return list(colours)[:count] if few else list(sns.husl_palette(count).as_hex())
+
+
 def category_map(
     axes: Axes,
     ids: NDArray[np.integer],
@@ -133,8 +138,7 @@ def category_map(
     position = np.full(ids.shape, np.nan)
     for index, key in enumerate(keys):
         position[ids == key] = index
-    few = len(keys) <= len(colours)
-    chosen = list(colours)[: len(keys)] if few else sns.husl_palette(len(keys)).as_hex()
+    chosen = category_colours(len(keys), colours)
     norm = BoundaryNorm(np.arange(len(keys) + 1) - 0.5, len(keys))
     axes.imshow(position, cmap=ListedColormap(chosen), norm=norm, extent=extent)
     axes.set_title(title)
@@ -214,52 +218,4 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
         axes[0, 1].set(xlabel="epoch", ylabel="validation IoU")
         axes[0, 1].legend()
     figure.suptitle(title)
-    return figure
-
-
-@dataclass(frozen=True)
-class PredictedPatch:
-    """A patch with what several models or scenarios make of it.
-
-    Attributes:
-        picture: [H, W, 3], from 0 to 1.
-        truth: Class id per pixel, [H, W].
-        known: Labelled pixels, bool [H, W].
-        predictions: Class id per pixel, [H, W], by the title of its panel.
-    """
-
-    picture: NDArray[np.float64]
-    truth: NDArray[np.integer]
-    known: NDArray[np.bool_]
-    predictions: Mapping[str, NDArray[np.integer]]
-
-
-def prediction_maps(patches: Sequence[PredictedPatch], names: Mapping[int, str]) -> Figure:
-    """A row per patch: image, truth, predictions; pixels without a label are drawn pale.
-
-    Args:
-        patches: With the same titles of predictions.
-        names: Name of every class id that is shown; other ids stay white.
-    """
-    titles = ["image", "truth", *patches[0].predictions]
-    figure, axes = plt.subplots(
-        len(patches),
-        len(titles),
-        figsize=(2 * len(titles) + 1.6, 2.15 * len(patches)),
-        squeeze=False,
-    )
-    for row, patch in zip(axes, patches, strict=True):
-        row[0].imshow(patch.picture)
-        category_map(row[1], np.where(patch.known, patch.truth, -1), names, "")
-        for panel, ids in zip(row[2:], patch.predictions.values(), strict=True):
-            category_map(panel, ids, names, "")
-            panel.imshow(np.dstack([np.ones((*patch.known.shape, 3)), ~patch.known * 0.6]))
-    for panel in axes.flat:
-        panel.set_xticks([])
-        panel.set_yticks([])
-        legend = panel.get_legend()
-        if legend is not None and panel is not axes[0, -1]:
-            legend.remove()
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title)
     return figure

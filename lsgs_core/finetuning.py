@@ -18,6 +18,7 @@ from lsgs_core.distortion import score_scenarios
 from lsgs_core.evaluation import evaluate, validation_scores
 from lsgs_core.lora import add_lora, merge_lora, trained_parameters
 from lsgs_core.methods import Evidence, find_method
+from lsgs_core.model_card import CARD, save_model_card
 from lsgs_core.models import Backbone
 from lsgs_core.patches import PatchDataset
 from lsgs_core.settings import TrainingSettings
@@ -84,7 +85,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
     Args:
         start: What this run shares with those of other methods.
         name: Of the method.
-        folder: Where it writes: history.csv, records.csv, weights.safetensors.
+        folder: Where it writes: history.csv, records.csv, weights.safetensors and a model card.
         keep_weights: Write the weights too (low-rank updates merged).
 
     Raises:
@@ -119,7 +120,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
     record = Record(how, {**start.inputs, "code": source_sha256(__name__)}, device)
     paths = [folder / "history.csv", folder / "records.csv"]
     if keep_weights:
-        paths.append(folder / "weights.safetensors")
+        paths += [folder / "weights.safetensors", folder / CARD]
     if all(is_made(path, record) for path in paths):
         return Run(name, load_table(paths[0]), load_table(paths[1]), p, trained)
     tested = start.evidence.scenarios, start.training.classes, start.training.task_kind
@@ -143,6 +144,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
     save_table(paths[0], history, record)
     if keep_weights:
         save_weights(paths[2], model.state_dict(), record)
+        save_model_card(folder, start.training, history, records, record)
     save_table(paths[1], records, record)
     discard_state(folder)
     return Run(name, history, records, p, trained)

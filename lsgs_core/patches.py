@@ -131,6 +131,7 @@ class PatchDataset:
             from this definition.
 
     Attributes:
+        dataset: the definition.
         table: the rows of the patch table that belong to the split.
         patch_ids, block_ids: [N] int64.
         modalities: names, in the order of `Batch.images`.
@@ -153,6 +154,7 @@ class PatchDataset:
         workers: int = 0,
     ) -> None:
         self.folder, self.workers = Path(prepared_folder), workers
+        self.dataset = dataset
         definition = dataset.task(task)
         _expect("split", split, get_args(Split))
         _expect("normalisation", normalisation, get_args(Normalisation))

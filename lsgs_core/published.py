@@ -87,13 +87,13 @@ def published_scoring(
     }
 
 
-def read_evidence(path: Path, scenarios: ScenarioSet) -> Evidence:
+def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
     """Read a scoring, ours or the authors', for the methods that build on it.
 
     Args:
         path: A JSON file with `final_probs` and, where they are there, the fields of
             `published_scoring`. What a file lacks is None, and methods that need it say so.
-        scenarios: Over which it must be, in this order.
+        scenarios: Over which it must be, in this order; None takes those that the file names.
 
     Raises:
         InputError: Not such a file, not a distribution, or over other scenarios.
@@ -101,6 +101,8 @@ def read_evidence(path: Path, scenarios: ScenarioSet) -> Evidence:
     try:
         content = json.loads(path.read_text())
         final = np.asarray(content["final_probs"], dtype=np.float64)
+        if scenarios is None:
+            scenarios = ScenarioSet.of([n for n in content["scenario_names"] if "+" not in n])
         masks = np.asarray(content.get("mask_array", scenarios.masks.astype(int)))
         given = {
             name: np.asarray(content[name], dtype=np.float64) for name in ARRAYS if name in content

@@ -81,6 +81,17 @@ class ScenarioSet:
             for mask in self.masks
         )
 
+    def index(self, available: Sequence[bool]) -> int:
+        """Index of the scenario with just these modalities.
+
+        Raises:
+            InputError: No modality is there, or not one entry per modality.
+        """
+        wanted = np.asarray(available, dtype=bool)
+        if wanted.shape != (len(self.modalities),) or not wanted.any():
+            raise InputError(f"available: expected at least one of {list(self.modalities)}")
+        return int((self.masks == wanted).all(axis=1).argmax())
+
     @property
     def full(self) -> int:
         """Index of the scenario in which every modality is present: the last."""

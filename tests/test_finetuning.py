@@ -1,6 +1,7 @@
 """One run from start to records: resumed when it is done, anew when anything changed."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from test_training import Blobs, small
 from lsgs_core import InputError, ScenarioSet
 from lsgs_core import finetuning as module
 from lsgs_core.artifacts import check
+from lsgs_core.evaluation import scenario_scores
 from lsgs_core.finetuning import Start, finetune
+from lsgs_core.manifest import Licence
 from lsgs_core.methods import METHODS, Evidence
 from lsgs_core.settings import TrainingSettings
 from lsgs_core.sources import imported, source_sha256
@@ -23,6 +26,13 @@ class Patches(Blobs):
     """Blobs with what evaluation asks of a data set."""
 
     classes = ("bright",)
+    size = 16
+    modalities = SCENARIOS.modalities
+    dataset = SimpleNamespace(
+        title="Blobs",
+        citation="",
+        licences=[Licence(covers="all", name="CC0", attribution="nobody")],
+    )
 
     def batches(self, batch_size, order=None):
         return super().batches(batch_size, np.arange(len(self)) if order is None else order)
@@ -115,6 +125,18 @@ def test_runs_of_all_methods_see_the_same_order(start, tmp_path):
     np.testing.assert_array_equal(uniform.records["tp"], same.records["tp"])
     np.testing.assert_array_equal(uniform.history["loss"], same.history["loss"])
     assert (uniform.history["loss"] != other.history["loss"]).any()
+
+
+def test_a_model_card_lies_beside_the_weights(start, tmp_path):
+    run = finetune(start, "full_only", tmp_path)
+    text = (tmp_path / "model_card.md").read_text()
+    for part in ("# network, full_only: Blobs", "CC0. nobody", "10 patches", '"weights": "0"'):
+        assert part in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in SCENARIOS.names]
+    assert [row.split(" | ")[1] for row in rows] == ["0.000"] * 6 + ["1.000"]
+    scores = scenario_scores(run.records.assign(model=""), ["model"])
+    assert [row.split(" | ")[2] for row in rows] == [f"{iou:.3f}" for iou in scores["iou"]]
 
 
 def test_unknown_method(start, tmp_path):

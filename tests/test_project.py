@@ -1,5 +1,6 @@
 """The project's own promises: its files agree with each other and with the README."""
 
+import ast
 import json
 import re
 import subprocess
@@ -10,6 +11,8 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+
+from lsgs_core.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -90,6 +93,19 @@ def test_notebooks_are_committed_as_they_should_be(path):
         assert all(output.output_type == "stream" for output in cell.outputs)
         assert all(output.name == "stdout" for output in cell.outputs)
     assert checked >= 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_of_a_notebook_is_used(path):
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    used = {
+        node.id
+        for cell in cells
+        if "parameters" not in cell.metadata.get("tags", [])
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
+    assert set(notebook_parameters(path)) <= used
 
 
 def test_no_path_of_a_machine_and_no_registry_in_tracked_files():
