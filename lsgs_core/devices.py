@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
-from lsgs_core.sampling import generator
+from lsgs_core.randomness import generator
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -6,6 +6,7 @@ that draw them in the study.
 
 from __future__ import annotations
 
+import html
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ from lsgs_core.sensitivity import smoothing_report
 from lsgs_core.smoothing import rbf_kernel, scenario_descriptors, scenario_probabilities
 
 WIDE: dict[str, Any] = {
-    "style": {"description_width": "14em"},
-    "layout": widgets.Layout(width="28em"),
+    "style": {"description_width": "12em"},
+    "layout": widgets.Layout(width="25em"),
 }
 
 
@@ -77,7 +78,10 @@ def explore(views: Mapping[str, View], live: bool | None = None) -> widgets.Widg
             panels[change.new] = _panel(views[change.new])
         shown.children = [panels[change.new]]
 
-    choice = widgets.Dropdown(options=titles, description="shown", **WIDE)
+    longest = f"{14 + max(map(len, titles)) * 0.6:.0f}em"
+    choice = widgets.Dropdown(
+        options=titles, description="shown", style=WIDE["style"], layout={"width": longest}
+    )
     choice.observe(choose, "value")
     return widgets.VBox([choice, shown] if len(views) > 1 else [shown])
 
@@ -146,11 +150,11 @@ def probability_view(evidence: Evidence) -> View:
     multiple = np.log10(float(given.get("lengthscale", median)) / median)
     ridge = float(given.get("ridge", 1e-3))
     controls: dict[str, widgets.ValueWidget] = {
-        "inverse_temperature": _slider(evidence.inverse_temperature, 0, 8, "inverse temperature τ"),
+        "inverse_temperature": _slider(evidence.inverse_temperature, 0, 4, "inverse temperature τ"),
         "mixing": _slider(evidence.mixing, 0, 1, "mixing γ"),
         "ridge": _logarithmic(ridge, -6, 2, "ridge λ"),
         "lengthscale": _logarithmic(
-            10**multiple, min(-2.0, multiple), max(2.0, multiple), "lengthscale σ / median distance"
+            10**multiple, min(-2.0, multiple), max(2.0, multiple), "σ / median distance"
         ),
         "direction": widgets.Dropdown(
             options={"more where D is high": 1.0, "more where D is low": -1.0},
@@ -158,7 +162,7 @@ def probability_view(evidence: Evidence) -> View:
             description="direction",
             **WIDE,
         ),
-        "smooth": widgets.Checkbox(value=True, description="smooth over the scenarios", **WIDE),
+        "smooth": widgets.Checkbox(value=True, description="smooth with the kernel", indent=False),
     }
     for position, (name, modality) in enumerate(rates.items()):
         rate = _failure_rate(evidence, position)
@@ -189,13 +193,15 @@ def patch_view(predictions: Predictions) -> View:
         ),
     }
     for name, modality in sensors.items():
-        controls[name] = widgets.Checkbox(value=True, description=f"{modality} is there", **WIDE)
+        controls[name] = widgets.Checkbox(
+            value=True, description=f"{modality} is there", indent=False
+        )
     return View(draw, controls)
 
 
 def _panel(view: View) -> widgets.Widget:
     """Controls in columns of three above the figure, which is drawn anew at every change."""
-    picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+    picture = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
     message = widgets.HTML()
     box = widgets.VBox([message, picture])
 
@@ -203,7 +209,7 @@ def _panel(view: View) -> widgets.Widget:
         try:
             figure = view.draw(**{name: control.value for name, control in view.controls.items()})
         except InputError as error:
-            message.value = f"<b>{error}</b>"
+            message.value = f"<b>{html.escape(str(error))}</b>"
             return
         message.value, file = "", io.BytesIO()
         figure.savefig(file, format="png", dpi=100)

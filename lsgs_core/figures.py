@@ -39,22 +39,8 @@ FAMILY_COLOURS = {
 
 
 def use_style() -> None:
-    """Set the style of every figure after this call."""
-    sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE))
-    plt.rcParams.update(
-        {
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 90,
-            "savefig.dpi": 150,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlesize": "medium",
-            "font.size": 10,
-            "legend.frameon": False,
-            "image.interpolation": "nearest",
-            "pdf.fonttype": 42,
-        }
-    )
+    """Set the style of every figure after this call: `figures.mplstyle`."""
+    plt.style.use(Path(__file__).with_suffix(".mplstyle"))
 
 
 def method_title(method: str) -> str:

@@ -32,7 +32,7 @@ from lsgs_core.manifest import (
     ShuffledPatches,
     WholeScenes,
 )
-from lsgs_core.sampling import generator
+from lsgs_core.randomness import generator
 from lsgs_core.separation import PARTS
 
 TABLE = "patches.csv"

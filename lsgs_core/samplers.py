@@ -12,7 +12,8 @@ import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.sampling import check_probabilities, generator
+from lsgs_core.randomness import generator
+from lsgs_core.sampling import check_probabilities
 from lsgs_core.scenarios import ScenarioSet
 
 Probabilities = NDArray[np.float64]

@@ -15,44 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lsgs_core.errors import InputError
-
-# One stream per purpose, so that the scenario of a sample is independent of its augmentation.
-STREAMS = {
-    "scenario": 0,
-    "order": 1,
-    "augmentation": 2,
-    "weights": 3,
-    "dropout": 4,
-    "permutation": 5,
-    "second_scenario": 6,
-    "bootstrap": 7,
-}
-
-
-def generator(stream: str, seed: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
-    """Counter-based generator (Philox) of one purpose, epoch and sample.
-
-    Args:
-        stream: A name in `STREAMS`.
-        seed: Non-negative, below 2^64.
-        epoch: Non-negative.
-        index: Sample index, non-negative.
-
-    Raises:
-        InputError: A negative seed, epoch or index.
-    """
-    if min(seed, epoch, index) < 0:
-        raise InputError(f"seed, epoch, index: expected 0 or more, found {(seed, epoch, index)}")
-    # The lowest counter word counts the blocks that are drawn; the others tell streams apart.
-    counter = [0, index, epoch, STREAMS[stream]]
-    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=counter))
-
-
-def uniform_numbers(
-    stream: str, seed: int, epoch: int, indices: Sequence[int] | NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """One number in [0, 1) for every sample index, float64 [B]."""
-    return np.array([generator(stream, seed, epoch, int(index)).random() for index in indices])
+from lsgs_core.randomness import uniform_numbers
 
 
 def draw_scenarios(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
@@ -25,22 +26,39 @@ SETTING_TITLES = {
 }
 
 
-def distortion_bars(scores: ScenarioScores) -> Figure:
-    """Distortion per scenario with its standard error, on the left of the distance to full."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
-    names = list(scores.scenarios.names)
-    missing = scores.scenarios.missing
-    shades = sns.color_palette("crest", len(scores.scenarios.modalities))
-    colours = [shades[int(number)] for number in missing]
-    axes.bar(names, scores.distortion, yerr=scores.standard_error, color=colours, capsize=3)
-    axes.set_ylabel("distortion D")
-    axes.set_title("Mean squared change of the latent, ± 1 standard error over spatial blocks")
-    handles = [
-        Patch(color=shades[number], label=f"{number} missing")
-        for number in sorted(set(missing.tolist()), reverse=True)
-    ]
-    axes.legend(handles=handles)
-    axes.tick_params(axis="x", rotation=30)
+def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) -> Figure:
+    """A row per scenario: which modalities it has, how much it distorts, how often it is drawn.
+
+    Bars of the distortion have one standard error, clustered by spatial block.
+    """
+    scenarios = scores.scenarios
+    rows, masks = np.arange(len(scenarios)), scenarios.masks
+    shades = sns.color_palette("crest", len(scenarios.modalities))
+    colours = [shades[int(number)] for number in scenarios.missing]
+    figure, axes = plt.subplots(
+        1,
+        3,
+        figsize=(9, 0.8 + 0.32 * len(rows)),
+        width_ratios=(1, 2.2, 2.2),
+        sharey=True,
+        layout=ConstrainedLayoutEngine(w_pad=0.1),
+    )
+    row, column = np.nonzero(masks)
+    axes[0].scatter(column, row, s=90, color="#262626")
+    row, column = np.nonzero(~masks)
+    axes[0].scatter(column, row, s=90, facecolors="none", edgecolors="#999999")
+    axes[0].set_xticks(range(len(scenarios.modalities)), scenarios.modalities)
+    axes[0].set_yticks(rows, scenarios.names)
+    axes[0].set(title="1  what is there", xlim=(-0.6, len(scenarios.modalities) - 0.4))
+    axes[1].barh(rows, scores.distortion, xerr=scores.standard_error, color=colours, capsize=2)
+    axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
+    axes[2].barh(rows, result.probabilities, color=colours)
+    axes[2].plot(result.prior, rows, color="#262626", linestyle="--", label="uniform")
+    axes[2].set(title="3  how often training draws it", xlabel="probability p")
+    axes[2].legend(loc="lower right")
+    axes[0].invert_yaxis()
+    handles = [Patch(color=shade, label=f"{n} missing") for n, shade in enumerate(shades)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 

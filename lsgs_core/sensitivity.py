@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lsgs_core.sampling import generator
+from lsgs_core.randomness import generator
 from lsgs_core.smoothing import (
     rbf_kernel,
     scenario_probabilities,

@@ -30,7 +30,8 @@ from lsgs_core.lora import training_mode
 from lsgs_core.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.patches import PatchDataset
-from lsgs_core.sampling import ScenarioSampler, draw_scenarios, generator, uniform_numbers
+from lsgs_core.randomness import generator, uniform_numbers
+from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.settings import TrainingSettings
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lsgs_core.errors import InputError
-from lsgs_core.sampling import FixedSampler, draw_scenarios, generator, uniform_numbers
+from lsgs_core.randomness import generator, uniform_numbers
+from lsgs_core.sampling import FixedSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.smoothing import rbf_kernel, scenario_probabilities, total_variation
 

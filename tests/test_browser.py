@@ -1,0 +1,149 @@
+"""Notebooks 03 and 05 in JupyterLab, as a person uses them: in a real browser.
+
+Needs Chromium (Debian's package `chromium`, or any on the PATH). Screenshots of the last run are
+kept in `work/screenshots`.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from lsgs_core.study import ROOT
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+SCREENSHOTS = ROOT / "work" / "screenshots"
+TOKEN = "explore"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+PICTURE = ".widget-image"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the notebooks with the smoke runs that 03 and 05 read."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("notebooks", "data_manifest.yaml", "results"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+    downloads = folder / "work" / "downloads"
+    shutil.copytree(ROOT / "work" / "downloads" / "demo", downloads / "demo")
+    for name in ("01_data_preparation", "02_pretraining_check", "03_scenario_scoring"):
+        _run(folder, name)
+    _run(folder, "04_finetuning", methods="uniform,lsgs")
+    return folder
+
+
+def _run(folder: Path, name: str, **parameters: str) -> None:
+    notebooks = folder / "notebooks"
+    executed = folder / "work" / f"{name}.ipynb"
+    papermill.execute_notebook(
+        notebooks / f"{name}.ipynb", executed, parameters, cwd=notebooks, progress_bar=False
+    )
+
+
+@pytest.fixture(scope="module")
+def address(checkout):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
+    command += [f"--port={port}", f"--IdentityProvider.token={TOKEN}", "notebooks"]
+    environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    log = (checkout / "lab.txt").open("w")
+    server = subprocess.Popen(command, cwd=checkout, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(timeout=20)
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def page():
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def run_all(page: Page, address: str, notebook: str) -> float:
+    """Open a notebook and run all its cells; return the seconds until the last picture is there."""
+    start = time.monotonic()
+    page.goto(f"{address}/lab/tree/{notebook}.ipynb?token={TOKEN}&reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(PICTURE).first.wait_for(state="attached", timeout=240_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    assert (
+        page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
+        == 0
+    )
+    if (no := page.get_by_role("button", name="No", exact=True)).is_visible():
+        no.click()  # to news from Jupyter
+    page.keyboard.press("Control+b")  # hides the list of files
+    show_picture(page)
+    return time.monotonic() - start
+
+
+def show_picture(page: Page) -> None:
+    """Scroll so that the picture ends at the lower edge of the window."""
+    page.locator(PICTURE).first.evaluate("picture => picture.scrollIntoView({block: 'end'})")
+    page.wait_for_timeout(1000)
+
+
+def redrawn(page: Page, act) -> float:
+    """Do something to a control; return the seconds until the picture is another one."""
+    picture = page.locator(PICTURE).first
+    before = picture.get_attribute("src")
+    start = time.monotonic()
+    act()
+    expect(picture).not_to_have_attribute("src", before, timeout=20_000)
+    return time.monotonic() - start
+
+
+def test_settings_of_the_method_are_explored(page, address):
+    took = run_all(page, address, "03_scenario_scoring")
+    page.screenshot(path=SCREENSHOTS / "03_before.png")
+    handle = page.get_by_role("slider").first
+
+    def push():
+        handle.focus()
+        for _ in range(5):
+            handle.press("PageUp")
+
+    seconds = redrawn(page, push)
+    show_picture(page)
+    page.screenshot(path=SCREENSHOTS / "03_explored.png")
+    print(f"03: first picture after {took:.1f} s, redrawn in {seconds:.2f} s")
+
+
+def test_sensors_are_switched_off(page, address):
+    took = run_all(page, address, "05_evaluation")
+    page.screenshot(path=SCREENSHOTS / "05_before.png")
+    seconds = redrawn(page, page.get_by_label("NIR is there").uncheck)
+    show_picture(page)
+    page.screenshot(path=SCREENSHOTS / "05_explored.png")
+    print(f"05: first picture after {took:.1f} s, redrawn in {seconds:.2f} s")
