@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +23,14 @@ import psutil
 from lsgs_core.artifacts import sidecar_path
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
+from lsgs_core.manifest import Dataset, load_manifest
 from lsgs_core.reproduction import compare, only
 from lsgs_core.tiers import StudyFolder, Tier, load_tier
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
-TABLES, FIGURES = {".csv", ".xz", ".json"}, {".png", ".pdf"}
+TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md"}, {".png", ".pdf"}
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 
@@ -170,9 +171,24 @@ def publish(tier: Tier) -> list[Path]:
     }
     with written_beside(beside / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=2) + "\n")
+    manifest = load_manifest(ROOT / "data_manifest.yaml")
+    with written_beside(beside / "NOTICE.txt") as temporary:
+        temporary.write_text(_notice({n: manifest.dataset(n) for n in tier.grid.datasets}), "utf-8")
     shutil.rmtree(target, ignore_errors=True)
     beside.replace(target)
     return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+def _notice(datasets: Mapping[str, Dataset]) -> str:
+    """Under which licences pictures, labels and predictions of these data sets are."""
+    lines = ["Pictures, labels, predictions and networks here are derived from these data,"]
+    lines += ["and are passed on under their licences.", ""]
+    for name, dataset in datasets.items():
+        lines.append(f"{name}: {dataset.title}")
+        lines += [
+            f"  {entry.covers}: {entry.name}. {entry.attribution}." for entry in dataset.licences
+        ]
+    return "\n".join([*lines, ""])
 
 
 def end_orphans(root: Path) -> int:

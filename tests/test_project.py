@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architecture
 import nbformat
 import pandas as pd
 import pytest
 import yaml
 
+from lsgs_core.methods import METHODS
 from lsgs_core.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,16 @@ def make(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "Snakefile"])
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "results/README.md",
+    "results/FINDINGS.md",
+    "profiles/slurm/README.md",
+]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "Snakefile"])
 def test_make_commands_that_are_named_exist(document):
     text = (ROOT / document).read_text()
     commands = set(re.findall(r"`?\bmake ((?:[a-z]+-?)+(?: [A-Z]+=\w+)*)`", text))
@@ -69,10 +80,26 @@ def test_ci_runs_the_readmes_test_command():
     assert "```sh\nmake study\nmake test\n```" in (ROOT / "README.md").read_text()
 
 
-def test_files_that_the_readme_names_are_there():
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_documents_name_are_there(document):
+    path = ROOT / document
+    for named in re.findall(r"\]\((?!http|#)([^)]+)\)", path.read_text()):
+        assert (path.parent / named).exists(), named
+
+
+def test_the_readmes_methods_are_those_there_are():
+    rows = [
+        f"| `{name}` | {method.title} | {method.about.rstrip('.')} |"
+        for name, method in METHODS.items()
+    ]
     text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
-        assert (ROOT / path).exists(), path
+    assert [line for line in text.splitlines() if line in rows] == rows
+
+
+def test_the_readmes_diagram_is_that_of_the_imports():
+    """And there is no circle: data flows one way (`diagram` raises otherwise)."""
+    assert architecture.modules() == set(architecture.GROUP_OF)
+    assert architecture.in_readme() == architecture.diagram()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -138,10 +165,10 @@ def test_the_mathematics_knows_nothing_of_files_or_torch():
         assert not re.search(r"lsgs_core\.(patches|manifest|rasters|folds)", text), path.name
 
 
-def test_the_readmes_figures_are_the_committed_results():
+def test_the_tables_figures_are_the_committed_results():
     folder = ROOT / "results" / "demo" / "evaluation"
     summary = pd.read_csv(folder / "summary.csv")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "results" / "README.md").read_text()
     rows = re.findall(
         r"^\| (\w+) \| ([\w -]+) \| ([\d.]+) \| ([\d.]+) \((\S+)\) \| ([\d.]+) \|", text, re.M
     )
@@ -153,10 +180,10 @@ def test_the_readmes_figures_are_the_committed_results():
     assert f"says yes everywhere has {trivial:.3f}" in text
 
 
-def test_the_readmes_times_are_the_committed_benchmark():
+def test_the_tables_times_are_the_committed_benchmark():
     folder = ROOT / "results" / "benchmarks"
     table = pd.read_csv(folder / "ratios.csv")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "results" / "README.md").read_text()
     rows = re.findall(
         r"^\| (scoring|training) \| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M
     )

@@ -60,13 +60,19 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     save_table(folder / "summary.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
     save_table(folder / "records.csv.xz", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
     (folder / "figure.png").write_bytes(b"png")
+    (folder / "predictions_demo.npz").write_bytes(b"npz")
+    shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
     (folder / "weights.safetensors").write_bytes(b"large")
     stale = tmp_path / "results" / "smoke" / "old.csv"
     stale.parent.mkdir(parents=True)
     stale.write_text("old")
     names = {path.relative_to(tmp_path / "results" / "smoke").as_posix() for path in publish(tier)}
-    expected = {"summary.csv", "records.csv.xz", "figure.png"}
-    assert names == {f"evaluation/{name}" for name in expected} | {"provenance.json"}
+    expected = {"summary.csv", "records.csv.xz", "figure.png", "predictions_demo.npz"}
+    own = {"provenance.json", "NOTICE.txt"}
+    assert names == {f"evaluation/{name}" for name in expected} | own
+    notice = (tmp_path / "results" / "smoke" / "NOTICE.txt").read_text()
+    assert "ODbL" in notice
+    assert "© OpenStreetMap contributors" in notice
     assert not stale.exists()
     provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
     assert provenance["command"] == "make study TIER=smoke"
