@@ -54,18 +54,21 @@ def is_live() -> bool:
     return "JPY_SESSION_NAME" in os.environ
 
 
-def explore(views: Mapping[str, View], live: bool | None = None) -> widgets.Widget | None:
+def explore(views: Mapping[str, View], live: bool) -> widgets.Widget | None:
     """Show the first of some views, with controls and a choice of the others where it is live.
 
     Args:
         views: By title.
-        live: None asks `is_live`.
+        live: Whether a person looks on.
 
     Returns:
         What is shown when live. Otherwise None: the figure is left open, as notebooks show it.
     """
     titles = list(views)
-    if not (is_live() if live is None else live):
+    if not titles:
+        print("nothing to show: no such file was written, and none is committed")
+        return None
+    if not live:
         first = views[titles[0]]
         print("shown:", titles[0])
         first.draw(**{name: control.value for name, control in first.controls.items()})
@@ -86,31 +89,36 @@ def explore(views: Mapping[str, View], live: bool | None = None) -> widgets.Widg
     return widgets.VBox([choice, shown] if len(views) > 1 else [shown])
 
 
-def show_probabilities(paths: Sequence[Path], live: bool | None = None) -> widgets.Widget | None:
+def show_probabilities(
+    own: Sequence[Path], committed: Sequence[Path], live: bool | None = None
+) -> widgets.Widget | None:
     """Explore how p follows from stored distortions: every setting of the method is a control.
 
     Args:
-        paths: Of `probabilities.json`, the first one shown first; those that are not there are left
-            out, but one must be.
-        live: As in `explore`.
+        own: `probabilities.json` of this run, as far as they are there.
+        committed: Further ones, offered where a person looks on.
+        live: None asks `is_live`.
 
     Raises:
-        InputError: None of the files is there, or one is no scoring.
+        InputError: A file is no scoring.
     """
-    return explore({t: probability_view(read_evidence(path)) for t, path in _there(paths)}, live)
+    return _show(own, committed, lambda path: probability_view(read_evidence(path)), live)
 
 
-def show_predictions(paths: Sequence[Path], live: bool | None = None) -> widgets.Widget | None:
+def show_predictions(
+    own: Sequence[Path], committed: Sequence[Path], live: bool | None = None
+) -> widgets.Widget | None:
     """Explore predictions: choose patch, network and method, and switch sensors off.
 
     Args:
-        paths: Of `predictions_<data set>.npz`, as in `show_probabilities`.
-        live: As in `explore`.
+        own: `predictions_<data set>.npz` of this run, as in `show_probabilities`.
+        committed: Further ones.
+        live: As in `show_probabilities`.
 
     Raises:
-        InputError: As in `show_probabilities`.
+        InputError: A file holds no predictions.
     """
-    return explore({t: patch_view(load_predictions(path)) for t, path in _there(paths)}, live)
+    return _show(own, committed, lambda path: patch_view(load_predictions(path)), live)
 
 
 def probability_view(evidence: Evidence) -> View:
@@ -225,12 +233,16 @@ def _panel(view: View) -> widgets.Widget:
     return widgets.VBox([widgets.HBox(columns, layout=layout), box])
 
 
-def _there(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The files that there are, with their paths as titles."""
-    found = [path for path in paths if path.is_file()]
-    if not found:
-        raise InputError(f"{[str(path) for path in paths]}: expected one of these to be there")
-    return [(path.as_posix().replace("../", ""), path) for path in found]
+def _show(
+    own: Sequence[Path],
+    committed: Sequence[Path],
+    view: Callable[[Path], View],
+    live: bool | None,
+) -> widgets.Widget | None:
+    looked_on = is_live() if live is None else live
+    # What stands still is part of a run's record, so other runs have no place in it.
+    paths = [path for path in [*own, *(committed if looked_on else [])] if path.is_file()]
+    return explore({path.as_posix().replace("../", ""): view(path) for path in paths}, looked_on)
 
 
 def _failure_rate(evidence: Evidence, modality: int) -> float:

@@ -104,13 +104,19 @@ def test_a_change_draws_anew_and_bad_input_says_so():
 def test_stands_still_where_nobody_looks_on(published, tmp_path, monkeypatch, capsys):  # noqa: F811
     path, content, _ = published
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert show_probabilities([tmp_path / "absent.json", path]) is None
+    assert show_probabilities([tmp_path / "absent.json", path], []) is None
     assert "probabilities.json" in capsys.readouterr().out
     np.testing.assert_allclose(drawn_probabilities(plt.gcf()), content["final_probs"], atol=2e-3)
+    plt.close("all")
+    assert show_probabilities([], [path]) is None  # others' results are not this run's
+    assert "nothing to show" in capsys.readouterr().out
+    assert not plt.get_fignums()
     monkeypatch.setenv("JPY_SESSION_NAME", "03_scenario_scoring.ipynb")
-    assert isinstance(show_probabilities([path]), widgets.VBox)
-    with pytest.raises(InputError, match="one of these"):
-        show_probabilities([tmp_path / "absent.json"])
+    assert isinstance(show_probabilities([], [path]), widgets.VBox)
+    assert show_probabilities([tmp_path / "absent.json"], []) is None
+    path.write_text("{}")
+    with pytest.raises(InputError, match="scoring"):
+        show_probabilities([path], [])
 
 
 def descendants(widget: widgets.Widget):
