@@ -210,13 +210,10 @@ def test_sensors_are_switched_off(stored, tmp_path):
     known = (predictions.truth[0] != UNKNOWN) & (found != UNKNOWN)
     share = (found == predictions.truth[0])[known].mean()
     assert any(title.startswith(f"{share:.0%} right") for title in titles)
-    shown = show_predictions(
-        [
-            save_predictions(tmp_path / f"predictions_{n}.npz", predictions, Record({}))
-            for n in "ab"
-        ],
-        live=True,
-    )
+    paths = [tmp_path / f"predictions_{name}.npz" for name in "ab"]
+    for path in paths:
+        save_predictions(path, predictions, Record({}))
+    shown = show_predictions(paths[:1], paths[1:], live=True)
     boxes = [w for w in descendants(shown) if isinstance(w, widgets.Checkbox)]
     message = next(w for w in descendants(shown) if isinstance(w, widgets.HTML))
     for box in boxes:
