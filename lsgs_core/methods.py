@@ -83,6 +83,11 @@ class Evidence:
         return FixedSampler(result.probabilities)
 
 
+def without_evidence(scenarios: ScenarioSet) -> Evidence:
+    """What is known before anything was scored: for methods that ask for nothing."""
+    return Evidence(scenarios, np.full(len(scenarios), 1 / len(scenarios)))
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to fine-tune.
