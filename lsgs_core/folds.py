@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lsgs_core.block_folds import add_blocks, block_parts, check_lengths, tiles
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
-from lsgs_core.manifest import (
+from lsgs_core.fold_kinds import (
     DiagonalBlocks,
     Folds,
     OfficialSplit,

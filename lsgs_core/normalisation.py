@@ -12,7 +12,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.folds import TABLE, read_patch_table
 from lsgs_core.manifest import Dataset
-from lsgs_core.rasters import Prepared, matching_record, open_prepared
+from lsgs_core.prepared import Prepared, matching_record, open_prepared
 from lsgs_core.schema import Strict
 from lsgs_core.separation import coverage
 

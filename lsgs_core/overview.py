@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lsgs_core.figures import composite, scene_overview
 from lsgs_core.labels import code_names, single_codes
 from lsgs_core.manifest import Dataset
-from lsgs_core.rasters import LABELS, matching_record, read_overview
+from lsgs_core.prepared import LABELS, matching_record, open_prepared
 from lsgs_core.separation import split_roles
 
 
@@ -39,3 +40,20 @@ def first_scene(dataset: Dataset, prepared_folder: Path, table: pd.DataFrame, fo
         pixel_size * factor,
         unit,
     )
+
+
+def read_overview(path: Path, largest: int = 1000) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return a prepared raster made small, by nearest neighbours so that label codes stay codes.
+
+    Args:
+        path: Of the raster.
+        largest: Longer side of what is returned, in pixels, where the raster is larger.
+
+    Returns:
+        Bands [D, h, w], where there are data [h, w] bool, and pixels of the raster along one here.
+    """
+    with open_prepared(path) as raster:
+        factor = max(1.0, max(raster.shape) / largest)
+        shape = tuple(max(1, round(length / factor)) for length in raster.shape)
+        bands = raster.read(out_shape=(raster.count, *shape))
+        return bands, raster.read_masks(1, out_shape=shape) > 0, factor

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
+from lsgs_core.fold_kinds import DiagonalBlocks, Patches
 from lsgs_core.folds import (
     TABLE,
     LabelledScene,
@@ -28,15 +29,9 @@ from lsgs_core.folds import (
     write_patch_table,
 )
 from lsgs_core.labels import membership
-from lsgs_core.manifest import Dataset, DiagonalBlocks, Patches
+from lsgs_core.manifest import Dataset
 from lsgs_core.normalisation import data_hashes, fold_statistics
-from lsgs_core.rasters import (
-    LABELS,
-    PreparedScene,
-    matching_record,
-    open_prepared,
-    open_quietly,
-)
+from lsgs_core.prepared import LABELS, PreparedScene, matching_record, open_prepared, open_quietly
 from lsgs_core.schema import validated
 from lsgs_core.separation import check_separation
 

@@ -7,15 +7,12 @@ the source and with an internal mask of the pixels that the modality sees, and `
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import rasterio
-from pydantic import ValidationError
-from rasterio.errors import RasterioError
 from rasterio.windows import Window
 from tqdm.auto import tqdm
 
@@ -24,70 +21,13 @@ from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.labels import code_names, membership, open_labels
 from lsgs_core.manifest import Dataset, Difference, FileBand, Slope
+from lsgs_core.prepared import LABELS, Prepared, PreparedScene, load_prepared, write_record
 from lsgs_core.raw_files import Scene, find_scenes
-from lsgs_core.schema import Strict
-from lsgs_core.separation import Place
 
-RECORD = "prepared.json"
-LABELS = "labels"
 # A patch of 224 pixels reads half as much of small tiles; Zstandard is as small as deflate here and
 # three times as fast to write, and twice to read.
 PROFILE = {"driver": "GTiff", "tiled": True, "blockxsize": 128, "blockysize": 128}
 PROFILE |= {"compress": "zstd", "zstd_level": 1, "BIGTIFF": "IF_SAFER"}
-
-
-class PreparedScene(Strict):
-    """What one scene was made from and what came out; hashes by path relative to its folder."""
-
-    raw: dict[str, str]
-    outputs: dict[str, str]
-    height: int
-    width: int
-    crs: str | None
-    transform: tuple[float, float, float, float, float, float]
-    modalities: list[str]  # those that are not absent
-    labelled_pixels: int
-    label_pixels: dict[str, int]  # pixels per label value, more in all where values overlap
-    unseen_pixels: dict[str, int]  # pixels without data, per modality
-
-    @property
-    def place(self) -> Place:
-        """Return where the scene lies."""
-        return Place((self.height, self.width), self.crs, rasterio.Affine(*self.transform))
-
-    @property
-    def pixel_size(self) -> tuple[float, str]:
-        """Return the width of a pixel and its unit, as maps show it."""
-        if self.crs is None:
-            return 1.0, "pixels"
-        if rasterio.crs.CRS.from_wkt(self.crs).is_geographic:
-            return self.transform[0], "degrees"
-        return self.transform[0] / 1000, "km"
-
-
-class Prepared(Strict):
-    """The content of `prepared.json`."""
-
-    definition: dict[str, Any]
-    scenes: dict[str, PreparedScene]
-
-    def summary(self) -> pd.DataFrame:
-        """Return a row per scene: its size, labelled pixels, and what part each modality sees."""
-        rows = []
-        for name, made in self.scenes.items():
-            pixels = made.height * made.width
-            row = {"scene": name, "rows": made.height, "columns": made.width}
-            row |= {"labelled": made.labelled_pixels / pixels}
-            rows.append(row | {f"{m} sees": 1 - n / pixels for m, n in made.unseen_pixels.items()})
-        return pd.DataFrame(rows)
-
-
-def load_prepared(folder: Path) -> Prepared | None:
-    """Return the record of a prepared folder, None when there is no readable one."""
-    try:
-        return Prepared.model_validate_json((Path(folder) / RECORD).read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepared:
@@ -130,7 +70,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
         if absent := dataset.labels.not_in(found):
             raise InputError(f"labels.values: {absent} occur in no scene of {raw_folder}")
         if pending:
-            _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+            write_record(Prepared(definition=definition, scenes=done), prepared_folder)
         total = sum(len(grids[scene.name].windows()) for scene in pending)
         with tqdm(total=total, desc="align", unit="window") as bar:
             written, took = 0.0, 0.0
@@ -143,23 +83,13 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
                 # is not written after each, or the writing would take most of the time.
                 start = time.monotonic()
                 if start - written > 10 * took:
-                    _write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+                    write_record(Prepared(definition=definition, scenes=done), prepared_folder)
                     written = time.monotonic()
                     took = written - start
     ordered = {name: done[name] for name in scenes}
     if list(ordered) != list(previous.scenes if previous else {}) or pending:
-        _write_record(Prepared(definition=definition, scenes=ordered), prepared_folder)
+        write_record(Prepared(definition=definition, scenes=ordered), prepared_folder)
     return Prepared(definition=definition, scenes=ordered)
-
-
-def matching_record(folder: Path, dataset: Dataset) -> Prepared:
-    """Return the record of a prepared folder. Raises `InputError` if made from another manifest."""
-    record = load_prepared(folder)
-    if record is None:
-        raise InputError(f"{folder}: is not a prepared folder")
-    if record.definition != dataset.raster_definition():
-        raise InputError(f"{folder}: was prepared from another definition; prepare it again")
-    return record
 
 
 def check_scene(dataset: Dataset, scene: Scene) -> tuple[Grid, set[str]]:
@@ -183,50 +113,9 @@ def check_scene(dataset: Dataset, scene: Scene) -> tuple[Grid, set[str]]:
     return grid, {name for name, there in zip(names, found, strict=True) if there}
 
 
-def read_overview(path: Path, largest: int = 1000) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return a prepared raster made small, by nearest neighbours so that label codes stay codes.
-
-    Args:
-        path: Of the raster.
-        largest: Longer side of what is returned, in pixels, where the raster is larger.
-
-    Returns:
-        Bands [D, h, w], where there are data [h, w] bool, and pixels of the raster along one here.
-    """
-    with open_prepared(path) as raster:
-        factor = max(1.0, max(raster.shape) / largest)
-        shape = tuple(max(1, round(length / factor)) for length in raster.shape)
-        bands = raster.read(out_shape=(raster.count, *shape))
-        return bands, raster.read_masks(1, out_shape=shape) > 0, factor
-
-
-@contextmanager
-def open_prepared(path: Path) -> Any:
-    """Open a prepared raster for reading. Raises `InputError` when there is none."""
-    with rasterio.Env(**ENVIRONMENT):
-        try:
-            raster = open_quietly(path)
-        except RasterioError as error:
-            raise InputError(f"{path}: is not prepared: {error}") from error
-        with raster:
-            yield raster
-
-
-def open_quietly(path: Path) -> Any:
-    """Open a raster for reading, without a warning where it has no georeference."""
-    with quietly():
-        return rasterio.open(path)
-
-
 def _sha256(path: Path) -> str:
     """Return the hash of a file, "" when there is none."""
     return file_sha256(path) if path.is_file() else ""
-
-
-def _write_record(record: Prepared, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_beside(folder / RECORD) as path:
-        path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
 
 class _Modality:

@@ -13,8 +13,8 @@ START, END = "```mermaid\n", "```\n"
 GROUPS = {
     "foundations": "errors files sources randomness devices artifacts",
     "scenarios": "scenarios",
-    "data": "schema manifest label_kinds fetch raw_files alignment labels rasters folds block_folds"
-    " separation normalisation patches batch data_check",
+    "data": "schema manifest label_kinds fold_kinds fetch raw_files alignment labels prepared"
+    " rasters folds block_folds separation normalisation patches batch data_check",
     "models": "models hooked lora",
     "distortion": "distortion",
     "smoothing": "smoothing sensitivity",

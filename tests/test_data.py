@@ -25,20 +25,14 @@ from lsgs_core import fetch as fetching
 from lsgs_core import patches as patches_module
 from lsgs_core.errors import InputError
 from lsgs_core.fetch import fetch
+from lsgs_core.fold_kinds import DiagonalBlocks, OfficialSplit, Patches
 from lsgs_core.folds import LabelledScene, default_split, leaks, read_patch_table
 from lsgs_core.label_kinds import Labels
-from lsgs_core.manifest import (
-    Dataset,
-    DiagonalBlocks,
-    Manifest,
-    OfficialSplit,
-    PackageSource,
-    Patches,
-    load_manifest,
-)
+from lsgs_core.manifest import Dataset, Manifest, PackageSource, load_manifest
 from lsgs_core.normalisation import fold_statistics
 from lsgs_core.patches import PatchDataset, make_patches
-from lsgs_core.rasters import load_prepared, prepare
+from lsgs_core.prepared import load_prepared
+from lsgs_core.rasters import prepare
 from lsgs_core.schema import Strict, validated
 from lsgs_core.separation import check_separation, coverage
 

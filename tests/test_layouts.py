@@ -25,8 +25,9 @@ from scipy.ndimage import distance_transform_cdt, map_coordinates
 from lsgs_core import InputError, ScenarioSet, alignment, build_backbone, rasters, score_scenarios
 from lsgs_core.data_check import check_data, main
 from lsgs_core.evaluation import AlwaysPositive, evaluate
+from lsgs_core.fold_kinds import OfficialSplit, Patches, ShuffledPatches
 from lsgs_core.folds import LabelledScene, _shuffled_parts, leaks, patch_table
-from lsgs_core.manifest import Dataset, OfficialSplit, Patches, ShuffledPatches, load_manifest
+from lsgs_core.manifest import Dataset, load_manifest
 from lsgs_core.patches import PatchDataset, make_patches
 from lsgs_core.rasters import prepare
 from lsgs_core.sampling import FixedSampler
