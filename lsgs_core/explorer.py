@@ -254,26 +254,26 @@ def _failure_rate(evidence: Evidence, modality: int) -> float:
     return without / both if both else 0.5
 
 
-def _slider(value: float, low: float, high: float, title: str) -> widgets.FloatSlider:
-    return widgets.FloatSlider(
+def _slider(
+    value: float,
+    low: float,
+    high: float,
+    title: str,
+    kind: type[widgets.ValueWidget] = widgets.FloatSlider,
+    step: float = 0.05,
+    readout_format: str = ".2f",
+) -> widgets.ValueWidget:
+    return kind(
         value=value,
         min=low,
         max=high,
-        step=0.05,
+        step=step,
         description=title,
+        readout_format=readout_format,
         continuous_update=False,
         **WIDE,
     )
 
 
-def _logarithmic(value: float, low: float, high: float, title: str) -> widgets.FloatLogSlider:
-    return widgets.FloatLogSlider(
-        value=value,
-        min=low,
-        max=high,
-        step=0.1,
-        description=title,
-        continuous_update=False,
-        readout_format=".3g",
-        **WIDE,
-    )
+def _logarithmic(value: float, low: float, high: float, title: str) -> widgets.ValueWidget:
+    return _slider(value, low, high, title, widgets.FloatLogSlider, 0.1, ".3g")
