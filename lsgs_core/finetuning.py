@@ -105,7 +105,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
             start.evidence,
             seed=start.seed,
             epochs=settings.epochs,
-            steps=settings.epochs * -(-len(start.training) // settings.batch_size),
+            steps=settings.epochs * len(settings.batch_sizes(len(start.training))),
             measure=lambda: _scored_again(start, model),
         )
     )

@@ -42,6 +42,18 @@ class TrainingSettings:
     accumulation: int = 1
     precision: Precision = "float32"
 
+    def batch_sizes(self, patches: int) -> list[int]:
+        """Patches of every step of an epoch.
+
+        A single one that is left over joins the batch before: batch normalisation has no variance
+        over one sample where the features have shrunk to one pixel.
+        """
+        size = self.batch_size
+        sizes = [min(size, patches - start) for start in range(0, patches, size)]
+        if len(sizes) > 1 and sizes[-1] == 1 < size:
+            sizes[-2:] = [size + 1]
+        return sizes
+
     def __post_init__(self) -> None:
         """Check the values.
 

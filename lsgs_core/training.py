@@ -93,7 +93,7 @@ def train(
         folder / STATE, json.dumps(whole, sort_keys=True), processes, processes.wrap(objective),
     )  # fmt: skip
     reached = run.restore()
-    steps = -(-len(dataset) // settings.batch_size)
+    steps = len(settings.batch_sizes(len(dataset)))
     done, total = len(reached.history) * steps + reached.step, settings.epochs * steps
     hidden = not progress or processes.rank > 0
     with tqdm(initial=done, total=total, unit="step", desc="training", disable=hidden) as bar:
@@ -253,8 +253,9 @@ class _Run:
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
         """This process's share of every batch from the first on, in the parts of accumulation."""
-        size, count = self.settings.batch_size, self.processes.count
-        whole = [order[start : start + size] for start in range(0, len(order), size)][first:]
+        count = self.processes.count
+        ends = np.cumsum(self.settings.batch_sizes(len(order)))
+        whole = np.split(order, ends[:-1])[first:]
         # As many parts in every process, though shares may differ by a patch.
         numbers = [min(self.settings.accumulation, len(batch) // count) for batch in whole]
         shares = map(self.processes.mine, whole)
@@ -337,8 +338,8 @@ def _check_shares(patches: int, settings: TrainingSettings, count: int) -> None:
     Raises:
         InputError: There are more processes than patches in a batch, or in the last one.
     """
-    last = patches % settings.batch_size or settings.batch_size
-    if min(last, settings.batch_size) < count:
+    last = min(settings.batch_sizes(patches))
+    if last < count:
         raise InputError(
             f"batch_size: {settings.batch_size} of {patches} patches leave a batch of {last} for "
             f"{count} processes; expected at least a patch for each"

@@ -259,6 +259,28 @@ def test_bad_settings(change, field):
         replace(SETTINGS, **change)
 
 
+@pytest.mark.parametrize(
+    ("patches", "size", "sizes"),
+    [
+        (8, 4, [4, 4]),
+        (10, 4, [4, 4, 2]),
+        (9, 4, [4, 5]),
+        (3, 4, [3]),
+        (1, 4, [1]),
+        (3, 1, [1, 1, 1]),
+    ],
+)
+def test_a_single_patch_left_over_joins_the_batch_before(patches, size, sizes):
+    assert TrainingSettings(epochs=1, batch_size=size).batch_sizes(patches) == sizes
+
+
+def test_one_patch_more_than_whole_batches_is_trained_on(tmp_path):
+    """CMX shrinks 32 pixels to one, and batch normalisation needs more than one value."""
+    _, history = run(tmp_path, patches=Blobs(9), settings=replace(SETTINGS, epochs=1))
+    assert np.isfinite(history["loss"]).all()
+    assert history.filter(like="drawn:").sum(axis=1)[0] == pytest.approx(1)
+
+
 def test_symmetries_move_images_and_targets_alike():
     batch = next(Blobs(8).batches(8, np.arange(8)))
     moved = turned(batch, np.arange(8) / 8)
