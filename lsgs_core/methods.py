@@ -111,6 +111,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+# So improbable that it is never drawn, unless nothing else can be: in the 2^53 numbers that a draw
+# can take, 1e-16 is less than one.
+NEVER = 1e-16
 
 
 def method(
@@ -228,8 +231,9 @@ def inverse_strong(evidence: Evidence) -> ScenarioSampler:
 
 @method("full only", "positive control")
 def full_only(evidence: Evidence) -> ScenarioSampler:
-    """No modality is ever missing: a positive control, which must come out worse."""
-    return FixedSampler(np.eye(len(evidence.scenarios))[evidence.scenarios.full])
+    """All modalities that a patch has files of: a positive control, which must come out worse."""
+    weights = NEVER ** evidence.scenarios.missing.astype(np.float64)
+    return FixedSampler(weights / weights.sum())
 
 
 @method("Bernoulli", "uniform")

@@ -7,6 +7,7 @@ import pytest
 
 from lsgs_core import InputError, ScenarioSet
 from lsgs_core.methods import METHODS, Evidence, find_method
+from lsgs_core.sampling import draw_scenarios
 from lsgs_core.smoothing import scenario_probabilities
 
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
@@ -53,7 +54,10 @@ def test_what_is_drawn_from():
     np.testing.assert_allclose(p("uniform"), 1 / 7)
     np.testing.assert_allclose(p("uniform_again"), 1 / 7)
     np.testing.assert_allclose(p("lsgs"), SCORED)
-    np.testing.assert_allclose(p("full_only"), np.eye(7)[6])
+    np.testing.assert_allclose(p("full_only"), np.eye(7)[6], atol=1e-15)
+    servable = np.array([[True] * 7, [True, True, False, True, False, False, False]])
+    drawn = draw_scenarios(p("full_only"), 0, 0, [0, 1], servable)
+    assert drawn.tolist() == [6, 3]  # all three; the two that the second sample has
     unsmoothed = scenario_probabilities(DISTORTION, **SETTINGS, smooth=False).probabilities
     np.testing.assert_allclose(p("lsgs_unsmoothed"), unsmoothed)
     # high distortion is drawn most, and least the other way round
