@@ -95,12 +95,12 @@ def clone(tmp_path):
     return tmp_path
 
 
-def launch(folder: Path, tier: str = "smoke") -> subprocess.Popen:
+def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "lsgs_core.study", "run", tier, "--cores", "2"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )
@@ -162,8 +162,9 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
     chance = random.Random()
     killed: Counter[str] = Counter()
     while killed.total() < 20:
-        process = launch(clone)
-        time.sleep(chance.uniform(5, 20))
+        # Not through a pipe, which orphans would hold open.
+        process = launch(clone, output=subprocess.DEVNULL)
+        time.sleep(chance.uniform(5, 25))
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
             shutil.rmtree(clone / "work" / "smoke")
@@ -181,7 +182,8 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
         if kind != "launcher":  # the others go on: the launcher ends by itself, or is killed next
             time.sleep(chance.uniform(0, 2))
             process.kill()
-        process.communicate()
+        process.wait()
+    print(f"killed: {dict(killed)}")
     said, _ = (process := launch(clone)).communicate(timeout=900)
     assert process.returncode == 0, said
     assert set(killed) == {"launcher", "papermill", "ipykernel_launcher"}, killed
