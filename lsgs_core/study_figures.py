@@ -11,6 +11,7 @@ import scipy.stats
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.figures import PALETTE, method_colour, method_title
@@ -127,23 +128,28 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     """
     keys = ["dataset", "backbone", "method"]
     table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
+    present = set(table["method"])
+    numbers = {name: n for n, name in enumerate(["pretrained", *METHODS], 1) if name in present}
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         for name, row in rows.set_index("method")[["mean_iou", "worst_iou"]].iterrows():
             place = float(row["mean_iou"]), float(row["worst_iou"])
-            axes.plot(*place, "o", color=method_colour(str(name)))
+            axes.plot(*place, "o", markersize=12, color=method_colour(str(name)), alpha=0.85)
             axes.annotate(
-                method_title(str(name)),
-                place,
-                xytext=(4, 2),
-                textcoords="offset points",
-                fontsize=7,
+                str(numbers[str(name)]), place, color="white", fontsize=8, ha="center", va="center"
             )
         axes.set(xlabel="IoU, mean over scenarios", ylabel="IoU, worst scenario")
-        axes.margins(x=0.25, y=0.12)  # room for the names
+        axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    return _panels(table, draw, width=4.4, height=3.8)
+    figure = _panels(table, draw, width=4, height=3.6)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=method_colour(name), label=f"{n}  {title}")
+        for name, n in numbers.items()
+        for title in [method_title(name)]
+    ]
+    figure.legend(handles=handles, loc="outside right center", fontsize="small")
+    return figure
 
 
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
