@@ -231,4 +231,6 @@ def _panels(
                 panel.set_title(f"{dataset}, {backbone}")
             else:
                 panel.axis("off")
+        first = next(panel for panel in row if panel.axison)
+        first.tick_params(labelleft=True)  # shared labels must not go with an empty panel
     return figure
