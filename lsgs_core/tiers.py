@@ -35,6 +35,7 @@ NOTEBOOKS = {
     "evaluation": "05_evaluation",
 }
 # Set per job from the grid and the folder, so a tier file must not set them.
+MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
 SET_BY_GRID = {"work", "dataset", "backbone", "fold", "seed", "methods", "tier"}
 
 
@@ -55,7 +56,11 @@ def _different(values: list[Any]) -> list[Any]:
 
 def _counted(value: Any) -> Any:
     """Write a number of folds or seeds out: 3 is [0, 1, 2]."""
-    return [*range(value)] if type(value) is int else value
+    if type(value) is not int:
+        return value
+    if value > MOST_COUNTED:
+        raise ValueError(f"expected at most {MOST_COUNTED}, found {value}")
+    return [*range(value)]
 
 
 Entries = Field(min_length=1), AfterValidator(_different)

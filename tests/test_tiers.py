@@ -78,6 +78,7 @@ def changed(section, **values):
         (changed("grid", methods=["magic"]), r"grid\.0\.methods\.0: expected one of"),
         (changed("grid", folds=[0, 0]), r"grid\.0\.folds: expected different"),
         (changed("grid", folds=["a"]), r"grid\.0\.folds\.0"),
+        (changed("grid", seeds=10**20), r"grid\.0\.seeds: expected at most 10000"),
         (changed("grid", seeds=[]), r"grid\.0\.seeds"),
         (changed("grid", colours=[1]), r"grid\.0\.colours: .*not known"),
         (changed("grid", seeds=0), r"grid\.0\.seeds"),
