@@ -13,6 +13,7 @@ import rasterio
 import scipy.io
 import shapely
 from affine import Affine
+from rasterio._err import CPLE_BaseError  # what some calls raise instead of a RasterioError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
@@ -73,7 +74,7 @@ def naming(path: Path) -> Iterator[None]:
     """Turn rasterio's errors into an `InputError` that names the file."""
     try:
         yield
-    except RasterioError as error:
+    except (RasterioError, CPLE_BaseError, UnicodeDecodeError) as error:
         problem = error.__cause__ or error
         raise InputError(f"{path}: is damaged, truncated or no raster ({problem})") from error
 
@@ -232,9 +233,15 @@ class AlignedRaster:
         if tagged and (crs or not grid.crs or placed.placement):
             # Where one has no reference system (a world file), it is taken for the other's.
             crs, transform = (crs or grid.crs) if grid.crs else None, raw.transform
-            if not grid.overlaps(
-                transform_bounds(crs, grid.crs, *raw.bounds) if crs != grid.crs else raw.bounds
-            ):
+            bounds = raw.bounds
+            if crs != grid.crs:
+                try:
+                    bounds = transform_bounds(crs, grid.crs, *bounds)
+                except (RasterioError, CPLE_BaseError) as error:
+                    raise InputError(
+                        f"{path}: cannot be brought from {crs} to the reference band's ({error})"
+                    ) from error
+            if not grid.overlaps(bounds):
                 raise InputError(f"{path}: does not overlap the reference band")
             if crs != grid.crs and transform.almost_equals(grid.transform):
                 logger.warning(

@@ -296,6 +296,15 @@ def test_rasters_with_other_bytes(
     shutil.rmtree(folder)
 
 
+def test_a_reference_system_without_a_way_to_the_others(pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair, tmp_path / "raw")
+    radar = next((tmp_path / "raw").rglob("radar.tif"))
+    with rasterio.open(radar, "r+") as raster:
+        raster.crs = rasterio.CRS.from_wkt('LOCAL_CS["somewhere",UNIT["metre",1]]')
+    with pytest.raises(InputError, match=r"optical\.tif: cannot be brought from EPSG:32650"):
+        prepare(PAIR, tmp_path / "raw", tmp_path / "prepared")
+
+
 def test_a_polygon_with_a_hundred_thousand_vertices(tmp_path: Path) -> None:
     """Burned as one with as many sides as the eye can tell, and not in minutes."""
     source = scene.write_scene(tmp_path / "raw")
