@@ -158,12 +158,15 @@ def probability_view(evidence: Evidence) -> View:
     multiple = np.log10(float(given.get("lengthscale", median)) / median)
     ridge = float(given.get("ridge", 1e-3))
     controls: dict[str, widgets.ValueWidget] = {
-        "inverse_temperature": _slider(evidence.inverse_temperature, 0, 4, "inverse temperature τ"),
+        "inverse_temperature": _slider(
+            evidence.inverse_temperature,
+            0,
+            max(4.0, evidence.inverse_temperature),
+            "inverse temperature τ",
+        ),
         "mixing": _slider(evidence.mixing, 0, 1, "mixing γ"),
         "ridge": _logarithmic(ridge, -6, 2, "ridge λ"),
-        "lengthscale": _logarithmic(
-            10**multiple, min(-2.0, multiple), max(2.0, multiple), "σ / median distance"
-        ),
+        "lengthscale": _logarithmic(10**multiple, -2, 2, "σ / median distance"),
         "direction": widgets.Dropdown(
             options={"more where D is high": 1.0, "more where D is low": -1.0},
             value=float(np.sign(given.get("direction", 1.0))),
@@ -265,7 +268,7 @@ def _slider(
 ) -> widgets.ValueWidget:
     return kind(
         value=value,
-        min=low,
+        min=low,  # callers see to it that the value lies between: a slider would move it silently
         max=high,
         step=step,
         description=title,
@@ -276,4 +279,6 @@ def _slider(
 
 
 def _logarithmic(value: float, low: float, high: float, title: str) -> widgets.ValueWidget:
+    power = float(np.log10(value))
+    low, high = min(low, power), max(high, power)
     return _slider(value, low, high, title, widgets.FloatLogSlider, 0.1, ".3g")

@@ -187,6 +187,7 @@ def predictions_of_runs(
         maps = {}
         for method, folder in folders.items():
             wanted = {"model": model.configuration, "dataset": dataset, "fold": fold}
+            wanted |= {} if method == "pretrained" else {"method": method, "seed": seed}
             load_checkpoint(model, folder / "weights.safetensors", wanted)
             maps[f"{backbone}/{method}"] = predict_patches(model, part, chosen)
         before = found.get(dataset) or shown_patches(part, chosen)

@@ -51,6 +51,14 @@ def drawn_probabilities(figure) -> np.ndarray:
     return np.array([bar.get_height() for bar in figure.axes[2].patches])
 
 
+def test_settings_beyond_the_usual_are_shown_as_they_are():
+    settings = {"inverse_temperature": 9.0, "ridge": 1e3, "lengthscale": 400.0}
+    view = probability_view(Evidence(SCENARIOS, np.full(7, 1 / 7), DISTORTION, settings=settings))
+    assert view.controls["inverse_temperature"].value == 9.0
+    assert view.controls["ridge"].value == pytest.approx(1e3)
+    assert view.controls["lengthscale"].value == pytest.approx(1000)  # of the median distance, 0.4
+
+
 def test_the_first_view_is_the_scoring():
     settings = {"inverse_temperature": 0.7, "mixing": 0.3, "ridge": 0.05, "lengthscale": 0.2}
     prior = deployment_prior(SCENARIOS, [0.1, 0.5, 0.8])
