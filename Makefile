@@ -52,7 +52,7 @@ bench: $(VENV)/installed
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.data_check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
+	$(BIN)/python -m lsgs_core.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab notebooks

@@ -1,12 +1,12 @@
 # The one runner, on a laptop as on a cluster: every rule is one notebook, executed by papermill.
-# Started by `make study` (lsgs_core/study.py), which also clears up after a kill.
+# Started by `make study` (lsgs_core/study/commands.py), which also clears up after a kill.
 
 import shlex
 import sys
 from pathlib import Path
 
-from lsgs_core.reproduction import only
-from lsgs_core.tiers import NOTEBOOKS, load_tier
+from lsgs_core.study.reproduction import only
+from lsgs_core.study.tiers import NOTEBOOKS, load_tier
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
@@ -40,7 +40,7 @@ PAPERMILL = (
 # starts a single process and says nothing.
 LAUNCH = (
     shlex.quote(sys.executable) + " -m torch.distributed.run --standalone"
-    f" --nproc_per_node {processes} -m lsgs_core.launch"
+    f" --nproc_per_node {processes} -m lsgs_core.study.launch"
     " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log}.txt 2> {log}.stderr"
     " || {{ cat {log}.stderr >&2; exit 1; }}"
 )

@@ -8,17 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsgs_core.batch import Batch
+    from lsgs_core.data.batch import Batch
     from lsgs_core.distortion import ScenarioScores, score_scenarios
     from lsgs_core.errors import InputError
-    from lsgs_core.hooked import HookedModel
     from lsgs_core.models import build_backbone, load_author_weights
+    from lsgs_core.models.hooked import HookedModel
     from lsgs_core.scenarios import ScenarioSet
     from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
 
 _HOME = {
-    "Batch": "batch",
-    "HookedModel": "hooked",
+    "Batch": "data.batch",
+    "HookedModel": "models.hooked",
     "InputError": "errors",
     "ScenarioProbabilities": "smoothing",
     "ScenarioScores": "distortion",

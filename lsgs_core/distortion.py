@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lsgs_core.batch import Batch
+from lsgs_core.data.batch import Batch
 from lsgs_core.devices import processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lsgs_core.batch import Batch
+from lsgs_core.data.batch import Batch
 from lsgs_core.devices import processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.losses import Protocol, TaskKind

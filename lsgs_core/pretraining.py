@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from lsgs_core.artifacts import load_weights, sidecar_path
-from lsgs_core.batch import Batch
+from lsgs_core.data.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, load_author_weights
 from lsgs_core.scenarios import ScenarioSet

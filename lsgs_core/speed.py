@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lsgs_core.data.patches import PatchDataset
 from lsgs_core.models import Backbone, build_backbone
 from lsgs_core.models.plain import plain_form
-from lsgs_core.patches import PatchDataset
 from lsgs_core.scenarios import ScenarioSet
 
 FORMS = ("plain", "ours")

@@ -9,30 +9,34 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lsgs_core"
 START, END = "```mermaid\n", "```\n"
 
-# What belongs together, in the order of the method.
+# What belongs together, in the order of the method; a folder of the package is one module here.
 GROUPS = {
     "foundations": "errors files sources randomness devices artifacts",
     "scenarios": "scenarios",
-    "data": "schema manifest label_kinds fold_kinds fetch raw_files alignment labels prepared"
-    " rasters folds block_folds separation normalisation patches batch data_check",
-    "models": "models hooked lora",
+    "data": "data",
+    "models": "models",
     "distortion": "distortion",
     "smoothing": "smoothing sensitivity",
     "sampling": "sampling samplers adaptive methods published",
     "training": "losses settings training pretraining",
     "evaluation": "evaluation statistics",
-    "study": "tiers model_card finetuning collection study reproduction launch",
-    "figures": "figures scoring_figures study_figures overview predictions prediction_figures"
-    " explorer",
-    "benchmark": "speed speed_figures",
+    "study": "study",
+    "benchmark": "speed",
+    "figures": "figures",
 }
 GROUP_OF = {module: group for group, modules in GROUPS.items() for module in modules.split()}
 
 
 def modules() -> set[str]:
-    """Modules of the package, a sub-package counting as one."""
+    """Modules of the package, a folder counting as one."""
     found = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}
     return {name.removesuffix(".py") for name in found} - {"__init__"}
+
+
+def members(group: str) -> list[str]:
+    """Names of a group's files, without the file that the group is named after."""
+    names = [path.stem for path in (PACKAGE / group).glob("*.py") if path.stem[0] != "_"]
+    return sorted(names) + [name for name in GROUPS[group].split() if name != group]
 
 
 def uses() -> dict[str, set[str]]:
@@ -69,9 +73,9 @@ def diagram() -> str:
     graph = uses()
     list(TopologicalSorter(graph).static_order())
     lines = [START.strip(), "flowchart LR"]
-    for group, names in GROUPS.items():
-        others = [name for name in names.split() if name != group]
-        inside = f"<b>{group}</b>" + "".join(f"<br/>{name}" for name in others)
+    for group in GROUPS:
+        folder = "/" if (PACKAGE / group).is_dir() else ""
+        inside = f"<b>{group}{folder}</b>" + "".join(f"<br/>{name}" for name in members(group))
         lines.append(f'    {group}["{inside}"]')
     shown = direct({group: used - {"foundations"} for group, used in graph.items()})
     for group in GROUPS:

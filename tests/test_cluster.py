@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_study import clone, outputs  # noqa: F401 - a fixture
 
-from lsgs_core.study import ROOT, main
-from lsgs_core.tiers import load_tier
+from lsgs_core.study.commands import ROOT, main
+from lsgs_core.study.tiers import load_tier
 
 SCRIPT = Path(__file__).parent / "start_slurm.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")

@@ -20,21 +20,21 @@ import shapely
 import torch
 from scipy.ndimage import distance_transform_cdt
 
-from lsgs_core import alignment, folds, rasters
-from lsgs_core import fetch as fetching
-from lsgs_core import patches as patches_module
+from lsgs_core.data import alignment, folds, rasters
+from lsgs_core.data import fetch as fetching
+from lsgs_core.data import patches as patches_module
+from lsgs_core.data.fetch import fetch
+from lsgs_core.data.fold_kinds import DiagonalBlocks, OfficialSplit, Patches
+from lsgs_core.data.folds import LabelledScene, default_split, leaks, read_patch_table
+from lsgs_core.data.label_kinds import Labels
+from lsgs_core.data.manifest import Dataset, Manifest, PackageSource, load_manifest
+from lsgs_core.data.normalisation import fold_statistics
+from lsgs_core.data.patches import PatchDataset, make_patches
+from lsgs_core.data.prepared import load_prepared
+from lsgs_core.data.rasters import prepare
+from lsgs_core.data.schema import Strict, validated
+from lsgs_core.data.separation import check_separation, coverage
 from lsgs_core.errors import InputError
-from lsgs_core.fetch import fetch
-from lsgs_core.fold_kinds import DiagonalBlocks, OfficialSplit, Patches
-from lsgs_core.folds import LabelledScene, default_split, leaks, read_patch_table
-from lsgs_core.label_kinds import Labels
-from lsgs_core.manifest import Dataset, Manifest, PackageSource, load_manifest
-from lsgs_core.normalisation import fold_statistics
-from lsgs_core.patches import PatchDataset, make_patches
-from lsgs_core.prepared import load_prepared
-from lsgs_core.rasters import prepare
-from lsgs_core.schema import Strict, validated
-from lsgs_core.separation import check_separation, coverage
 
 PATCHES: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1}
 BLOCKS: dict[str, Any] = {"count": 3, "block_size": 96, "margin": 8, "validation_blocks": 1}

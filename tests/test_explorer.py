@@ -12,15 +12,20 @@ from lsgs_core import (
     InputError,
     ScenarioSet,
     build_backbone,
-    explorer,
     scenario_probabilities,
 )
 from lsgs_core.artifacts import Record
-from lsgs_core.explorer import patch_view, probability_view, show_predictions, show_probabilities
-from lsgs_core.manifest import Manifest
-from lsgs_core.methods import Evidence
-from lsgs_core.patches import PatchDataset, make_patches
-from lsgs_core.predictions import (
+from lsgs_core.data.manifest import Manifest
+from lsgs_core.data.patches import PatchDataset, make_patches
+from lsgs_core.data.rasters import prepare
+from lsgs_core.figures import explorer
+from lsgs_core.figures.explorer import (
+    patch_view,
+    probability_view,
+    show_predictions,
+    show_probabilities,
+)
+from lsgs_core.figures.predictions import (
     NOTHING,
     UNKNOWN,
     Predictions,
@@ -30,7 +35,7 @@ from lsgs_core.predictions import (
     save_predictions,
     shown_patches,
 )
-from lsgs_core.rasters import prepare
+from lsgs_core.methods import Evidence
 from lsgs_core.samplers import deployment_prior
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])

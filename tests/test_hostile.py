@@ -25,13 +25,13 @@ from test_tiers import ROOT
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
 from lsgs_core.artifacts import Record, save_weights
-from lsgs_core.manifest import load_manifest
+from lsgs_core.data.manifest import load_manifest
+from lsgs_core.data.patches import make_patches
+from lsgs_core.data.rasters import prepare
 from lsgs_core.methods import METHODS
-from lsgs_core.patches import make_patches
 from lsgs_core.pretraining import load_checkpoint
 from lsgs_core.published import read_evidence
-from lsgs_core.rasters import prepare
-from lsgs_core.tiers import load_tier
+from lsgs_core.study.tiers import load_tier
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])

@@ -22,17 +22,18 @@ from rasterio.enums import ColorInterp
 from rasterio.warp import transform_bounds
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 
-from lsgs_core import InputError, ScenarioSet, alignment, build_backbone, rasters, score_scenarios
-from lsgs_core.data_check import check_data, main
+from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
+from lsgs_core.data import alignment, rasters
+from lsgs_core.data.check import check_data, main
+from lsgs_core.data.fold_kinds import OfficialSplit, Patches, ShuffledPatches
+from lsgs_core.data.folds import LabelledScene, _shuffled_parts, leaks, patch_table
+from lsgs_core.data.manifest import Dataset, load_manifest
+from lsgs_core.data.patches import PatchDataset, make_patches
+from lsgs_core.data.rasters import prepare
+from lsgs_core.data.schema import read_yaml
+from lsgs_core.data.separation import PARTS, Place, check_separation
 from lsgs_core.evaluation import AlwaysPositive, evaluate
-from lsgs_core.fold_kinds import OfficialSplit, Patches, ShuffledPatches
-from lsgs_core.folds import LabelledScene, _shuffled_parts, leaks, patch_table
-from lsgs_core.manifest import Dataset, load_manifest
-from lsgs_core.patches import PatchDataset, make_patches
-from lsgs_core.rasters import prepare
 from lsgs_core.sampling import FixedSampler
-from lsgs_core.schema import read_yaml
-from lsgs_core.separation import PARTS, Place, check_separation
 from lsgs_core.settings import TrainingSettings
 from lsgs_core.training import train
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lsgs_core.methods import METHODS
-from lsgs_core.tiers import notebook_parameters
+from lsgs_core.study.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -158,11 +158,11 @@ def test_the_mathematics_knows_nothing_of_files_or_torch():
     for name in ("scenarios", "smoothing", "sampling", "samplers", "adaptive", "sensitivity"):
         text = (ROOT / "lsgs_core" / f"{name}.py").read_text()
         imported = re.findall(r"^(?:from|import) ([\w.]+)", text, flags=re.MULTILINE)
-        forbidden = {"torch", "pathlib", "rasterio", "lsgs_core.patches"}
+        forbidden = {"torch", "pathlib", "rasterio", "lsgs_core.data.patches"}
         assert not forbidden & set(imported), name
     for path in (ROOT / "lsgs_core" / "models").glob("*.py"):
         text = path.read_text()
-        assert not re.search(r"lsgs_core\.(patches|manifest|rasters|folds)", text), path.name
+        assert not re.search(r"lsgs_core\.(data|study)\b", text), path.name
 
 
 def test_the_tables_figures_are_the_committed_results():

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lsgs_core import speed, speed_figures
+from lsgs_core import speed
+from lsgs_core.figures import speed as speed_figures
 from lsgs_core.models import BACKBONES, build_backbone
 from lsgs_core.models.plain import is_plain
 from lsgs_core.speed import FORMS, PARTS, Case

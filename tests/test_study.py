@@ -16,12 +16,13 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from checkout import copy_checkout
 
 from lsgs_core import InputError
 from lsgs_core.artifacts import Record, save_table
 from lsgs_core.files import file_sha256
-from lsgs_core.study import MARK, _only_one, end_orphans, main, publish
-from lsgs_core.tiers import load_tier
+from lsgs_core.study.commands import MARK, _only_one, end_orphans, main, publish
+from lsgs_core.study.tiers import load_tier
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +55,7 @@ def test_unknown_tier_fails_before_anything_runs(arguments, capsys):
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("lsgs_core.study.ROOT", tmp_path)
+    monkeypatch.setattr("lsgs_core.study.commands.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
     folder = tmp_path / tier.folder.evaluation
     save_table(folder / "summary.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
@@ -82,17 +83,7 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clone(tmp_path):
-    """The tracked files and the cached download, in a folder of their own."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split("\0")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file() and not name.startswith("results/"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, tmp_path / name)
-    if (ROOT / "work" / "downloads").is_dir():
-        shutil.copytree(ROOT / "work" / "downloads", tmp_path / "work" / "downloads")
-    return tmp_path
+    return copy_checkout(tmp_path)
 
 
 def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> subprocess.Popen:

@@ -16,7 +16,7 @@ import torch
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import LossProportional
 from lsgs_core.devices import make_deterministic, seed_weights
-from lsgs_core.lora import add_lora, merge_lora, trained_parameters, training_mode
+from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters, training_mode
 from lsgs_core.sampling import FixedSampler
 from lsgs_core.settings import TrainingSettings
 from lsgs_core.training import STATE, train, turned

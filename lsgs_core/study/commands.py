@@ -21,13 +21,13 @@ from pathlib import Path
 import psutil
 
 from lsgs_core.artifacts import sidecar_path
+from lsgs_core.data.manifest import Dataset, load_manifest
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
-from lsgs_core.manifest import Dataset, load_manifest
-from lsgs_core.reproduction import compare, only
-from lsgs_core.tiers import StudyFolder, Tier, load_tier
+from lsgs_core.study.reproduction import compare, only
+from lsgs_core.study.tiers import StudyFolder, Tier, load_tier
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
 TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md"}, {".png", ".pdf"}
@@ -244,7 +244,3 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lsgs_core.figures import category_colours, category_map, method_title
-from lsgs_core.predictions import NOTHING, UNKNOWN, Predictions
+from lsgs_core.figures.predictions import NOTHING, UNKNOWN, Predictions
 
 RIGHT, WRONG, NO_CLASS = "#DDDDDD", "#D55E00", "#999999"
 

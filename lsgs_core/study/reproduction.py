@@ -9,7 +9,7 @@ import pandas as pd
 
 from lsgs_core.errors import InputError
 from lsgs_core.evaluation import COUNTS, class_scores
-from lsgs_core.tiers import Grid, Runs, Tier
+from lsgs_core.study.tiers import Grid, Runs, Tier
 
 KEYS = ["method", "block", "scenario", "class"]
 

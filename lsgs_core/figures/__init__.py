@@ -40,7 +40,7 @@ FAMILY_COLOURS = {
 
 def use_style() -> None:
     """Set the style of every figure after this call: `figures.mplstyle`."""
-    plt.style.use(Path(__file__).with_suffix(".mplstyle"))
+    plt.style.use(Path(__file__).with_name("figures.mplstyle"))
 
 
 def method_title(method: str) -> str:

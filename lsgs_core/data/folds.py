@@ -1,8 +1,8 @@
 """Patches, and folds whose training, validation and test pixels lie apart.
 
-Diagonal blocks (the default, see `lsgs_core.block_folds`): square blocks of every scene are held
-out, with a margin around them. Patches of one kind lie on a stride (training windows), those of the
-other do not overlap (test and validation tiles).
+Diagonal blocks (the default, see `lsgs_core.data.block_folds`): square blocks of every scene are
+held out, with a margin around them. Patches of one kind lie on a stride (training windows), those
+of the other do not overlap (test and validation tiles).
 
 Whole scenes, and a data set's official split: all patches of a scene have one part.
 
@@ -21,10 +21,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lsgs_core.block_folds import add_blocks, block_parts, check_lengths, tiles
-from lsgs_core.errors import InputError
-from lsgs_core.files import written_beside
-from lsgs_core.fold_kinds import (
+from lsgs_core.data.block_folds import add_blocks, block_parts, check_lengths, tiles
+from lsgs_core.data.fold_kinds import (
     DiagonalBlocks,
     Folds,
     OfficialSplit,
@@ -32,8 +30,10 @@ from lsgs_core.fold_kinds import (
     ShuffledPatches,
     WholeScenes,
 )
+from lsgs_core.data.separation import PARTS
+from lsgs_core.errors import InputError
+from lsgs_core.files import written_beside
 from lsgs_core.randomness import generator
-from lsgs_core.separation import PARTS
 
 TABLE = "patches.csv"
 VALIDATION_SHARE = 0.1  # of the patches that are not tested, as the paper's authors take it

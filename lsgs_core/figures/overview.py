@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lsgs_core.data.labels import code_names, single_codes
+from lsgs_core.data.manifest import Dataset
+from lsgs_core.data.prepared import LABELS, matching_record, open_prepared
+from lsgs_core.data.separation import split_roles
 from lsgs_core.figures import composite, scene_overview
-from lsgs_core.labels import code_names, single_codes
-from lsgs_core.manifest import Dataset
-from lsgs_core.prepared import LABELS, matching_record, open_prepared
-from lsgs_core.separation import split_roles
 
 
 def first_scene(dataset: Dataset, prepared_folder: Path, table: pd.DataFrame, fold: int) -> Figure:

@@ -13,16 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from lsgs_core.artifacts import Record, is_made, load_table, save_table, save_weights
+from lsgs_core.data.patches import PatchDataset
 from lsgs_core.devices import seed_weights
 from lsgs_core.distortion import score_scenarios
 from lsgs_core.evaluation import evaluate, validation_scores
-from lsgs_core.lora import add_lora, merge_lora, trained_parameters
 from lsgs_core.methods import Evidence, find_method
-from lsgs_core.model_card import CARD, save_model_card
 from lsgs_core.models import Backbone
-from lsgs_core.patches import PatchDataset
+from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters
 from lsgs_core.settings import TrainingSettings
 from lsgs_core.sources import source_sha256
+from lsgs_core.study.model_card import CARD, save_model_card
 from lsgs_core.training import discard_state, train
 
 

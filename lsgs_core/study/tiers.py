@@ -21,11 +21,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
 
+from lsgs_core.data.schema import Strict, read_yaml, validated
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
-from lsgs_core.schema import Strict, read_yaml, validated
 
 NOTEBOOKS = {
     "data": "01_data_preparation",

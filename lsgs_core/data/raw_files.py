@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from lsgs_core.data.label_kinds import ScaledPolygonLabels
+from lsgs_core.data.manifest import Dataset, ManualSource
+from lsgs_core.data.schema import NAME, VARIABLE, Files, fill
 from lsgs_core.errors import InputError, MissingFileError
-from lsgs_core.label_kinds import ScaledPolygonLabels
-from lsgs_core.manifest import Dataset, ManualSource
-from lsgs_core.schema import NAME, VARIABLE, Files, fill
 
 
 @dataclass(frozen=True)

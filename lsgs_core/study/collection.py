@@ -9,7 +9,7 @@ import pandas as pd
 
 from lsgs_core.artifacts import load_table
 from lsgs_core.errors import InputError
-from lsgs_core.tiers import StudyFolder
+from lsgs_core.study.tiers import StudyFolder
 
 
 def collect(

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
-from lsgs_core.alignment import AlignedRaster, Grid
-from lsgs_core.errors import InputError
-from lsgs_core.label_kinds import (
+from lsgs_core.data.alignment import AlignedRaster, Grid
+from lsgs_core.data.label_kinds import (
     BACKGROUND,
     ColourLabels,
     IdLabels,
@@ -28,7 +27,8 @@ from lsgs_core.label_kinds import (
     PolygonLabels,
     ScaledPolygonLabels,
 )
-from lsgs_core.raw_files import Scene, read_csv
+from lsgs_core.data.raw_files import Scene, read_csv
+from lsgs_core.errors import InputError
 
 SHOWN = 8  # how many wrong numbers an error lists
 # From a window of the scene's grid to codes [h, w].

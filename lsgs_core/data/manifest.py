@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lsgs_core.errors import InputError
-from lsgs_core.fold_kinds import Folds, Patches
-from lsgs_core.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
-from lsgs_core.schema import (
+from lsgs_core.data.fold_kinds import Folds, Patches
+from lsgs_core.data.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
+from lsgs_core.data.schema import (
     NOT_EMPTY,
     Count,
     Name,
@@ -28,6 +27,7 @@ from lsgs_core.schema import (
     read_yaml,
     validated,
 )
+from lsgs_core.errors import InputError
 
 
 class Licence(Strict):

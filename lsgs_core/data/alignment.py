@@ -21,8 +21,8 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
+from lsgs_core.data.schema import Placed
 from lsgs_core.errors import InputError
-from lsgs_core.schema import Placed
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from lsgs_core.artifacts import Record, save
+from lsgs_core.data.patches import PatchDataset
 from lsgs_core.evaluation import scenario_scores
-from lsgs_core.patches import PatchDataset
 
 CARD = "model_card.md"
 

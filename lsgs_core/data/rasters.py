@@ -16,13 +16,13 @@ import rasterio
 from rasterio.windows import Window
 from tqdm.auto import tqdm
 
-from lsgs_core.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, quietly
+from lsgs_core.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, quietly
+from lsgs_core.data.labels import code_names, membership, open_labels
+from lsgs_core.data.manifest import Dataset, Difference, FileBand, Slope
+from lsgs_core.data.prepared import LABELS, Prepared, PreparedScene, load_prepared, write_record
+from lsgs_core.data.raw_files import Scene, find_scenes
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
-from lsgs_core.labels import code_names, membership, open_labels
-from lsgs_core.manifest import Dataset, Difference, FileBand, Slope
-from lsgs_core.prepared import LABELS, Prepared, PreparedScene, load_prepared, write_record
-from lsgs_core.raw_files import Scene, find_scenes
 
 # A patch of 224 pixels reads half as much of small tiles; Zstandard is as small as deflate here and
 # three times as fast to write, and twice to read.

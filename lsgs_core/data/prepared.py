@@ -10,12 +10,12 @@ import rasterio
 from pydantic import ValidationError
 from rasterio.errors import RasterioError
 
-from lsgs_core.alignment import ENVIRONMENT, quietly
+from lsgs_core.data.alignment import ENVIRONMENT, quietly
+from lsgs_core.data.manifest import Dataset
+from lsgs_core.data.schema import Strict
+from lsgs_core.data.separation import Place
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
-from lsgs_core.manifest import Dataset
-from lsgs_core.schema import Strict
-from lsgs_core.separation import Place
 
 RECORD = "prepared.json"
 LABELS = "labels"

@@ -1,0 +1,21 @@
+"""A copy of this checkout, as a fresh clone of it would be."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def copy_checkout(folder: Path, results: bool = False) -> Path:
+    """Copy the tracked files, with or without results, and the cached download."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file() and (results or not name.startswith("results/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    if (ROOT / "work" / "downloads").is_dir():
+        shutil.copytree(ROOT / "work" / "downloads", folder / "work" / "downloads")
+    return folder

@@ -1,0 +1,99 @@
+"""Every make command that the README names is run, in a copy of what is committed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from checkout import ROOT, copy_checkout
+
+SCORES = "results/demo/evaluation/summary.csv"
+
+# A part of what they print, and a file that they make.
+RUN_HERE = {
+    "make data-check": ("demo", None),
+    "make study TIER=smoke": ("results/smoke", "results/smoke/evaluation/summary.csv"),
+    "make study TIER=<name>": ("results/mine", "results/mine/evaluation/summary.csv"),
+    "make study": ("results/demo", SCORES),
+}
+# Their notebooks take hours, GPUs, a cluster, or this very test: what they would do is listed.
+LISTED_HERE = {"make study TIER=study", "make study TIER=starved", "make study TIER=paper"}
+RUN_ELSEWHERE = {
+    "make lab": "test_browser.py",
+    "make study TIER=cluster PROFILE=profiles/slurm": "test_cluster.py",
+    "make test": "../.ci/run",
+    "make test-slow": "../Makefile",
+}
+
+
+def commands() -> set[str]:
+    """All commands that start with `make` in code blocks, tables and text of the README."""
+    text = (ROOT / "README.md").read_text()
+    return set(re.findall(r"(?:`|^)(make [a-z-]+(?: [A-Z]+=[\w<>/]+)*)(?:`|$)", text, re.M))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The checkout with its results, and the packages that are installed."""
+    folder = copy_checkout(tmp_path_factory.mktemp("clone"), results=True)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def run(clone: Path, command: str) -> str:
+    """What a command prints, with the installed packages and the clone's own code."""
+    done = subprocess.run(
+        ["make", "--old-file=.venv/installed", *command.split()[1:]],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_every_command_has_its_test():
+    assert commands() == {*RUN_HERE, *LISTED_HERE, *RUN_ELSEWHERE}
+    for command, place in RUN_ELSEWHERE.items():
+        assert command.split()[1] in (ROOT / "tests" / place).read_text(), place
+
+
+@pytest.mark.parametrize("command", sorted(LISTED_HERE))
+def test_long_commands_are_listed(command):
+    tier = command.split("=")[1]
+    listed = subprocess.run(
+        [sys.executable, "-m", "lsgs_core.study", "run", tier, "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    said = listed.stdout + listed.stderr
+    assert listed.returncode == 0, said
+    assert re.search(r"^finetuning +\d+$", said, re.M), said
+    assert re.search(r"^evaluation +1$", said, re.M), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_commands_do_what_the_readme_says(clone, command):
+    expected, made = RUN_HERE[command]
+    if "<name>" in command:  # as the README says, but of one backbone and fold
+        text = (clone / "notebooks" / "tiers" / "demo.yaml").read_text()
+        text = re.sub(r"backbones: \[.*?\]", "backbones: [cmx]", text)
+        text = re.sub(r"folds: \[.*?\]", "folds: [0]", text)
+        (clone / "notebooks" / "tiers" / "mine.yaml").write_text(text)
+        command = command.replace("<name>", "mine")
+    before = pd.read_csv(ROOT / SCORES)
+    if made:
+        (clone / made).unlink(missing_ok=True)
+    assert expected in run(clone, command)
+    if made:
+        assert (clone / made).is_file()
+    if made == SCORES:  # the table of the README's results, to the third digit on this processor
+        again = pd.read_csv(clone / made)
+        assert list(again["method"]) == list(before["method"])
+        assert (again["mean_iou"] - before["mean_iou"]).abs().max() < 0.02
