@@ -622,7 +622,7 @@ V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
             on("radar.tif", describe),
             "expected 'VV' as channel 1, found 'VH': are bands swap",
         ),
-        ("pair", rewrite("labels.tif", lambda p: p + 6), r"labels.tif: holds \[7, 8\], listed nei"),
+        ("pair", rewrite("labels.tif", lambda p: p + 6), r"labels.tif: holds \[7, 8\], not listed"),
         ("pair", rewrite("labels.tif", lambda p: p / 2), "labels.tif: expected whole numbers"),
         ("pair", CONSTANT, "labels.values: .'high'. occur in no scene"),
         ("pair", rewrite("clouds.tif", **LOST), "clouds.tif: .*give `crs`, or `placement"),

@@ -25,6 +25,8 @@ from lsgs_core.data.schema import Placed
 from lsgs_core.errors import InputError
 
 logger = logging.getLogger(__name__)
+# Rasters without georeference are common here; what they need is checked.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 STEP = 1024  # side of the windows that are worked on, in pixels: bounds the memory
 # With several threads GDAL hands out a truncated JPEG 2000 file without raising anything. The mask
@@ -35,7 +37,7 @@ MAT_VARIABLE = "inputPatch"  # the array of the paper authors' .mat patches
 # Where two grids without georeference are compared, any metric system does.
 PLANE = "EPSG:3857"
 SCALE_TOLERANCE = 0.02
-EDGE_TOLERANCE = 1  # pixels that a file without georeference may lack: Potsdam's DSM of 3_13
+EDGE_TOLERANCE = 1  # pixels that a file without georeference may differ by: Potsdam's DSM of 3_13
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Grid:
     def windows(self) -> list[Window]:
         """Return windows of at most `STEP` × `STEP` pixels that cover the grid."""
         return list(windows(self.height, self.width))
+
+    def matches(self, transform: Affine, shape: tuple[int, int]) -> bool:
+        """Return whether a raster has this grid: no corner lies a hundredth of a pixel away."""
+        across, down = np.array([[0, 0, 1, 1], [0, 1, 0, 1]]) * [[self.width], [self.height]]
+        x, y = ~self.transform * (transform * (across, down))
+        apart = max(np.abs(x - across).max(), np.abs(y - down).max())
+        return shape == (self.height, self.width) and bool(apart < 0.01)
 
     def overlaps(self, bounds: Sequence[float]) -> bool:
         """Return whether left, bottom, right, top in the grid's units share area with it."""
@@ -80,14 +89,6 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Leave out the warning that a raster has no georeference."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
-
-
-@contextmanager
 def open_raster(path: Path) -> Iterator[Any]:
     """Open a raster file, or one of the authors' .mat patches, for reading.
 
@@ -95,7 +96,7 @@ def open_raster(path: Path) -> Iterator[Any]:
         InputError: It cannot be opened.
     """
     with ExitStack() as stack:
-        with naming(path), quietly():
+        with naming(path):
             if path.suffix.lower() == ".mat":
                 raster = stack.enter_context(_in_memory(_mat_array(path), stack))
             else:
@@ -154,6 +155,8 @@ class AlignedRaster:
             if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
                 raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
             self.kind = np.result_type(*(raw.dtypes[channel - 1] for channel in self.channels))
+            if self.kind.kind == "c":
+                raise InputError(f"{path}: holds complex numbers; expected amplitudes or decibels")
             self._nodata = raw.nodata if nodata is None else nodata
             if self._nodata is not None and not self._can_hold(self._nodata):
                 raise InputError(f"{path}: nodata {self._nodata:g} is no value of {self.kind}")
@@ -163,9 +166,8 @@ class AlignedRaster:
             self._alpha_is_data = alpha in used
             self._has_alpha = alpha > 0 and not self._alpha_is_data
             crs, transform = self._place(placed)
-            same_shape = (raw.width, raw.height) == (grid.width, grid.height)
             self.view: Any = None  # None: the file's own grid is the scene's, nothing to resample
-            if not (same_shape and transform.almost_equals(grid.transform) and crs == grid.crs):
+            if not (grid.matches(transform, raw.shape) and crs == grid.crs):
                 if self._alpha_is_data:
                     raise InputError(f"{path}: channel {alpha} is marked as alpha; mark it as data")
                 self.view = self._stack.enter_context(
@@ -243,24 +245,26 @@ class AlignedRaster:
                     ) from error
             if not grid.overlaps(bounds):
                 raise InputError(f"{path}: does not overlap the reference band")
-            if crs != grid.crs and transform.almost_equals(grid.transform):
+            if crs != grid.crs and grid.matches(transform, raw.shape):
                 logger.warning(
                     "%s: has the transform of the reference band, but %s for %s; if its tag is "
                     "wrong, give `crs`", path, crs, grid.crs,
                 )  # fmt: skip
-            across, down = (transform.a / grid.transform.a, transform.e / grid.transform.e)
+            own, wanted = (np.hypot(t[0:2], t[3:5]) for t in (transform, grid.transform))
+            across, down = own / wanted  # lengths of a pixel's sides, on rotated grids too
         elif placed.placement == "pixels":
             crs, transform = grid.crs, grid.transform
             missing = max(abs(grid.width - raw.width), abs(grid.height - raw.height))
             if missing > EDGE_TOLERANCE:
                 raise InputError(
                     f"{path}: expected {grid.width} × {grid.height} pixels as in the reference "
-                    f"band (at most {EDGE_TOLERANCE} less), found {raw.width} × {raw.height}"
+                    f"band (give or take {EDGE_TOLERANCE}), found {raw.width} × {raw.height}"
                 )
         elif placed.placement == "extent":
             crs, transform = grid.crs, grid.transform * Affine.scale(across, down)
             # One pixel more or less along a side is rounding: DSTL's SWIR has 133 or 134 rows.
-            if abs(raw.width - raw.height * grid.width / grid.height) > 1.5:
+            too_wide = raw.width - raw.height * grid.width / grid.height
+            if min(abs(too_wide), abs(too_wide * grid.height / grid.width)) > 1.5:
                 raise InputError(
                     f"{path}: {raw.width} × {raw.height} pixels do not have the shape of the "
                     f"reference band, {grid.width} × {grid.height}"

@@ -12,6 +12,7 @@ from typing import Any
 import geopandas
 import numpy as np
 import pyogrio
+import pyproj
 import rasterio
 import shapely
 from numpy.typing import NDArray
@@ -119,8 +120,8 @@ def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
             wrong = np.unique(numbers[seen & ~listed])[:SHOWN].tolist()
             shown = wrong if isinstance(labels, IdLabels) else [f"#{n:06x}" for n in wrong]
             raise InputError(
-                f"{raster.path}: holds {shown}, listed neither in labels.values nor in "
-                "labels.ignored; `unlisted: ignore` takes them for unknown"
+                f"{raster.path}: holds {shown}, not listed in labels.values, labels.ignored or "
+                "labels.background; `unlisted: ignore` takes them for unknown"
             )
         return np.where(listed & seen, codes[place], np.uint8(labels.ignore))
 
@@ -192,6 +193,9 @@ def _polygons(
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Return polygons in pixels of the grid, and the index of the value of each."""
     try:
+        layers = [name for name, kind in pyogrio.list_layers(path) if kind]
+        if len(layers) != 1:
+            raise InputError(f"{path}: expected one layer of polygons, found {layers}")
         frame = geopandas.read_file(path)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
         raise InputError(f"{path}: cannot be read as polygons ({error})") from error
@@ -199,13 +203,25 @@ def _polygons(
     if labels.column not in columns:
         raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
     if labels.crs:
-        frame = frame.set_crs(labels.crs, allow_override=True)
+        try:
+            frame = frame.set_crs(labels.crs, allow_override=True)
+        except pyproj.exceptions.CRSError as error:
+            raise InputError(f"labels.crs: {labels.crs!r} is not known ({error})") from error
     if grid.georeferenced and grid.crs:
         if frame.crs is None:
             raise InputError(f"{path}: expected a coordinate reference system, found none")
         frame = frame.to_crs(grid.crs)
     table = {str(entry): n for n, group in enumerate(labels.values.values()) for entry in group}
-    numbers = frame[labels.column].astype(str).map(table)
+    given = frame[labels.column]
+    if given.dtype.kind == "f":  # so are whole numbers where some row has none
+        given = given.convert_dtypes()
+    given = given.astype(str)
+    numbers = given.map(table)
+    if numbers.isna().all():
+        found_there = sorted(set(given))[:SHOWN]
+        raise InputError(
+            f"{path}: column {labels.column!r} has none of labels.values, but {found_there}"
+        )
     listed = frame[numbers.notna() & ~(frame.geometry.isna() | frame.geometry.is_empty)]
     backwards = ~grid.transform
     shapes, found = _areas(

@@ -14,6 +14,7 @@ from lsgs_core.data.fold_kinds import Folds, Patches
 from lsgs_core.data.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
 from lsgs_core.data.schema import (
     NOT_EMPTY,
+    VARIABLE,
     Count,
     Name,
     Names,
@@ -79,13 +80,14 @@ class FileBand(Placed):
         channel: Counted from 1; from -1 backwards for files that differ in their first channels.
         channel_count: How many the file must have.
         description: What the file must call the channel, where it calls it anything.
-        nodata: Value of pixels without data, where the file does not declare it or errs.
+        nodata: Value of pixels without data, where the file does not declare it or errs; NaN
+            always is.
     """
 
     channel: int = 1
     channel_count: Positive | None = None
     description: str | None = None
-    nodata: float | None = None
+    nodata: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 class Difference(Strict):
@@ -95,7 +97,12 @@ class Difference(Strict):
 
 
 class Slope(Strict):
-    """The slope of a band of heights in degrees; `pixel_size` is in the unit of the heights."""
+    """The slope of a band of heights in degrees.
+
+    Attributes:
+        slope: The band.
+        pixel_size: Of the scene's grid (not of the file with the heights), in their unit.
+    """
 
     slope: Name
     pixel_size: Annotated[float, Field(gt=0)]
@@ -205,6 +212,8 @@ class Dataset(Strict):
                     raise ValueError(f"modalities.{name}.channels: expected a list such as [1, 2]")
                 rest = {key: value for key, value in given.items() if key != "channels"}
                 made = {f"{name}_{channel}": rest | {"channel": channel} for channel in channels}
+                if len(made) < len(channels) or made.keys() & bands.keys():
+                    raise ValueError(f"modalities.{name}.channels: a band is there twice")
                 bands |= made
                 given = list(made)
             modalities[name] = given
@@ -246,6 +255,8 @@ class Dataset(Strict):
             "label value": self.labels.names,
         }
         for field, kind, names in uses:
+            if len(set(names)) < len(names):
+                raise ValueError(f"{field}: a {kind} is listed twice")
             if missing := [name for name in names if name not in known[kind]]:
                 raise ValueError(f"{field}: no {kind} {missing}; there are {known[kind]}")
         used = {
@@ -260,8 +271,13 @@ class Dataset(Strict):
     def _files_are_known(self) -> Self:
         if bool(self.scenes) == bool(self.find_scenes):
             raise ValueError("scenes: expected either scenes or find_scenes")
-        for scene, variables in self.scenes.items():
-            for templates in self.templates:
+        scenes, paths = dict(self.scenes), self.templates
+        if self.find_scenes:  # whatever the variables will be, these are their names
+            found = VARIABLE.finditer(self.find_scenes.file)
+            scenes = {"find_scenes": {variable[1]: "0" for variable in found}}
+            paths = [*paths, [self.find_scenes.file], [self.find_scenes.name]]
+        for scene, variables in scenes.items():
+            for templates in paths:
                 try:
                     files = [fill(template, {"scene": scene} | variables) for template in templates]
                 except ValueError as error:

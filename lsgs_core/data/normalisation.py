@@ -51,7 +51,8 @@ def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Stati
         # Below this part of the mean, float32 images cannot resolve a deviation.
         flat = deviation <= 1e-6 * np.abs(mean)
         if flat.any():
-            logger.warning("fold %d: of %s %s, %s do not vary", fold, modality, bands, flat)
+            same = [band for band, is_flat in zip(bands, flat, strict=True) if is_flat]
+            logger.warning("fold %d: bands %s of %s do not vary", fold, same, modality)
         means[modality] = mean.tolist()
         deviations[modality] = np.where(flat, 1.0, deviation).tolist()
     statistics = Statistics(made_from=made_from, means=means, deviations=deviations)

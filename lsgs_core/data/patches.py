@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
+import rasterio
 import torch
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
@@ -35,7 +36,6 @@ from lsgs_core.data.prepared import (
     PreparedScene,
     matching_record,
     open_prepared,
-    open_quietly,
 )
 from lsgs_core.data.schema import validated
 from lsgs_core.data.separation import check_separation
@@ -212,6 +212,9 @@ class PatchDataset:
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
 
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        return self.batch(indices)
+
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
         chosen = [int(index) for index in indices]
@@ -260,10 +263,10 @@ class PatchDataset:
             return
         # One item is a whole batch, made in a worker process; their order is kept.
         yield from DataLoader(
-            cast(Any, _Batches(self, list(parts))),
+            cast(Any, self),
+            sampler=cast(Any, list(parts)),
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=cast(Any, _as_it_is),
         )
 
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -288,27 +291,10 @@ class PatchDataset:
         return with_data
 
 
-class _Batches:
-    """The batches of an order, for a `DataLoader`."""
-
-    def __init__(self, patches: PatchDataset, parts: list[Any]) -> None:
-        self.patches, self.parts = patches, parts
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.patches.batch(self.parts[index])
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
 @lru_cache(OPEN_FILES)
 def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
     """Open a raster once per content, process and thread; those used least are closed."""
-    return open_quietly(path)
+    return rasterio.open(path)
 
 
 def _column(values: list[float]) -> np.ndarray:

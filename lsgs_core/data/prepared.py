@@ -10,7 +10,7 @@ import rasterio
 from pydantic import ValidationError
 from rasterio.errors import RasterioError
 
-from lsgs_core.data.alignment import ENVIRONMENT, quietly
+from lsgs_core.data.alignment import ENVIRONMENT
 from lsgs_core.data.manifest import Dataset
 from lsgs_core.data.schema import Strict
 from lsgs_core.data.separation import Place
@@ -45,9 +45,10 @@ class PreparedScene(Strict):
         """Return the width of a pixel and its unit, as maps show it."""
         if self.crs is None:
             return 1.0, "pixels"
-        if rasterio.crs.CRS.from_wkt(self.crs).is_geographic:
+        crs = rasterio.crs.CRS.from_wkt(self.crs)
+        if crs.is_geographic:
             return self.transform[0], "degrees"
-        return self.transform[0] / 1000, "km"
+        return self.transform[0] * crs.linear_units_factor[1] / 1000, "km"
 
 
 class Prepared(Strict):
@@ -55,6 +56,7 @@ class Prepared(Strict):
 
     definition: dict[str, Any]
     scenes: dict[str, PreparedScene]
+    complete: bool = True  # False while scenes are still to come
 
     def summary(self) -> pd.DataFrame:
         """Return a row per scene: its size, labelled pixels, and what part each modality sees."""
@@ -76,12 +78,18 @@ def load_prepared(folder: Path) -> Prepared | None:
 
 
 def matching_record(folder: Path, dataset: Dataset) -> Prepared:
-    """Return the record of a prepared folder. Raises `InputError` if made from another manifest."""
+    """Return the record of a prepared folder.
+
+    Raises:
+        InputError: There is none, it was made from another manifest, or it is not whole.
+    """
     record = load_prepared(folder)
     if record is None:
         raise InputError(f"{folder}: is not a prepared folder")
     if record.definition != dataset.raster_definition():
         raise InputError(f"{folder}: was prepared from another definition; prepare it again")
+    if not record.complete:
+        raise InputError(f"{folder}: its preparation was interrupted; prepare it again to go on")
     return record
 
 
@@ -90,17 +98,11 @@ def open_prepared(path: Path) -> Iterator[Any]:
     """Open a prepared raster for reading. Raises `InputError` when there is none."""
     with rasterio.Env(**ENVIRONMENT):
         try:
-            raster = open_quietly(path)
+            raster = rasterio.open(path)
         except RasterioError as error:
             raise InputError(f"{path}: is not prepared: {error}") from error
         with raster:
             yield raster
-
-
-def open_quietly(path: Path) -> Any:
-    """Open a raster for reading, without a warning where it has no georeference."""
-    with quietly():
-        return rasterio.open(path)
 
 
 def write_record(record: Prepared, folder: Path) -> None:

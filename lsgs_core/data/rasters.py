@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.windows import Window
+from rasterio.windows import Window, intersection
 from tqdm.auto import tqdm
 
-from lsgs_core.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, quietly
+from lsgs_core.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of
+from lsgs_core.data.folds import TABLE
 from lsgs_core.data.labels import code_names, membership, open_labels
 from lsgs_core.data.manifest import Dataset, Difference, FileBand, Slope
 from lsgs_core.data.prepared import LABELS, Prepared, PreparedScene, load_prepared, write_record
@@ -67,27 +68,29 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
         for scene in tqdm(pending, desc="check", unit="scene"):
             grids[scene.name], values = check_scene(dataset, scene)
             found |= values
-        if absent := dataset.labels.not_in(found):
+        # Where scenes are there already, this was checked before the first of them.
+        if not done and (absent := dataset.labels.not_in(found)):
             raise InputError(f"labels.values: {absent} occur in no scene of {raw_folder}")
         if pending:
-            write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+            begun = Prepared(definition=definition, scenes=done, complete=False)
+            write_record(begun, prepared_folder)
+            (prepared_folder / TABLE).unlink(missing_ok=True)  # its patches are of other rasters
         total = sum(len(grids[scene.name].windows()) for scene in pending)
         with tqdm(total=total, desc="align", unit="window") as bar:
-            written, took = 0.0, 0.0
+            written = 0.0
             for scene in pending:
                 bar.set_postfix(scene=scene.name, refresh=False)
                 done[scene.name] = _prepare_scene(
                     dataset, scene, prepared_folder, grids[scene.name], raw[scene.name], bar
                 )
                 # A killed preparation goes on from here. With thousands of small scenes the record
-                # is not written after each, or the writing would take most of the time.
-                start = time.monotonic()
-                if start - written > 10 * took:
-                    write_record(Prepared(definition=definition, scenes=done), prepared_folder)
+                # is written every ten seconds, or the writing would take most of the time.
+                if time.monotonic() - written > 10:
+                    write_record(begun.model_copy(update={"scenes": done}), prepared_folder)
                     written = time.monotonic()
-                    took = written - start
     ordered = {name: done[name] for name in scenes}
-    if list(ordered) != list(previous.scenes if previous else {}) or pending:
+    unchanged = previous and previous.complete and list(ordered) == list(previous.scenes)
+    if pending or not unchanged:
         write_record(Prepared(definition=definition, scenes=ordered), prepared_folder)
     return Prepared(definition=definition, scenes=ordered)
 
@@ -195,12 +198,12 @@ class _Modality:
 
 def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice, slice]]:
     """Return a window with a halo, cut at the grid's edge, and where the inner one lies in it."""
-    top, left = max(0, window.row_off - halo), max(0, window.col_off - halo)
-    bottom = min(grid.height, window.row_off + window.height + halo)
-    right = min(grid.width, window.col_off + window.width + halo)
-    row, column = window.row_off - top, window.col_off - left
+    top, left = window.row_off - halo, window.col_off - halo
+    around = Window(left, top, window.width + 2 * halo, window.height + 2 * halo)
+    wide = intersection(around, Window(0, 0, grid.width, grid.height))
+    row, column = window.row_off - wide.row_off, window.col_off - wide.col_off
     inner = slice(row, row + window.height), slice(column, column + window.width)
-    return Window(left, top, right - left, bottom - top), inner
+    return wide, inner
 
 
 def _prepare_scene(
@@ -271,7 +274,6 @@ def _create(path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **opti
         place = {**place, "transform": grid.transform, "crs": grid.crs}
     predictor = 3 if np.issubdtype(kind, np.floating) else 2
     options |= {"count": len(bands), "dtype": kind, "predictor": predictor} | PROFILE
-    with quietly():
-        raster = rasterio.open(path, "w", **place, **options)
+    raster = rasterio.open(path, "w", **place, **options)
     raster.descriptions = tuple(bands)
     return raster

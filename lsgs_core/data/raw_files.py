@@ -4,6 +4,7 @@ Archives nest folders twice or come with a folder of their own, so a path of the
 wherever the end of a file's path is the same, doubled folder names counted once.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from lsgs_core.data.label_kinds import ScaledPolygonLabels
 from lsgs_core.data.manifest import Dataset, ManualSource
 from lsgs_core.data.schema import NAME, VARIABLE, Files, fill
 from lsgs_core.errors import InputError, MissingFileError
+
+# Attributes, index, reference system and place of a file, kept in files beside it.
+SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,11 @@ class Scene:
 
     @property
     def files(self) -> list[Path]:
-        """Return all files, each once."""
+        """Return all files, each once, with those that belong to them."""
         extents = [self.extents] if self.extents else []
         used = [*self.bands.values(), *self.masks.values(), self.labels, *extents]
-        return list(dict.fromkeys(used))
+        beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
+        return list(dict.fromkeys([*used, *(path for path in beside if path.is_file())]))
 
     def modalities(self, dataset: Dataset) -> list[str]:
         """Return the modalities whose files are there, in the manifest's order."""
@@ -68,10 +73,10 @@ class RawFolder:
             raise MissingFileError(f"{folder}: the folder is missing")
         self.paths: dict[str, Path] = {}
         self._by_name: dict[str, list[str]] = {}
-        for path in sorted(self.folder.rglob("*")):
+        for path in sorted(_walked(self.folder)):
             inside = path.relative_to(self.folder)
             hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
-            if not hidden and path.is_file():
+            if not hidden:
                 self.paths[inside.as_posix()] = path
                 self._by_name.setdefault(path.name, []).append(inside.as_posix())
 
@@ -102,6 +107,17 @@ class RawFolder:
         for inside, path in self.paths.items():
             if match := whole.search(_plain(inside)):
                 yield match.groupdict(), path
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, through links to other folders too, each folder once."""
+    entered = set()
+    for inside, folders, files in os.walk(folder, followlinks=True):
+        if (real := Path(inside).resolve()) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        yield from (path for path in map(Path(inside).joinpath, files) if path.is_file())
 
 
 def find_scenes(dataset: Dataset, folder: Path) -> list[Scene]:

@@ -11,17 +11,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lsgs_core.errors import InputError
 
 SHOWN_PROBLEMS = 8  # one mistake can cause many messages; the first ones tell enough
-VARIABLE = re.compile(r"\$\{(\w+)(?::(\d))?\}")  # ${row}, or ${row:2} for two digits
+VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::(\d))?\}")  # ${row}, or ${row:2} for two digits
 
 
 def relative_path(text: str) -> str:
-    """Return `text` if it is a relative path that stays in its folder, else raise ValueError."""
+    """Return a relative path that stays in its folder, plainly written; else raise ValueError."""
     path = PureWindowsPath(text)  # knows both kinds of slash, and drives
     if not text or path.anchor:
         raise ValueError("expected a path relative to the data set's folder")
     if ".." in path.parts:
         raise ValueError("expected a path without '..'")
-    return text
+    return path.as_posix()
 
 
 def fill(template: str, variables: Mapping[str, str]) -> str:
@@ -36,7 +36,9 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
             raise ValueError(f"{template} needs the name {match[1]!r}; there are {[*variables]}")
         return variables[match[1]].zfill(int(match[2] or 0))
 
-    return relative_path(VARIABLE.sub(put, template))
+    if "${" in (filled := VARIABLE.sub(put, template)):
+        raise ValueError(f"{template}: expected variables such as ${{scene}} or ${{row:2}}")
+    return relative_path(filled)
 
 
 def listed(value: Any) -> Any:

@@ -71,20 +71,19 @@ def check_separation(
 
 
 def coverage(
-    patches: pd.DataFrame, shape: Sequence[int], margin: int = 0, window: Window | None = None
+    patches: pd.DataFrame, shape: Sequence[int], window: Window | None = None
 ) -> np.ndarray:
-    """Return bool [H, W]: pixels in a patch, or at most `margin` pixels away from one.
+    """Return bool [H, W]: pixels in a patch.
 
     Args:
         patches: Rows of a patch table, of one scene.
         shape: H and W.
-        margin: In pixels.
         window: Where the H × W pixels lie in the scene, by default from its first.
     """
     covered: np.ndarray = np.zeros(shape, dtype=bool)
     start = np.array([window.row_off, window.col_off] if window else [0, 0])
-    first = patches[["row", "column"]].to_numpy() - start - margin
-    last = first + patches[["size"]].to_numpy() + 2 * margin
+    first = patches[["row", "column"]].to_numpy() - start
+    last = first + patches[["size"]].to_numpy()
     inside = ((last > 0) & (first < np.array(shape))).all(axis=1)
     for (top, left), (bottom, right) in zip(first[inside], last[inside], strict=True):
         covered[max(0, top) : bottom, max(0, left) : right] = True

@@ -1,0 +1,242 @@
+"""Rasters, polygons and folders as users have them: what is taken, and what is refused."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+import raw_layouts as raw
+import shapely
+import yaml
+
+from lsgs_core import InputError
+from lsgs_core.data import rasters
+from lsgs_core.data.folds import TABLE
+from lsgs_core.data.manifest import Dataset, load_manifest
+from lsgs_core.data.patches import make_patches
+from lsgs_core.data.prepared import PreparedScene
+from lsgs_core.data.rasters import prepare
+from lsgs_core.data.raw_files import RawFolder
+
+DEGREES = 4.5e-6  # half a metre: a pixel of very high resolution
+PAIR = raw.dataset("pair")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    raw.write_pair(tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+def placed(folder: Path, file: str, **place: Any) -> None:
+    raw.write_raster(folder / file, raw.read_raster(folder / file), **place)
+
+
+def seen(folder: Path, file: str) -> tuple[np.ndarray, np.ndarray]:
+    with rasterio.open(folder / "scene" / file) as raster:
+        return raster.read(1), raster.read_masks(1) > 0
+
+
+@pytest.mark.parametrize(("shift", "larger"), [(0, 1), (2, 1), (0, 2)])
+def test_a_shift_of_pixels_in_degrees_is_a_shift(
+    pair: Path, tmp_path: Path, shift: int, larger: int
+) -> None:
+    """In degrees a shift of two pixels is a hundred-thousandth of the unit."""
+    grid = rasterio.Affine(DEGREES, 0, 10, 0, -DEGREES, 50)
+    for file in ("radar.tif", "labels.tif", "clouds.tif"):
+        placed(pair, file, crs="EPSG:4326", transform=grid)
+    away = grid * rasterio.Affine.translation(shift, 0) * rasterio.Affine.scale(larger)
+    placed(pair, "optical.tif", crs="EPSG:4326", transform=away)
+    clouds = raw.read_raster(pair / "clouds.tif")[0] == 1
+    prepare(raw.dataset("pair", resampling="nearest"), pair, tmp_path / "made")
+    pixels, there = seen(tmp_path / "made", "optical.tif")
+    row, column = np.mgrid[:96, :96] // larger - [[[0]], [[shift]]]
+    known = (column >= 0) & ~clouds
+    np.testing.assert_array_equal(there, known)
+    given = raw.read_raster(pair / "optical.tif")[0]
+    np.testing.assert_array_equal(pixels[known], given[row, column][known])
+
+
+def test_a_table_of_patches_goes_with_the_rasters_it_was_made_from(
+    pair: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    prepare(PAIR, pair, made)
+    make_patches(PAIR, made)
+    prepare(PAIR, pair, made)
+    assert (made / TABLE).exists()  # nothing has changed
+    placed(pair, "labels.tif", **raw.ground())  # the same content, other bytes or not
+    raw.write_raster(pair / "labels.tif", 3 - raw.read_raster(pair / "labels.tif"), **raw.ground())
+    prepare(PAIR, pair, made)
+    assert not (made / TABLE).exists()
+
+
+def test_a_half_prepared_folder_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw.write_hunan(tmp_path / "raw")
+    dataset, made, original = raw.dataset("hunan"), tmp_path / "made", rasters._prepare_scene
+    calls = []
+
+    def killed(*arguments: Any) -> PreparedScene:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(rasters, "_prepare_scene", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dataset, tmp_path / "raw", made)
+    with pytest.raises(InputError, match="made: its preparation was interrupted"):
+        make_patches(dataset, made)
+    prepare(dataset, tmp_path / "raw", made)
+    assert len(make_patches(dataset, made, "official", size=64)["scene"].unique()) == 8
+
+
+def test_a_class_where_nothing_is_seen_is_no_mistake_the_second_time(
+    pair: Path, tmp_path: Path
+) -> None:
+    for file in ("optical.tif", "radar.tif"):
+        pixels = raw.read_raster(pair / file).astype(np.float32)
+        pixels[:, raw.read_raster(pair / "labels.tif")[0] == 2] = np.nan
+        raw.write_raster(pair / file, pixels, **raw.ground())
+    for _ in range(2):
+        assert prepare(PAIR, pair, tmp_path / "made").scenes["scene"].label_pixels["high"] == 0
+
+
+def polygons(folder: Path, column: list[Any], file: str = "fields.shp", **options: Any) -> Dataset:
+    """Half of the scene is of the first value, half of the second."""
+    boxes = [shapely.box(x, 3e6 - 960, x + 480, 3e6) for x in (5e5, 5e5 + 480)]
+    boxes += [shapely.box(0, 0, 1, 1)] * (len(column) - 2)
+    frame = geopandas.GeoDataFrame({"use": column}, geometry=boxes, crs=raw.UTM)
+    frame.to_file(folder / file, **options)
+    labels = {"kind": "polygons", "file": file, "column": "use", "values": {"low": [1], "high": 2}}
+    content = copy.deepcopy(raw.ENTRIES["pair"]) | {"labels": labels}
+    return Dataset.model_validate(content)
+
+
+@pytest.mark.parametrize("column", [[1, 2], [1.0, 2.0], [1, 2, None], ["1", "2"]])
+def test_numbers_of_polygons_in_any_type(pair: Path, tmp_path: Path, column: list[Any]) -> None:
+    made = prepare(polygons(pair, column), pair, tmp_path / "made").scenes["scene"]
+    assert made.label_pixels == {"low": 96 * 48 - 16, "high": 96 * 48}
+
+
+def test_what_belongs_to_a_shapefile_is_looked_at_too(pair: Path, tmp_path: Path) -> None:
+    dataset = polygons(pair, [1, 2])
+    first = prepare(dataset, pair, tmp_path / "made").scenes["scene"]
+    polygons(pair, [2, 1])
+    second = prepare(dataset, pair, tmp_path / "made").scenes["scene"]
+    assert first.raw["fields.shp"] == second.raw["fields.shp"]
+    assert first.label_pixels["low"] == second.label_pixels["high"]
+
+
+def two_layers(folder: Path) -> Dataset:
+    polygons(folder, [1, 2], "fields.gpkg", layer="land", driver="GPKG")
+    return polygons(folder, [2, 1], "fields.gpkg", layer="water", driver="GPKG", mode="a")
+
+
+def without_geometry(folder: Path) -> Dataset:
+    dataset = polygons(folder, [1, 2])
+    (folder / "fields.csv").write_text("use,area\n1,2\n")
+    labels = dataset.labels.model_copy(update={"file": ["fields.csv"]})
+    return dataset.model_copy(update={"labels": labels})
+
+
+def unknown_system(folder: Path) -> Dataset:
+    dataset = polygons(folder, [1, 2])
+    labels = dataset.labels.model_copy(update={"crs": "EPSG:what"})
+    return dataset.model_copy(update={"labels": labels})
+
+
+def complex_radar(folder: Path) -> Dataset:
+    pixels = raw.read_raster(folder / "radar.tif").astype(np.complex64)
+    raw.write_raster(folder / "radar.tif", pixels, **raw.ground())
+    return PAIR
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: polygons(folder, [7, 8]), r"'use' has none of .* \['7', '8'\]"),
+        (two_layers, r"fields.gpkg: expected one layer of polygons, found \['land', 'water'\]"),
+        (without_geometry, r"fields.csv: expected one layer of polygons, found \[\]"),
+        (unknown_system, "labels.crs: 'EPSG:what' is not known"),
+        (complex_radar, "radar.tif: holds complex numbers"),
+    ],
+)
+def test_what_is_refused(pair: Path, tmp_path: Path, damage: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        prepare(damage(pair), pair, tmp_path / "made")
+
+
+def test_a_grid_that_is_turned(pair: Path, tmp_path: Path) -> None:
+    """By a right angle: the sides of a pixel lie in the other elements of the transform."""
+    turned = rasterio.Affine.translation(5e5, 3e6) * rasterio.Affine.rotation(90)
+    for file in ("optical.tif", "labels.tif", "clouds.tif", "radar.tif"):
+        placed(pair, file, crs=raw.UTM, transform=turned * rasterio.Affine.scale(10, -10))
+    content = copy.deepcopy(raw.ENTRIES["pair"])
+    content["bands"]["VV"]["scale"] = 1
+    prepare(Dataset.model_validate(content), pair, tmp_path / "made")
+
+
+def test_folders_that_are_links(pair: Path, tmp_path: Path) -> None:
+    shutil.move(pair / "radar.tif", tmp_path / "elsewhere.tif")
+    (tmp_path / "disk").mkdir()
+    shutil.move(tmp_path / "elsewhere.tif", tmp_path / "disk" / "radar.tif")
+    (pair / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "round").symlink_to(pair)  # a circle
+    assert prepare(PAIR, pair, tmp_path / "made").scenes["scene"].modalities == ["optical", "radar"]
+    assert sorted(RawFolder(pair).paths)[-1] == "optical.tif"
+
+
+@pytest.mark.parametrize(
+    ("crs", "pixel", "size", "unit"),
+    [
+        ("EPSG:32633", 10, 0.01, "km"),
+        ("EPSG:2264", 30, 0.009144, "km"),  # in feet
+        ("EPSG:4326", 0.5, 0.5, "degrees"),
+        (None, 1, 1, "pixels"),
+    ],
+)
+def test_the_unit_of_maps(crs: str | None, pixel: float, size: float, unit: str) -> None:
+    scene = PreparedScene.model_construct(
+        crs=rasterio.crs.CRS.from_string(crs).to_wkt() if crs else None,
+        transform=(pixel, 0, 0, 0, -pixel, 0),
+    )
+    found, name = scene.pixel_size
+    assert name == unit
+    assert found == pytest.approx(size, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"bands": {"VV": {"file": "radar.tif", "nodata": float("nan")}}}, "bands.VV.nodata"),
+        ({"modalities": {"radar": ["VV", "VV"]}}, "modalities.radar: a band is listed twice"),
+        (
+            {"modalities": {"optical": {"file": "o.tif", "channels": [1, 1]}}},
+            "modalities.optical.channels: a band is there twice",
+        ),
+        ({"bands": {"optical_1": {"file": "o.tif"}}}, "optical.channels: a band is there twice"),
+        ({"find_scenes": {"file": "${a}.tif"}}, "find_scenes: .*needs the name 'b'"),
+        ({"find_scenes": {"file": "${b}.tif", "name": "${c}"}}, "find_scenes: .*the name 'c'"),
+        ({"find_scenes": {"file": "${1}.tif"}}, "find_scenes: .*expected variables such as"),
+    ],
+)
+def test_manifests_that_would_fail_later(tmp_path: Path, changes: Any, expected: str) -> None:
+    content = copy.deepcopy(raw.ENTRIES["pair"])
+    for field, value in changes.items():
+        content[field] = content.get(field, {}) | value
+    if "find_scenes" in changes:
+        content["labels"]["file"] = "${b}_labels.tif" if "1" not in str(changes) else "l.tif"
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"datasets": {"pair": content}}))
+    with pytest.raises(InputError, match=f"(?s)m.yaml: .*{expected}"):
+        load_manifest(tmp_path / "m.yaml")
+
+
+def test_a_path_that_begins_with_a_dot(pair: Path, tmp_path: Path) -> None:
+    content = copy.deepcopy(raw.ENTRIES["pair"])
+    content["bands"]["VV"]["file"] = "./radar.tif"
+    prepare(Dataset.model_validate(content), pair, tmp_path / "made")
