@@ -1,6 +1,8 @@
 """Samplers that adapt: they watch the loss of every sample, or the network itself.
 
-What they learn is kept in their state, which is saved with the training state. All are numpy alone.
+What they learn is kept in their state, which is saved with the training state. All are numpy and
+scipy alone. The loss that they see is the cross-entropy, averaged over those pixels of a
+sample that count.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ class _Adaptive:
             setattr(self, name, found if found.ndim else float(found))
 
 
+def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithm, minus infinity of 0: what is never drawn never will be."""
+    return np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
+
+
 class LossProportional(_Adaptive):
     """Scenarios of high loss more often: p = (1 - mixing) prior + mixing softmax(tau z(loss)).
 
@@ -77,10 +84,9 @@ class LossProportional(_Adaptive):
         # The average starts at zero; dividing by the weight it has had takes that out again.
         loss = np.where(seen, self.average / np.maximum(1 - self.memory**self.count, 1e-300), 0.0)
         loss = np.where(seen, loss, loss[seen].mean())
-        with np.errstate(divide="ignore"):
-            q = scipy.special.softmax(
-                np.log(self.prior) + self.inverse_temperature * standardise(loss)
-            )
+        q = scipy.special.softmax(
+            _logarithm(self.prior) + self.inverse_temperature * standardise(loss)
+        )
         return (1 - self.mixing) * self.prior + self.mixing * q
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
@@ -93,8 +99,9 @@ class LossProportional(_Adaptive):
 class GroupDRO(_Adaptive):
     """Group distributionally robust sampling: exponentiated gradient ascent on the losses.
 
-    q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al. 2020, Algorithm 1, with
-    scenarios as groups). There the group is drawn uniformly and its loss weighted by q; here it is
+    q starts as the prior; q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
+    2020, Algorithm 1, with scenarios as groups). There the group is drawn uniformly and its loss
+    weighted by q; here it is
     drawn from p = (1 - mixing) prior + mixing q, so that an observed loss is divided by K p_k.
 
     Args:
@@ -107,7 +114,7 @@ class GroupDRO(_Adaptive):
 
     def __init__(self, prior: ArrayLike, step: float = 0.01, mixing: float = 0.9) -> None:
         self.prior, self.step, self.mixing = check_probabilities(prior), step, mixing
-        self.log_weights = np.zeros(len(self.prior))
+        self.log_weights = _logarithm(self.prior)
 
     def probabilities(self, epoch: int) -> Probabilities:
         """Return p now, float64 [K]."""
@@ -150,10 +157,10 @@ class Exp3S(_Adaptive):
         self.prior, self.step, self.exploration = check_probabilities(prior), step, exploration
         self.memory = memory
         count = len(self.prior)
-        self.log_weights = np.zeros(count)
+        self.log_weights = _logarithm(self.prior)
         self.average = np.zeros(count)
         self.seen = np.zeros(count)
-        self.rewards = np.full(window, np.nan)  # a ring; JSON has NaN as null
+        self.rewards = np.full(window, np.nan)  # a ring
         self.time = 0.0
 
     def probabilities(self, epoch: int) -> Probabilities:
@@ -180,8 +187,9 @@ class Exp3S(_Adaptive):
         estimate[arm] = scaled / probability
         grown = np.exp(self.log_weights + self.step * estimate)
         share = 1 / (self.time + 1)
-        others = (grown.sum() - grown) / (len(grown) - 1)
-        self.log_weights = np.log((1 - share) * grown + share * others)
+        possible = self.prior > 0
+        others = (grown.sum() - grown) / max(1, possible.sum() - 1)
+        self.log_weights = _logarithm(np.where(possible, (1 - share) * grown + share * others, 0))
         self.log_weights -= self.log_weights.max()
 
 
@@ -204,8 +212,7 @@ class Curriculum(_Adaptive):
     def probabilities(self, epoch: int) -> Probabilities:
         """Return p of an epoch, float64 [K]."""
         left = max(0.0, 1 - epoch / max(1, self.epochs))
-        with np.errstate(divide="ignore"):
-            logits = np.log(self.prior) - self.strength * left * self.standardised
+        logits = _logarithm(self.prior) - self.strength * left * self.standardised
         return scipy.special.softmax(logits)
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:

@@ -176,7 +176,8 @@ def load_weights(
 def load_table(path: Path, expected: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """A table, checked as in `check`."""
     check(path, expected)
-    return pd.read_csv(path)
+    # A class or scenario may be called None or NA; only an empty field is no number.
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def _write_record(path: Path, sha256: str, record: Record) -> None:

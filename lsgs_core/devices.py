@@ -125,8 +125,10 @@ class LaunchedProcesses(Processes):
     def __init__(self, device: torch.device, precision: Precision) -> None:
         from accelerate import Accelerator  # 1.5 seconds, which most runs need not wait
 
-        mixed = {"float32": "no", "bfloat16": "bf16"}[precision]
-        self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+        # Its state is one for the whole process, so the precision is not left to it: evaluation
+        # computes in float32 beside a training in bfloat16.
+        self._accelerator = Accelerator(cpu=device.type == "cpu")
+        self._device, self._precision = device, precision
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
 
@@ -154,7 +156,8 @@ class LaunchedProcesses(Processes):
         )
 
     def autocast(self) -> AbstractContextManager[Any]:  # noqa: D102
-        return self._accelerator.autocast()
+        mixed = self._precision == "bfloat16"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=mixed)
 
     def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:  # noqa: D102
         return nullcontext() if last else self._accelerator.no_sync(module)
@@ -200,6 +203,8 @@ class _SharedBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
+        given = input.dtype
+        input = input.to(torch.promote_types(given, torch.float32))  # sums need it
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         count = input.numel() / input.shape[1]
@@ -214,13 +219,15 @@ class _SharedBatchNorm(nn.BatchNorm2d):
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1
-            rate = self.momentum if self.momentum is not None else 0.0
+            rate = self.momentum
+            if rate is None:  # the mean of all batches
+                rate = 1 / float(self.num_batches_tracked)
             self.running_mean.lerp_(mean.detach(), rate)
             self.running_var.lerp_((variance * samples / (samples - 1)).detach(), rate)
         scaled = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.weight is None:
-            return scaled
-        return scaled * self.weight.view(shape) + self.bias.view(shape)
+        if self.weight is not None:
+            scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
+        return scaled.to(given)
 
 
 def _share_batch_norm(module: nn.Module, processes: Processes) -> None:

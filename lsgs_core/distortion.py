@@ -66,8 +66,8 @@ def score_scenarios(
     Args:
         model: A backbone, or any module with the methods above.
         batches: `Batch` objects, or images alone: M tensors [B, D_m, H, W] or one [B, M, D, H, W].
-            Patches that a modality does not see, in whole or in part, are left out: distortion is
-            against the full scenario.
+            Patches that a modality does not see, or sees less of than another, are left out:
+            distortion is against the full scenario.
         scenarios: Which scenarios, for the modalities in the model's order.
         device: Where to compute; None: where the model's parameters are.
         until: Asked after every batch, with d_k(x) and the blocks of the patches so far, whether
@@ -103,6 +103,11 @@ def score_scenarios(
             for number, item in enumerate(bar):
                 images, ids, blocks = _complete_patches(item, seen)
                 seen += len(ids)
+                if len(images) != masks.shape[1]:
+                    raise InputError(
+                        f"scoring: expected images of {masks.shape[1]} modalities, found "
+                        f"{len(images)}"
+                    )
                 if not len(ids) or number % processes.count != processes.rank:
                     continue
                 images = [image.to(target) for image in images]

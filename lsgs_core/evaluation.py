@@ -27,6 +27,7 @@ from lsgs_core.scenarios import ScenarioSet
 
 COUNTS = ["tp", "fp", "fn"]
 SOFT = ["soft_iou", "soft_f1"]
+THRESHOLD = 0.5  # on probabilities, of binary and multi-label targets
 
 
 class AlwaysPositive(nn.Module):
@@ -46,21 +47,21 @@ class AlwaysPositive(nn.Module):
         return images[0].new_ones(batch, self.classes, height, width)
 
 
-def predict(logits: Tensor, kind: TaskKind, threshold: float = 0.5) -> Tensor:
+def predict(logits: Tensor, kind: TaskKind) -> Tensor:
     """Binary masks per class from logits, bool [B, C, H, W].
 
-    Binary and multi-label: probability of at least `threshold`. Multi-class: the largest logit.
+    Binary and multi-label: probability of at least `THRESHOLD`. Multi-class: the largest logit.
     """
     if kind == "multiclass":
         chosen = logits.argmax(dim=1, keepdim=True)
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
-    return logits.sigmoid() >= threshold
+    return logits.sigmoid() >= THRESHOLD
 
 
-def class_map(logits: Tensor, kind: TaskKind, threshold: float = 0.5) -> Tensor:
+def class_map(logits: Tensor, kind: TaskKind) -> Tensor:
     """The most probable class per pixel, int64 [B, H, W]; -1 where none reaches the threshold."""
     chosen = logits.argmax(dim=1)
-    found = predict(logits, kind, threshold).any(dim=1)
+    found = predict(logits, kind).any(dim=1)
     return torch.where(found, chosen, -1)
 
 
@@ -70,7 +71,6 @@ def evaluate(
     scenarios: ScenarioSet,
     classes: tuple[str, ...],
     kind: TaskKind,
-    threshold: float = 0.5,
     protocol: Protocol = "strict",
 ) -> pd.DataFrame:
     """Compare predictions with the truth under every scenario.
@@ -86,7 +86,6 @@ def evaluate(
         scenarios: The scenarios to evaluate, each separately.
         classes: Name of every class.
         kind: Kind of the target.
-        threshold: On the probability, for binary and multi-label targets; strict only.
         protocol: See the module.
 
     Returns:
@@ -127,7 +126,7 @@ def evaluate(
                         logits = model([i[served] for i in moved.images], present[served])
                         counted = moved.counted(present)[served, None]
                         if protocol == "strict":
-                            predicted = predict(logits, kind, threshold)
+                            predicted = predict(logits, kind)
                             measured = _counts(predicted, truth[served], counted).double()
                         else:
                             measured = _soft_scores(logits, truth[served], counted, kind)
@@ -183,12 +182,14 @@ def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         by: Columns to keep apart, such as ["method", "scenario"].
 
     Returns:
-        The columns of `by`, class, iou and f1; NaN where not defined (see the module).
+        The columns of `by`, class, iou and f1, NaN where not defined (see the module); of paper
+        records also their standard deviations over patches, iou_deviation and f1_deviation.
     """
     grouped = records.groupby([*by, "class"], sort=False)
     if "tp" not in records:
-        means = grouped[SOFT].mean().reset_index()
-        return means.rename(columns={"soft_iou": "iou", "soft_f1": "f1"})
+        means = grouped[SOFT].mean().rename(columns={"soft_iou": "iou", "soft_f1": "f1"})
+        spread = grouped[SOFT].std().set_axis(["iou_deviation", "f1_deviation"], axis=1)
+        return means.join(spread).reset_index()
     pooled = grouped[COUNTS].sum().reset_index()
     tp, fp, fn = (pooled[name].astype(float) for name in COUNTS)
     union = (tp + fp + fn).where(lambda pixels: pixels > 0)
@@ -228,7 +229,8 @@ def summary(
 
     Returns:
         The columns of `by`, mean_iou, worst_iou, worst_scenario, expected_iou (under the prior),
-        full_iou and drop (full minus mean), of the IoU averaged over classes.
+        full_iou and drop (full minus mean), of the IoU averaged over classes. A scenario in which
+        no class is in truth or prediction is left out.
     """
     names = list(scenarios.names)
     weights = np.full(len(names), 1 / len(names)) if prior is None else prior
@@ -241,13 +243,20 @@ def summary(
                 **dict(zip(by, keys if isinstance(keys, tuple) else (keys,), strict=True)),
                 "mean_iou": iou.mean(),
                 "worst_iou": iou.min(),
-                "worst_scenario": iou.idxmin(),
-                "expected_iou": float(iou.to_numpy() @ weights),
+                "worst_scenario": iou.idxmin() if iou.notna().any() else "",
+                "expected_iou": float(expected(iou.to_numpy(), weights)),
                 "full_iou": full,
                 "drop": full - iou.mean(),
             }
         )
     return pd.DataFrame(rows)
+
+
+def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of scores [..., K] under a prior [K] over the scenarios that have one (not NaN)."""
+    weights = np.where(np.isnan(scores), 0, prior)
+    total, mass = (np.nan_to_num(scores) * weights).sum(axis=-1), weights.sum(axis=-1)
+    return np.divide(total, mass, out=np.full(np.shape(mass), np.nan), where=mass > 0)
 
 
 def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:

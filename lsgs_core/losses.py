@@ -14,13 +14,8 @@ Protocol = Literal["strict", "paper"]
 Total = Callable[[Tensor], Tensor]
 
 
-def _alone(value: Tensor) -> Tensor:
-    """The sum over the processes when there is one."""
-    return value
-
-
 def segmentation_loss(
-    logits: Tensor, target: Tensor, valid: Tensor, kind: TaskKind, total: Total = _alone
+    logits: Tensor, target: Tensor, valid: Tensor, kind: TaskKind, total: Total = Tensor.clone
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy plus soft Jaccard loss, over the pixels that count.
 
@@ -37,7 +32,7 @@ def segmentation_loss(
 
     Returns:
         The loss (a scalar; 0 where no pixel is valid), and the cross-entropy per sample, [B],
-        detached, for samplers that watch the loss (0 for a sample without any valid pixel).
+        detached, for samplers that watch the loss (NaN for a sample without any valid pixel).
     """
     if kind == "multiclass":
         known = torch.where(valid, target, 0)
@@ -53,7 +48,7 @@ def segmentation_loss(
 
 
 def soft_jaccard_loss(
-    probability: Tensor, truth: Tensor, valid: Tensor, total: Total = _alone
+    probability: Tensor, truth: Tensor, valid: Tensor, total: Total = Tensor.clone
 ) -> Tensor:
     """One minus the Jaccard index of probabilities, pooled over the batch, averaged over classes.
 
@@ -73,7 +68,7 @@ def soft_jaccard_loss(
 
 
 def paper_loss(
-    heads: Tensor, target: Tensor, valid: Tensor, total: Total = _alone
+    heads: Tensor, target: Tensor, valid: Tensor, total: Total = Tensor.clone
 ) -> tuple[Tensor, Tensor]:
     """The published loss: binary cross-entropy with logits of what is already a probability.
 
@@ -101,4 +96,4 @@ def _mean_over_valid(per_pixel: Tensor, valid: Tensor, total: Total) -> tuple[Te
     sums = (per_pixel * weight).sum(dim=(1, 2))
     counts = weight.sum(dim=(1, 2))
     mean = total(sums.sum()) / total(counts.sum()).clamp(min=1)
-    return mean, (sums / counts.clamp(min=1)).detach()
+    return mean, (sums / counts).detach()

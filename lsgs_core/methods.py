@@ -29,7 +29,8 @@ class Evidence:
         distortion: D, [K]; None where a scoring file of the authors lacks it.
         latent_shift: Mean shift of the latent per channel, [K, C]; None as above.
         prior: Of the scenarios in deployment, [K]; uniform in the paper.
-        settings: Those of the scoring: direction, lengthscale, ridge, inverse_temperature, mixing.
+        settings: Those of the scoring: direction, lengthscale, ridge, inverse_temperature, mixing,
+            smooth.
         descriptor: What its kernel compared, see `scenario_descriptors`.
         seed: Of the run, for methods that draw their distribution.
         epochs: That the run trains.
@@ -42,7 +43,7 @@ class Evidence:
     distortion: NDArray[np.float64] | None = None
     latent_shift: NDArray[np.float64] | None = None
     prior: NDArray[np.float64] | None = None
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     descriptor: str = "distortion"
     seed: int = 0
     epochs: int = 1
@@ -111,6 +112,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+FAMILIES = ("LSGS", "uniform", "successor", "control", "adaptive", "LoRA", "positive control")
 # So improbable that it is never drawn, unless nothing else can be: in the 2^53 numbers that a draw
 # can take, 1e-16 is less than one.
 NEVER = 1e-16
@@ -122,7 +124,12 @@ def method(
     """Enter a function into `METHODS` under its own name."""
 
     def enter(build: Callable[[Evidence], ScenarioSampler]) -> Callable[..., ScenarioSampler]:
-        about = (build.__doc__ or "").strip().splitlines()[0]
+        about = (build.__doc__ or "").strip().partition("\n")[0]
+        if not about or family not in FAMILIES:
+            raise TypeError(
+                f"method {build.__name__}: expected a docstring, whose first line is shown, and a "
+                f"family of {list(FAMILIES)}, found {family!r}"
+            )
         METHODS[build.__name__] = Method(title, about, family, build, low_rank, stream)
         return build
 

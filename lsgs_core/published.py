@@ -28,6 +28,8 @@ SETTINGS = {
     "ridge": "lambda",
     "lengthscale": "rbf_sigma",
 }
+# Beyond the published ones, for the other samplers of this study.
+OWN_SETTINGS = ("smooth", "lengthscale")
 ARRAYS = ("D_sh", "latent_shift", "prior")
 
 
@@ -35,7 +37,7 @@ def published_scoring(
     scores: ScenarioScores,
     result: ScenarioProbabilities,
     descriptor: str,
-    settings: Mapping[str, float],
+    settings: Mapping[str, Any],
     model_type: str,
     checkpoint: str,
     output: str,
@@ -47,7 +49,8 @@ def published_scoring(
         scores: Distortions.
         result: What was made of them.
         descriptor: What the kernel compared, see `scenario_descriptors`.
-        settings: direction, inverse_temperature, mixing and ridge, as they were used.
+        settings: direction, inverse_temperature, mixing and ridge, as they were used; also smooth
+            and lengthscale (a number or "median"), where other than the defaults may be.
         model_type: Name of the backbone.
         checkpoint: Path of the weights, as it is to be recorded.
         output: Path of the JSON itself, as it is to be recorded.
@@ -84,6 +87,7 @@ def published_scoring(
         "latent_shift": scores.latent_shift.tolist(),
         "prior": result.prior.tolist(),
         "descriptor": descriptor,
+        **{name: settings[name] for name in OWN_SETTINGS if name in settings},
     }
 
 
@@ -108,7 +112,13 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
             name: np.asarray(content[name], dtype=np.float64) for name in ARRAYS if name in content
         }
         descriptor = str(content.get("descriptor", "distortion"))
-        settings = {name: float(content[key]) for name, key in SETTINGS.items() if key in content}
+        settings: dict[str, Any] = {
+            name: float(content[key]) for name, key in SETTINGS.items() if key in content
+        }
+        if "smooth" in content:
+            settings["smooth"] = bool(content["smooth"])
+        if content.get("lengthscale") == "median":  # asked for again where D is measured again
+            settings["lengthscale"] = "median"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path}: expected the JSON of a scoring, with 'final_probs': {error}"

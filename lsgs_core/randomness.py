@@ -32,13 +32,17 @@ def generator(stream: str, seed: int, epoch: int = 0, index: int = 0) -> np.rand
         index: Sample index, non-negative.
 
     Raises:
-        InputError: A negative seed, epoch or index.
+        InputError: A negative seed, epoch or index, or a seed that is too large.
     """
-    if min(seed, epoch, index) < 0:
-        raise InputError(f"seed, epoch, index: expected 0 or more, found {(seed, epoch, index)}")
+    if min(seed, epoch, index) < 0 or seed >= 2**64:
+        raise InputError(
+            f"seed, epoch, index: expected 0 or more, seed below 2^64, found {(seed, epoch, index)}"
+        )
     # The lowest counter word counts the blocks that are drawn; the others tell streams apart.
     counter = [0, index, epoch, STREAMS[stream]]
-    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=counter))
+    return np.random.Generator(
+        np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
+    )
 
 
 def uniform_numbers(

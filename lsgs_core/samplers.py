@@ -166,7 +166,7 @@ def coverage(
         utility: U, such as the distortion, [K], none negative.
         kernel: Between scenarios, [K, K], such as `rbf_kernel` of their latent shifts.
         mixing: Weight of q, 0 to 1.
-        prior: What it is mixed with, [K]; None is uniform.
+        prior: What it is mixed with, [K]; None is uniform. Scenarios of prior 0 do not count.
 
     Returns:
         p, float64 [K]; the prior where all utilities are 0. Where scenarios are exactly alike, one
@@ -182,10 +182,14 @@ def coverage(
             f"utility: expected {len(kernel)} finite numbers of at least 0, found {weights}"
         )
     base = np.full(count, 1 / count) if prior is None else check_probabilities(prior, count)
+    possible = np.flatnonzero(base > 0)
+    weights = weights[possible]
     if weights.max() <= 0:
         return base
     weights = weights / weights.max()
-    return (1 - mixing) * base + mixing * _cover(weights / weights.sum(), kernel)
+    q = np.zeros(count)
+    q[possible] = _cover(weights / weights.sum(), kernel[np.ix_(possible, possible)])
+    return (1 - mixing) * base + mixing * q
 
 
 def _cover(weights: Probabilities, kernel: NDArray[np.float64]) -> Probabilities:

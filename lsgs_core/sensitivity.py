@@ -26,7 +26,7 @@ VARIED: dict[str, tuple[float, ...]] = {
     "lengthscale": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0),
 }
 FEWEST_BLOCKS = 8  # a standard error over fewer clusters is not to be trusted
-Probabilities = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+ToProbabilities = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def smoothing_report(
@@ -49,11 +49,14 @@ def smoothing_report(
     unsmoothed = scenario_probabilities(distortion, **{**settings, "smooth": False})
     p, ridge, identity = result.probabilities, settings["ridge"], np.eye(len(distortion))
     positive = p[p > 0]
+    kept = (
+        smooth_scores(result.kernel, identity, ridge) if settings.get("smooth", True) else identity
+    )
     return {
         "total_variation_from_unsmoothed": total_variation(p, unsmoothed.probabilities),
         "total_variation_from_prior": total_variation(p, result.prior),
         "effective_scenarios": float(np.exp(-(positive * np.log(positive)).sum())),
-        "degrees_of_freedom": float(np.trace(smooth_scores(result.kernel, identity, ridge))),
+        "degrees_of_freedom": float(np.trace(kept)),
         "kernel_condition": float(np.linalg.cond(result.kernel + ridge * identity)),
     }
 
@@ -84,7 +87,7 @@ def sensitivity(distortion: NDArray[np.float64], settings: Mapping[str, Any]) ->
 def bootstrap_probabilities(
     patch_distortion: NDArray[np.float64],
     blocks: NDArray[np.int64],
-    probabilities: Probabilities,
+    probabilities: ToProbabilities,
     resamples: int = 1000,
     seed: int = 0,
 ) -> NDArray[np.float64]:
@@ -115,7 +118,7 @@ def bootstrap_probabilities(
 
 
 def known_to(
-    tolerance: float, probabilities: Probabilities
+    tolerance: float, probabilities: ToProbabilities
 ) -> Callable[[NDArray[np.float64], NDArray[np.int64]], bool]:
     """When scoring may stop: the standard error of every p is at most the tolerance.
 

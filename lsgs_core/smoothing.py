@@ -206,6 +206,8 @@ def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
     All zeros when the spread vanishes. The published cutoff is an absolute 1e-12, which makes p
     uniform for every distortion below about 2e-5; this one is relative to the size of the scores.
+    Distortions below about 1e-7 of the lengthscale still end near uniform: their kernel is all ones
+    but for rounding.
     """
     centred = scores - scores.mean()
     spread = centred.std()

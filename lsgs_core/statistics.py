@@ -1,16 +1,17 @@
 """Differences between methods, with intervals that know of replicates and of spatial blocks.
 
-A replicate is a seed, with the held-out counts of all folds pooled. Methods are compared within
-replicates: they share initial weights, order of the data and random numbers. What else could have
-been drawn are the seeds and the blocks of the scene, so the bootstrap resamples both, and a block
-stays one block for all methods. "Uniform" is the mean of its arms, and the difference between them
-is the noise floor.
+A replicate is a seed of fine-tuning, with the held-out counts of all folds pooled. Methods are
+compared within replicates: they share initial weights, order of the data and random numbers. What
+else could have been drawn are the seeds and the blocks of the scene, so the bootstrap resamples
+both, and a block stays one block for all methods. Pretrained networks and scorings, one per fold,
+are shared by all replicates: intervals do not tell how results vary with the pretraining. "Uniform"
+is the mean of its arms, and the difference between them is the noise floor.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,13 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.evaluation import COUNTS
+from lsgs_core.evaluation import COUNTS, expected
+from lsgs_core.methods import METHODS
 from lsgs_core.scenarios import ScenarioSet
 
 Array = NDArray[np.float64]
+# Columns that name a contrast, the method and its reference methods.
+Named = tuple[dict[str, str], str, list[str]]
 METRICS = ("worst_iou", "mean_iou", "expected_iou", "full_iou")
 UNIFORM_ARMS = ("uniform", "uniform_again")
 FEWEST_BLOCKS = 9
@@ -94,25 +98,25 @@ class Counts:
     def scores(self, weights: Array) -> Array:
         """IoU averaged over classes when blocks are weighted, [R, M, S, K], for weights [R, B].
 
-        Classes without any pixel in truth and prediction are left out of the mean.
+        Classes without any pixel in truth and prediction are left out of the mean; NaN where all
+        are.
         """
         shape = self.values.shape[1:]
         pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
         union = pooled.sum(axis=-1)
         iou = np.divide(pooled[..., 0], union, out=np.full(union.shape, np.nan), where=union > 0)
-        defined = ~np.isnan(iou)
-        return np.where(defined, iou, 0).sum(axis=-1) / np.maximum(defined.sum(axis=-1), 1)
+        return expected(iou, np.ones(iou.shape[-1]))
 
     def metric(self, name: str, weights: Array, prior: Array) -> Array:
         """A metric of every method and replicate, [R, M, S], for block weights [R, B]."""
         scores = self.scores(weights)
         match name:
             case "worst_iou":
-                return scores.min(axis=-1)
+                return np.fmin.reduce(scores, axis=-1)  # not those that are NaN
             case "mean_iou":
-                return scores.mean(axis=-1)
+                return expected(scores, np.ones_like(prior))
             case "expected_iou":
-                return scores @ prior
+                return expected(scores, prior)
             case "full_iou":
                 return scores[..., -1]
         raise InputError(f"metric: expected one of {METRICS}, found {name!r}")
@@ -228,30 +232,17 @@ def differences(
     Returns:
         dataset, backbone, metric, method, reference, what `contrast` gives, and p_holm, corrected
         over the methods of a data set, backbone and metric (the second uniform arm, whose row is
-        the noise floor, is not one of them). Methods with a single replicate are left out.
+        the noise floor, is not one of them). Methods that share fewer than two replicates
+        with their reference are left out.
     """
-    rows = []
-    for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
-        present = list(dict.fromkeys(part["method"]))
+
+    def wanted(present: list[str]) -> Iterator[Named]:
         arms = [name for name in UNIFORM_ARMS if name in present]
-        if not arms:
-            continue
-        replicates = part.groupby("method")["seed"].nunique()
-        for metric in metrics:
-            table = []
-            for name in present:
-                if name == arms[0] or replicates[name] < 2:
-                    continue
-                reference = arms[:1] if name in arms else arms
-                found = contrast(part, scenarios, name, reference, metric, prior, resamples)
-                keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
-                table.append({**keys, "method": name, "reference": "+".join(reference), **found})
-            compared = [row for row in table if row["method"] not in UNIFORM_ARMS]
-            corrected = holm([row["p"] for row in compared])
-            for row, p in zip(compared, corrected, strict=True):
-                row["p_holm"] = p
-            rows += table
-    return pd.DataFrame(rows)
+        for name in present:
+            reference = [arm for arm in arms[:1] if arm != name] if name in arms else arms
+            yield {"method": name, "reference": "+".join(reference)}, name, reference
+
+    return _contrasts(records, scenarios, wanted, metrics, prior, resamples)
 
 
 def planned(
@@ -277,25 +268,48 @@ def planned(
         contrasts of a data set, backbone and metric.
 
     Raises:
-        InputError: A contrast that is not two methods with a hyphen between them.
+        InputError: A contrast that is not two methods with a hyphen between them, or a method that
+            there is not.
     """
     pairs = [tuple(part.strip().split("-")) for part in contrasts.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
+    known = {*METHODS, *records["method"]}
+    if unknown := sorted({name for pair in pairs for name in pair} - known):
+        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(known)}")
+
+    def wanted(present: list[str]) -> Iterator[Named]:
+        arms = [name for name in UNIFORM_ARMS if name in present]
+        for method, other in pairs:
+            reference = arms if other == "uniform" else [other]
+            yield {"contrast": f"{method} - {other}"}, method, reference
+
+    return _contrasts(records, scenarios, wanted, metrics, prior, resamples)
+
+
+def _contrasts(
+    records: pd.DataFrame,
+    scenarios: ScenarioSet,
+    wanted: Callable[[list[str]], Iterator[Named]],
+    metrics: Sequence[str],
+    prior: Array | None,
+    resamples: int,
+) -> pd.DataFrame:
+    """The contrasts wanted of the methods that are there, where they share two seeds or more."""
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
-        replicates = part.groupby("method")["seed"].nunique()
-        arms = [name for name in UNIFORM_ARMS if name in replicates]
+        seeds = part.groupby("method", sort=False)["seed"].agg(set)
         for metric in metrics:
-            table = []
-            for method, other in pairs:
-                reference = arms if other == "uniform" else [other]
-                if any(replicates.get(name, 0) < 2 for name in [method, *reference]) or not arms:
+            table: list[dict[str, Any]] = []
+            for named, method, reference in wanted(list(seeds.index)):
+                shared = [seeds.get(name, set()) for name in [method, *reference]]
+                if not reference or len(set.intersection(*shared)) < 2:
                     continue
                 found = contrast(part, scenarios, method, reference, metric, prior, resamples)
                 keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
-                table.append({**keys, "contrast": f"{method} - {other}", **found})
-            for row, p in zip(table, holm([row["p"] for row in table]), strict=True):
+                table.append({**keys, **named, **found})
+            judged = [row for row in table if row.get("method") not in UNIFORM_ARMS]
+            for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
                 row["p_holm"] = p
             rows += table
     return pd.DataFrame(rows)

@@ -34,6 +34,7 @@ from lsgs_core.randomness import generator, uniform_numbers
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.settings import TrainingSettings
+from lsgs_core.sources import source_sha256
 
 Validation = Callable[[Backbone], Mapping[str, float]]
 STATE = "training_state.pt"
@@ -64,7 +65,7 @@ def train(
         seed: Decides order, scenarios, augmentation and dropout.
         folder: Where the training state goes while the run lasts.
         identity: Everything else that the result depends on (data and initial weights); a training
-            state that was left with another identity, seed or settings is not gone on with.
+            state left with another identity, seed, settings or code is not gone on with.
         validate: Called after every epoch; its figures become columns of the history.
         stream: Random numbers that scenarios are drawn with (`lsgs_core.sampling.STREAMS`).
         progress: Show a progress bar over the steps.
@@ -86,7 +87,7 @@ def train(
     _check_shares(len(dataset), settings, processes.count)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
-    whole["stream"] = stream
+    whole |= {"stream": stream, "code": source_sha256(__name__)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
     run = _Run(
         model, dataset, scenarios, sampler, settings, seed, stream, _optimiser(model, settings),
@@ -290,7 +291,9 @@ class _Run:
         # In order of rank, so that a sampler sees what one process would have seen.
         everyone = [part for share in self.processes.gather(seen) for part in share]
         chosen = np.concatenate([scenarios for scenarios, *_ in everyone])
-        self.sampler.observe(chosen, np.concatenate([losses for _, losses, _ in everyone]))
+        losses = np.concatenate([losses for _, losses, _ in everyone])
+        known = ~np.isnan(losses)  # nothing counts in the others, which says nothing of them
+        self.sampler.observe(chosen[known], losses[known])
         return float(np.mean([loss for *_, loss in seen])), chosen
 
     def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:

@@ -31,6 +31,9 @@ TABLE = pd.DataFrame({"scenario": ["A", "B"], "p": [0.1, 1 / 3]})
 def test_round_trips(tmp_path):
     save_table(tmp_path / "t.csv", TABLE, RECORD)
     pd.testing.assert_frame_equal(load_table(tmp_path / "t.csv"), TABLE, rtol=1e-8)
+    named = pd.DataFrame({"class": ["None", "NA", "null"], "iou": [0.5, float("nan"), 1.0]})
+    save_table(tmp_path / "n.csv", named, RECORD)
+    pd.testing.assert_frame_equal(load_table(tmp_path / "n.csv"), named)
     save_json(tmp_path / "j.json", {"p": [0.5, float("nan")]}, RECORD)
     check(tmp_path / "j.json", {"fold": 1})
     assert json.loads((tmp_path / "j.json").read_text()) == {"p": [0.5, None]}

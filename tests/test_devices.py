@@ -78,8 +78,10 @@ def test_accumulation_in_two_processes_runs(tmp_path):
     assert history["loss"].iloc[1] < history["loss"].iloc[0]
 
 
-def test_bfloat16_trains(tmp_path):
-    folder = launch(tmp_path / "run", precision="bfloat16")
+@pytest.mark.parametrize("port", [0, 29643])
+def test_bfloat16_trains(tmp_path, port):
+    """And evaluates in float32, in one process or two."""
+    folder = launch(tmp_path / "run", port=port, precision="bfloat16")
     history = pd.read_csv(folder / "history.csv")
     assert history["loss"].iloc[1] < history["loss"].iloc[0]
     assert load(folder, "weights.pt")["decoder.head.bias"].dtype == torch.float32

@@ -1,5 +1,7 @@
 """Losses and metrics, with PyTorch and torchmetrics as the oracles."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from lsgs_core.evaluation import (
     predict,
     scenario_scores,
     summary,
+    validation_scores,
 )
 from lsgs_core.losses import paper_loss, segmentation_loss
 
@@ -254,7 +257,7 @@ def test_a_batch_without_labels_has_no_loss():
     loss, per_sample = segmentation_loss(logits, torch.zeros(2, 1, 4, 4), nothing, "binary")
     loss.backward()
     assert loss.item() == 0
-    assert per_sample.tolist() == [0, 0]
+    assert per_sample.isnan().all()  # what a sampler must not take for an easy scenario
     assert logits.grad.abs().sum() == 0
 
 
@@ -268,3 +271,26 @@ def test_paper_loss_is_the_sigmoid_twice():
     perfect = (40 * (2 * target - 1))[:, None].expand_as(heads)
     floor = target.mean() * np.log1p(np.exp(-1)) + (1 - target.mean()) * np.log(2)
     torch.testing.assert_close(paper_loss(perfect, target, valid)[0], floor.float())
+
+
+def test_nothing_in_truth_or_prediction_is_no_score_and_no_crash():
+    class Never(torch.nn.Module):
+        def forward(self, images, available):
+            return torch.full((len(available), 1, 8, 8), -9.0)
+
+    batch = random_batch("binary", 1)
+    batch = replace(batch, target=torch.zeros_like(batch.target))
+    found = validation_scores(Never(), [batch], SCENARIOS, ("x",), "binary")
+    assert np.isnan(list(found.values())).all()
+    records = evaluate(Never(), [batch], SCENARIOS, ("x",), "binary").assign(m=1)
+    assert summary(records, SCENARIOS, ["m"])["worst_scenario"].item() == ""
+
+
+def test_paper_scores_have_their_deviation_over_patches():
+    records = evaluate(
+        SumOfImages(), [random_batch("binary", 1)], SCENARIOS, ("x",), "binary", protocol="paper"
+    )
+    table = class_scores(records, ["scenario"]).set_index("scenario")
+    soft = records[records["scenario"] == "B"]["soft_iou"]
+    assert table.loc["B", "iou"] == pytest.approx(soft.mean())
+    assert table.loc["B", "iou_deviation"] == pytest.approx(np.std(soft, ddof=1))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lsgs_core import InputError, ScenarioSet
-from lsgs_core.methods import METHODS, Evidence, find_method
+from lsgs_core.figures import FAMILY_COLOURS
+from lsgs_core.methods import FAMILIES, METHODS, Evidence, find_method, method
 from lsgs_core.sampling import draw_scenarios
 from lsgs_core.smoothing import scenario_probabilities
 
@@ -106,3 +107,18 @@ def test_what_a_method_needs_is_said(name):
 def test_unknown():
     with pytest.raises(InputError, match="expected one of"):
         find_method("magic")
+
+
+def test_a_method_says_what_it_is():
+    def silent(evidence):
+        return None
+
+    def spoken(evidence):
+        """Speaks."""
+
+    with pytest.raises(TypeError, match="silent: expected a docstring"):
+        method("silent", "control")(silent)
+    with pytest.raises(TypeError, match=r"spoken: .*found 'controls'"):
+        method("spoken", "controls")(spoken)
+    assert {"silent", "spoken"}.isdisjoint(METHODS)
+    assert set(FAMILIES) == set(FAMILY_COLOURS)

@@ -92,6 +92,18 @@ class MixesSamples(torch.nn.Module):
         return self.inner.scenario_latents(images, masks)
 
 
+class LooksAtTheAbsent(MixesSamples):
+    """Wrong in another way: the pixels of the last modality are read though it is not there."""
+
+    def latent(self, images, available):
+        return self.inner.latent(images, available) + images[-1].mean()
+
+
+def test_pixels_of_any_absent_modality_are_found():
+    table = check_network(LooksAtTheAbsent(build()), [batch()], SCENARIOS).set_index("check")
+    assert not table.loc["pixels of an absent modality", "passed"]
+
+
 def test_mixed_samples_are_found():
     table = check_network(MixesSamples(build()), [batch()], SCENARIOS).set_index("check")
     assert not table.loc["a patch alone and in a batch", "passed"]

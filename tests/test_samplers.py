@@ -230,3 +230,32 @@ def test_failure_rates_from_text() -> None:
     ):
         with pytest.raises(InputError, match=message):
             samplers.read_failure_rates(wrong, THREE)
+
+
+@pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
+def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> None:
+    """A scenario that deployment never has is never drawn, whatever the losses."""
+    prior = np.array([0.0, 0.4, 0.0, 0.1, 0.2, 0.0, 0.3])
+    makers = {
+        "loss": lambda: adaptive.LossProportional(prior, 2.0, 0.8),
+        "group_dro": lambda: adaptive.GroupDRO(prior, step=0.05),
+        "exp3s": lambda: adaptive.Exp3S(prior, step=0.02, window=32),
+    }
+    sampler, random = makers[name](), np.random.default_rng(4)
+    np.testing.assert_allclose(sampler.probabilities(0), prior)
+    for _ in range(100):
+        k = random.choice(7, size=8, p=sampler.probabilities(0))
+        sampler.observe(k, 0.2 * k + random.random(8))
+        p = sampler.probabilities(0)
+        assert p.sum() == pytest.approx(1)
+        assert (p[prior == 0] == 0).all()
+        assert (p[prior > 0] > 0).all()
+    again = makers[name]()
+    again.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    np.testing.assert_array_equal(again.probabilities(0), sampler.probabilities(0))
+
+
+def test_coverage_gives_nothing_to_what_never_happens() -> None:
+    utility, prior = np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.5, 0.5])
+    p = samplers.coverage(utility, np.eye(3), mixing=1, prior=prior)
+    np.testing.assert_allclose(p, [0, 1 / 3, 2 / 3], atol=1e-4)

@@ -192,6 +192,13 @@ def test_streams_are_independent():
     assert generator("order", 0, 1).permutation(9).tolist() != list(range(9))
 
 
+def test_large_seeds_are_different_seeds():
+    seeds = [2**53, 2**53 + 1, 2**63 + 1, 2**63 + 3, 2**64 - 1]
+    assert len({generator("order", seed).random() for seed in seeds}) == len(seeds)
+    with pytest.raises(InputError, match=r"seed below 2\^64"):
+        generator("order", 2**64)
+
+
 def test_methods_share_their_random_numbers():
     uniform = np.full(7, 1 / 7)
     tilted = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities

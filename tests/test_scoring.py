@@ -1,6 +1,7 @@
 """Distortion scoring on networks whose answer is known, and the published JSON."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,6 +142,26 @@ def test_published_fields(published):
     np.testing.assert_allclose(evidence.probabilities, result.probabilities)
     np.testing.assert_allclose(evidence.distortion, content["D_sh"])
     np.testing.assert_allclose(evidence.scored().probabilities(0), result.probabilities)
+
+
+@pytest.mark.parametrize("own", [{"smooth": False}, {"lengthscale": "median"}])
+def test_settings_beyond_the_published_come_back(tmp_path, own):
+    """A scoring without smoothing is not smoothed by the methods that build on it."""
+    distortion = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
+    settings = {"direction": 1.0, "inverse_temperature": 0.5, "mixing": 0.5, "ridge": 1.0, **own}
+    scores = score_scenarios(SumOfMeans(), [ones(2)], SCENARIOS, progress=False)
+    scores = replace(scores, distortion=distortion)
+    result = scenario_probabilities(distortion, **settings)
+    written = published_scoring(scores, result, "distortion", settings, "toy", "in", "out", {})
+    (tmp_path / "own.json").write_text(json.dumps(written))
+    evidence = read_evidence(tmp_path / "own.json", SCENARIOS)
+    assert evidence.settings | own == evidence.settings
+    np.testing.assert_allclose(evidence.scored().probabilities(0), result.probabilities)
+
+
+def test_another_number_of_modalities_is_said():
+    with pytest.raises(InputError, match="expected images of 3 modalities, found 2"):
+        score_scenarios(SumOfMeans(), [ones(2)[:2]], SCENARIOS, progress=False)
 
 
 def test_the_authors_file_needs_only_the_probabilities(published):

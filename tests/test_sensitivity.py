@@ -119,3 +119,7 @@ def test_scoring_stops_when_p_is_known():
     for found, tolerance in ((coarse, 0.01), (fine, 0.004)):
         difference = to_probabilities(found.distortion) - to_probabilities(whole.distortion)
         assert np.abs(difference).max() < 4 * tolerance
+
+
+def test_nothing_is_smoothed_without_smoothing():
+    assert smoothing_report(DISTORTION, {**SETTINGS, "smooth": False})["degrees_of_freedom"] == 7

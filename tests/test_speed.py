@@ -1,5 +1,8 @@
 """What the benchmark counts; its times are not tested, only that they are put together rightly."""
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 import torch
@@ -88,3 +91,14 @@ def test_peak_memory() -> None:
     assert list(table.columns[-3:]) == [*FORMS, "ratio"]
     assert table[[*FORMS]].to_numpy().min() > 0.1  # GB: PyTorch alone takes more
     assert table["ratio"][0] == pytest.approx(table["ours"][0] / table["plain"][0])
+
+
+def test_memory_is_that_of_the_process_alone() -> None:
+    """Not of the larger one that started it."""
+    child = "from lsgs_core.speed import _peak_resident; print(_peak_resident() / 1e9)"
+    parent = (
+        "import subprocess, sys; large = bytearray(b'x' * 1_500_000_000); "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
+    assert 0.05 < float(done.stdout) < 1.2, done.stderr

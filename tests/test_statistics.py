@@ -173,3 +173,32 @@ def test_the_interval_is_a_percentile_bootstrap_when_blocks_do_not_vary():
     width = expected.high - expected.low
     assert found["low"] == pytest.approx(expected.low, abs=0.08 * width)
     assert found["high"] == pytest.approx(expected.high, abs=0.08 * width)
+
+
+def test_a_study_that_still_runs():
+    """Methods are compared over the seeds they share with their reference, where there are two."""
+    effects = {"pretrained": 0.0, "uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.0}
+    records = records_of(effects, seeds=3).assign(dataset="d", backbone="b")
+    begun = records[(records["method"] != "uniform_again") | (records["seed"] == 0)]
+    assert differences(begun, SCENARIOS, ["mean_iou"], resamples=20).empty
+    ahead = begun["method"].isin(["uniform", "pretrained"])
+    apart = begun[ahead & (begun["seed"] < 2) | (begun["method"] == "lsgs") & (begun["seed"] > 0)]
+    fixed = planned(apart, SCENARIOS, "lsgs-pretrained,pretrained-uniform", ["mean_iou"])
+    assert list(fixed["contrast"]) == ["pretrained - uniform"]
+    alone = records[records["method"].isin(["lsgs", "pretrained"])]
+    fixed = planned(alone, SCENARIOS, "lsgs-pretrained,lsgs-uniform", ["mean_iou"])
+    assert list(fixed["contrast"]) == ["lsgs - pretrained"]  # also without uniform
+    with pytest.raises(InputError, match="contrasts: no method 'lsgg'"):
+        planned(records, SCENARIOS, "lsgg-uniform", ["mean_iou"])
+
+
+def test_a_scenario_without_pixels_is_left_out():
+    records = records_of({"uniform": 0.0}, seeds=2)
+    records.loc[records["scenario"] == "A", ["tp", "fp", "fn"]] = 0
+    prior = np.array([0.5, 0.3, 0.2])
+    counts = Counts.of(records, ["uniform"], SCENARIOS)
+    table = summary(records, SCENARIOS, ["seed"], prior)
+    for metric in METRICS:
+        found = counts.metric(metric, np.ones((1, len(counts.blocks))), prior)[0, 0]
+        np.testing.assert_allclose(found, table[metric])
+        assert (found > 0.3).all()

@@ -231,6 +231,26 @@ def test_history_says_what_was_drawn(tmp_path):
     assert (history["score"] == 0.5).all()
 
 
+def test_samples_without_a_label_tell_a_sampler_nothing(tmp_path):
+    class Unlabelled(Blobs):
+        def batches_of(self, parts):
+            for batch in super().batches_of(parts):
+                known = (batch.patch_ids != 3)[:, None, None]
+                yield replace(batch, valid=batch.valid & known)
+
+    sampler = LossProportional([1 / 7] * 7, 0.5, 0.5)
+    run(tmp_path, settings=replace(SETTINGS, epochs=2), patches=Unlabelled(), sampler=sampler)
+    assert sampler.count.sum() == 2 * 9
+    assert np.isfinite(sampler.probabilities(0)).all()
+
+
+def test_another_version_of_the_code_starts_anew(tmp_path, capsys, monkeypatch):
+    run(tmp_path, settings=replace(SETTINGS, epochs=1))
+    monkeypatch.setattr("lsgs_core.training.source_sha256", lambda name: "edited")
+    run(tmp_path, settings=replace(SETTINGS, epochs=1))
+    assert "starting anew" in capsys.readouterr().out
+
+
 def test_learning_rate_decays_in_steps(tmp_path):
     settings = replace(SETTINGS, epochs=4, rate_decay=0.5, rate_decay_every=2)
     _, history = run(tmp_path, settings=settings)

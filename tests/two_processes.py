@@ -9,7 +9,7 @@ from test_training import SCENARIOS, SETTINGS, Blobs, small
 from lsgs_core.adaptive import LossProportional
 from lsgs_core.devices import is_first_process
 from lsgs_core.distortion import score_scenarios
-from lsgs_core.evaluation import evaluate
+from lsgs_core.evaluation import evaluate, validation_scores
 from lsgs_core.training import replace, train
 
 torch.set_num_threads(1)
@@ -32,7 +32,12 @@ class Patches(Blobs):
 
 patches = Patches(10)
 sampler = LossProportional([1 / 7] * 7, 0.5, 0.5)
-history = train(model, patches, SCENARIOS, sampler, settings, 0, out, {"data": 1}, progress=False)
+history = train(
+    model, patches, SCENARIOS, sampler, settings, 0, out, {"data": 1}, progress=False,
+    validate=lambda network: validation_scores(
+        network, patches.batches(4, range(10)), SCENARIOS, ("bright",), "binary"
+    ),
+)  # fmt: skip
 order = list(range(10))
 batches = list(patches.batches(3, order))
 scores = score_scenarios(model, batches, SCENARIOS, progress=False)

@@ -155,7 +155,8 @@ def probability_view(evidence: Evidence) -> View:
         )
         return figure
 
-    multiple = np.log10(float(given.get("lengthscale", median)) / median)
+    used = given.get("lengthscale", "median")
+    multiple = 0.0 if used == "median" else np.log10(float(used) / median)
     ridge = float(given.get("ridge", 1e-3))
     controls: dict[str, widgets.ValueWidget] = {
         "inverse_temperature": _slider(
@@ -173,7 +174,11 @@ def probability_view(evidence: Evidence) -> View:
             description="direction",
             **WIDE,
         ),
-        "smooth": widgets.Checkbox(value=True, description="smooth with the kernel", indent=False),
+        "smooth": widgets.Checkbox(
+            value=bool(given.get("smooth", True)),
+            description="smooth with the kernel",
+            indent=False,
+        ),
     }
     for position, (name, modality) in enumerate(rates.items()):
         rate = _failure_rate(evidence, position)

@@ -122,6 +122,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
     if keep_weights:
         paths += [folder / "weights.safetensors", folder / CARD]
     if all(is_made(path, record) for path in paths):
+        discard_state(folder)  # where a kill came between the last result and this
         return Run(name, load_table(paths[0]), load_table(paths[1]), p, trained)
     tested = start.evidence.scenarios, start.training.classes, start.training.task_kind
     size = settings.batch_size
