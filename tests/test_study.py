@@ -48,7 +48,7 @@ def test_one_study_per_folder(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("arguments", [["run", "dmeo"], ["check", "nothing"]])
+@pytest.mark.parametrize("arguments", [["run", "dmeo"], ["publish", "nothing"]])
 def test_unknown_tier_fails_before_anything_runs(arguments, capsys):
     assert main(arguments) == 2
     assert "expected one of" in capsys.readouterr().err
@@ -62,6 +62,12 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     save_table(folder / "records.csv.xz", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
     (folder / "figure.png").write_bytes(b"png")
     (folder / "predictions_demo.npz").write_bytes(b"npz")
+    with pytest.raises(InputError, match=r"evaluation/summary.csv"):
+        publish(load_tier("starved", ROOT))
+    for seed in (0, 1):
+        parameters = {"dataset": "demo", "model": {"name": "cmx"}, "seed": seed}
+        path = tmp_path / tier.folder.runs("demo", "cmx", 0, seed) / "lsgs" / "records.csv"
+        save_table(path, pd.DataFrame({"tp": [1]}), Record(parameters))
     shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
     (folder / "weights.safetensors").write_bytes(b"large")
     stale = tmp_path / "results" / "smoke" / "old.csv"
@@ -77,7 +83,10 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     assert not stale.exists()
     provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
     assert provenance["command"] == "make study TIER=smoke"
-    assert provenance["environment"]["date"]
+    assert provenance["evaluation"]["environment"]["date"]
+    [runs] = provenance["runs"]
+    assert (runs["dataset"], runs["backbone"], runs["runs"]) == ("demo", "cmx", 2)
+    assert runs["from"] <= runs["to"]
     assert provenance["tier_sha256"] == tier.sha256
 
 

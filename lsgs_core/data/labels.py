@@ -28,6 +28,7 @@ from lsgs_core.data.label_kinds import (
     PolygonLabels,
     ScaledPolygonLabels,
 )
+from lsgs_core.data.manifest import Dataset
 from lsgs_core.data.raw_files import Scene, read_csv
 from lsgs_core.errors import InputError
 
@@ -56,14 +57,12 @@ def code_names(labels: Labels) -> dict[int, str]:
     return dict(zip([*codes, *[0] * labels.has_background], labels.names, strict=True))
 
 
-def single_codes(labels: Labels, codes: NDArray[Any]) -> NDArray[Any]:
-    """Return overlapping codes [H, W] with the last of a pixel's values only, to be shown."""
-    if not labels.overlapping:
-        return codes
-    values = np.arange(labels.ignore + 1)
-    last = np.where(values > 0, 1 << np.log2(values.clip(min=1)).astype(np.int64), 0)
-    last[labels.ignore] = labels.ignore
-    return last[codes]
+def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
+    """Return whether a code belongs to each class of a task, bool [C, codes]."""
+    member, names = membership(dataset.labels), dataset.labels.names
+    groups = dataset.task(task).classes.values()
+    columns = [[names.index(value) for value in group] for group in groups]
+    return np.stack([member[:, chosen].any(axis=1) for chosen in columns])
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from lsgs_core.data.folds import (
     read_patch_table,
     write_patch_table,
 )
-from lsgs_core.data.labels import membership
+from lsgs_core.data.labels import class_membership, membership
 from lsgs_core.data.manifest import Dataset
 from lsgs_core.data.normalisation import data_hashes, fold_statistics
 from lsgs_core.data.prepared import (
@@ -184,9 +184,7 @@ class PatchDataset:
         self.task_kind = definition.kind
         self.size = int(self.table["size"].iloc[0])
         # Per label code: whether it belongs to each class, and the first class that it has.
-        values, names = membership(dataset.labels), dataset.labels.names
-        groups = [[names.index(value) for value in g] for g in definition.classes.values()]
-        member = np.stack([values[:, group].any(axis=1) for group in groups])
+        member = class_membership(dataset, task)
         self._member = member.astype(np.float32)
         self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
         self._ignore = dataset.labels.ignore

@@ -18,13 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lsgs_core.artifacts import Record, save
 from lsgs_core.methods import METHODS
 
 # Okabe and Ito's colours, told apart by readers of every colour vision.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+NO_CLASS = "#999999"  # labelled or predicted as none of the classes
 # Methods that are not in the table, such as the network before fine-tuning.
 OTHER_METHODS = {"pretrained": "before fine-tuning", "always_positive": "always positive"}
 FAMILY_COLOURS = {
@@ -71,16 +73,12 @@ def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list
     return [png, pdf]
 
 
-def composite(
-    bands: NDArray[Any], seen: NDArray[np.bool_] | None = None, low: float = 2, high: float = 98
-) -> NDArray[np.float64]:
-    """Colour picture of three bands (of fewer: grey), each stretched between two percentiles.
+def composite(bands: NDArray[Any], seen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Colour picture of three bands (of fewer: grey), each stretched from 2 to 98 %.
 
     Args:
         bands: [D, H, W]; the first three are shown, in the order red, green, blue.
         seen: Pixels with data, [H, W]; others are white.
-        low: Percentile that becomes 0.
-        high: Percentile that becomes 1.
 
     Returns:
         float64 [H, W, 3], from 0 to 1.
@@ -90,7 +88,7 @@ def composite(
     inside = np.ones(shown.shape[1:], dtype=bool) if seen is None else seen
     if not inside.any():
         return np.ones((*inside.shape, 3))
-    limits = np.percentile(shown[:, inside], [low, high], axis=1)[..., None, None]
+    limits = np.percentile(shown[:, inside], [2, 98], axis=1)[..., None, None]
     stretched = np.clip((shown - limits[0]) / np.maximum(np.ptp(limits, axis=0), 1e-12), 0, 1)
     stretched[:, ~inside] = 1
     return stretched.transpose(1, 2, 0)
@@ -109,8 +107,9 @@ def category_map(
     title: str,
     colours: Sequence[str] = PALETTE,
     extent: tuple[float, float, float, float] | None = None,
+    legend: bool = True,
 ) -> None:
-    """Draw a map of ids with a legend; ids that have no name stay white.
+    """Draw a map of ids; those that have no name stay white.
 
     Args:
         axes: Where to draw.
@@ -119,6 +118,7 @@ def category_map(
         title: Of the panel.
         colours: One per name; when there are more names, evenly spread hues instead.
         extent: left, right, bottom, top in the units of the axes; None: pixels.
+        legend: Of the names, to the right.
     """
     keys = list(names)
     position = np.full(ids.shape, np.nan)
@@ -128,59 +128,10 @@ def category_map(
     norm = BoundaryNorm(np.arange(len(keys) + 1) - 0.5, len(keys))
     axes.imshow(position, cmap=ListedColormap(chosen), norm=norm, extent=extent)
     axes.set_title(title)
+    if not legend:
+        return
     handles = [Patch(color=c, label=names[k]) for c, k in zip(chosen, keys, strict=True)]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
-
-
-def scene_overview(
-    pictures: Mapping[str, NDArray[np.float64]],
-    label_ids: NDArray[np.integer],
-    label_names: Mapping[int, str],
-    roles: NDArray[np.integer],
-    role_names: Mapping[int, str],
-    pixel_size: float,
-    unit: str,
-) -> Figure:
-    """A scene in every modality, its labels and one fold.
-
-    Args:
-        pictures: Colour picture of every modality, [H, W, 3].
-        label_ids: Id per pixel, [H, W].
-        label_names: Name of every id that is a label; the rest is unknown and stays white.
-        roles: Role of every pixel in the fold, [H, W].
-        role_names: Name of every role that is shown.
-        pixel_size: Of the pictures, in the unit of the axes.
-        unit: Of the axes.
-    """
-    height, width = label_ids.shape
-    extent = (0.0, width * pixel_size, height * pixel_size, 0.0)
-    columns = 2 if width > 1.5 * height else 3
-    rows = -(-(len(pictures) + 2) // columns)
-    cell = 13 / columns
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(13, rows * (cell * 0.72 * height / width + 0.6)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    panels = list(axes.flat)
-    for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
-        panel.imshow(picture, extent=extent)
-        panel.set_title(f"{name} (2 to 98 % stretch)")
-    labels, fold, *empty = panels[len(pictures) :]
-    category_map(labels, label_ids, label_names, "Labels (white: unknown, ignored)", extent=extent)
-    role_colours = ("#56B4E9", "#E69F00", "#D55E00")
-    category_map(fold, roles, role_names, "Parts of this fold", role_colours, extent)
-    for panel in empty:
-        panel.axis("off")
-    for panel in panels[::columns]:
-        panel.set_ylabel(unit)
-    for panel in panels[: len(pictures) + 2][-columns:]:  # the last of every column
-        panel.set_xlabel(unit)
-        panel.tick_params(labelbottom=True)
-    return figure
 
 
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
@@ -193,15 +144,16 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     shown = [name for name in ("validation_full_iou", "validation_mean_iou") if name in history]
     figure, axes = plt.subplots(1, 2 if shown else 1, figsize=(9, 3), squeeze=False)
     marker = "o" if len(history) < 3 else None
-    axes[0, 0].plot(history["epoch"], history["loss"], color=PALETTE[0], marker=marker)
-    axes[0, 0].set(xlabel="epoch", ylabel="training loss")
+    epochs = history["epoch"] + 1
+    axes[0, 0].plot(epochs, history["loss"], color=PALETTE[0], marker=marker)
+    axes[0, 0].set(xlabel="epochs", ylabel="training loss")
     labels = {"validation_full_iou": "all modalities", "validation_mean_iou": "mean over scenarios"}
     for colour, name in zip(PALETTE, shown, strict=False):
-        axes[0, 1].plot(
-            history["epoch"], history[name], color=colour, marker=marker, label=labels[name]
-        )
+        axes[0, 1].plot(epochs, history[name], color=colour, marker=marker, label=labels[name])
     if shown:
-        axes[0, 1].set(xlabel="epoch", ylabel="validation IoU")
+        axes[0, 1].set(xlabel="epochs", ylabel="validation IoU")
         axes[0, 1].legend()
+    for panel in axes.flat:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     return figure

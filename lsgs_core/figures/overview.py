@@ -2,24 +2,29 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lsgs_core.data.labels import code_names, single_codes
+from lsgs_core.data.labels import class_membership
 from lsgs_core.data.manifest import Dataset
 from lsgs_core.data.prepared import LABELS, matching_record, open_prepared
 from lsgs_core.data.separation import split_roles
-from lsgs_core.figures import composite, scene_overview
+from lsgs_core.figures import NO_CLASS, category_colours, category_map, composite
 
 
-def first_scene(dataset: Dataset, prepared_folder: Path, table: pd.DataFrame, fold: int) -> Figure:
+def first_scene(
+    dataset: Dataset, prepared_folder: Path, table: pd.DataFrame, task: str, fold: int
+) -> Figure:
     """Draw the first scene of a prepared folder; large ones are read at the size that is shown.
 
     Args:
         dataset: The definition that the folder was prepared from.
         prepared_folder: Where `rasters.prepare` wrote.
         table: Of patches.
+        task: Whose classes are shown, in the colours that maps of predictions have; where several
+            overlap, the first.
         fold: Whose parts are shown.
     """
     scene, made = next(iter(matching_record(prepared_folder, dataset).scenes.items()))
@@ -29,17 +34,45 @@ def first_scene(dataset: Dataset, prepared_folder: Path, table: pd.DataFrame, fo
     for modality in made.modalities:
         bands, seen, _ = read_overview(folder / f"{modality}.tif")
         pictures[modality] = composite(bands, seen)
-    roles, role_names = split_roles(table[table["scene"] == scene], fold, codes[0].shape, factor)
+    names = list(dataset.task(task).classes)
+    member = class_membership(dataset, task)
+    class_of = np.where(member.any(axis=0), member.argmax(axis=0), len(names))
+    class_of[dataset.labels.ignore] = -1
+    classes = class_of[codes[0]]
+    roles, role_names = split_roles(table[table["scene"] == scene], fold, classes.shape, factor)
     pixel_size, unit = made.pixel_size
-    return scene_overview(
-        pictures,
-        single_codes(dataset.labels, codes[0]),
-        code_names(dataset.labels),
-        roles,
-        role_names,
-        pixel_size * factor,
-        unit,
+    pixel_size *= factor
+    height, width = classes.shape
+    extent = (0.0, width * pixel_size, height * pixel_size, 0.0)
+    columns = 2 if width > 1.5 * height else 3
+    rows = -(-(len(pictures) + 2) // columns)
+    cell = 13 / columns
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(13, rows * (cell * 0.72 * height / width + 0.6)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
+    panels = list(axes.flat)
+    for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
+        panel.imshow(picture, extent=extent)
+        panel.set_title(f"{name} (2 to 98 % stretch)")
+    labels, parts, *empty = panels[len(pictures) :]
+    shown = [*category_colours(len(names)), NO_CLASS]
+    titles = dict(enumerate([*names, "none of these"]))
+    category_map(labels, classes, titles, f"{task} (white: unknown, ignored)", shown, extent)
+    role_colours = ("#56B4E9", "#E69F00", "#D55E00")
+    category_map(parts, roles, role_names, f"Parts of fold {fold}", role_colours, extent)
+    for panel in empty:
+        panel.axis("off")
+    for panel in panels[::columns]:
+        panel.set_ylabel(unit)
+    for panel in panels[: len(pictures) + 2][-columns:]:  # the last of every column
+        panel.set_xlabel(unit)
+        panel.tick_params(labelbottom=True)
+    return figure
 
 
 def read_overview(path: Path, largest: int = 1000) -> tuple[np.ndarray, np.ndarray, float]:

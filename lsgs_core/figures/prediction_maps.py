@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lsgs_core.figures import category_colours, category_map, method_title
+from lsgs_core.figures import NO_CLASS, category_colours, category_map, method_title
 from lsgs_core.figures.predictions import NOTHING, UNKNOWN, Predictions
 
-RIGHT, WRONG, NO_CLASS = "#DDDDDD", "#D55E00", "#999999"
+RIGHT, WRONG = "#DDDDDD", "#D55E00"
 
 
 def prediction_maps(predictions: Predictions, backbone: str, method: str) -> Figure:
@@ -76,7 +76,7 @@ def prediction_view(
     axes[1, 1].set_title(f"prediction from {predictions.scenarios.names[scenario]}")
     known = (truth != UNKNOWN) & (found != UNKNOWN)
     right = np.where(known, found == truth, -1)
-    category_map(axes[1, 2], right, {0: "wrong", 1: "right"}, "", (WRONG, RIGHT))
+    category_map(axes[1, 2], right, {0: "wrong", 1: "right"}, "", (WRONG, RIGHT), legend=False)
     share = (found == truth)[known].mean() if known.any() else float("nan")
     axes[1, 2].set_title(f"{share:.0%} right (orange: wrong)")
     for panel in [*axes[0, len(names) :], *axes[1, 3:]]:
@@ -86,7 +86,7 @@ def prediction_view(
 
 
 def _class_panel(panel: Axes, classes: NDArray[np.uint8], predictions: Predictions) -> None:
-    category_map(panel, classes.astype(int), dict(enumerate(predictions.classes)), "")
+    category_map(panel, classes.astype(int), dict(enumerate(predictions.classes)), "", legend=False)
     panel.imshow(np.where((classes == NOTHING)[..., None], to_rgba(NO_CLASS), 0))
 
 
@@ -95,12 +95,11 @@ def _pale(panel: Axes, where: NDArray[np.bool_]) -> None:
 
 
 def _finish(figure: Figure, predictions: Predictions) -> None:
-    """Take away ticks and the legends of panels, and put one of the classes below."""
+    """Take away ticks and frames, and put a legend of the classes below."""
     for panel in figure.axes:
         panel.set_xticks([])
         panel.set_yticks([])
-        if (legend := panel.get_legend()) is not None:
-            legend.remove()
+        panel.spines[:].set_visible(False)
     colours = category_colours(len(predictions.classes))
     handles = [Patch(color=c, label=n) for c, n in zip(colours, predictions.classes, strict=True)]
     handles.append(Patch(color=NO_CLASS, label="none of these"))

@@ -53,17 +53,22 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
     axes[1].barh(rows, scores.distortion, xerr=scores.standard_error, color=colours, capsize=2)
     axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
     axes[2].barh(rows, result.probabilities, color=colours)
-    axes[2].plot(result.prior, rows, color="#262626", linestyle="--", label="uniform")
-    axes[2].set(title="3  how often training draws it", xlabel="probability p")
-    axes[2].legend(loc="lower right")
+    axes[2].plot(result.prior, rows, color="#262626", linestyle="--")
+    title = f"3  how often training draws it (dashed: {_prior_title(result)})"
+    axes[2].set(title=title, xlabel="probability p")
     axes[0].invert_yaxis()
     handles = [Patch(color=shade, label=f"{n} missing") for n, shade in enumerate(shades)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
+def _prior_title(result: ScenarioProbabilities) -> str:
+    """What the dashed line is: uniform, or the scenarios as they occur in deployment."""
+    return "uniform" if np.ptp(result.prior) < 1e-12 else "deployment"
+
+
 def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
-    """The kernel, what smoothing changed, and the probabilities beside uniform."""
+    """The kernel, what smoothing changed, and the probabilities beside the prior."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
     sns.heatmap(
         result.kernel,
@@ -83,7 +88,9 @@ def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Fi
     axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
     positions = np.arange(len(names))
     axes[2].bar(positions, result.probabilities, color=PALETTE[1])
-    axes[2].plot(positions, result.prior, color="#333333", linestyle="--", label="prior (uniform)")
+    axes[2].plot(
+        positions, result.prior, color="#333333", linestyle="--", label=_prior_title(result)
+    )
     axes[2].set_xticks(positions, list(names), rotation=40, ha="right")
     axes[2].set(ylabel="probability p", title="Scenario probabilities")
     axes[2].legend()
@@ -113,7 +120,9 @@ def sensitivity_panels(
     p = result.probabilities
     axes[0].bar(positions, p, color=PALETTE[1])
     axes[0].vlines(positions, low, high, color="#333333")
-    axes[0].plot(positions, result.prior, color="#333333", linestyle="--", label="prior (uniform)")
+    axes[0].plot(
+        positions, result.prior, color="#333333", linestyle="--", label=_prior_title(result)
+    )
     axes[0].set_xticks(positions, list(names), rotation=40, ha="right")
     axes[0].set(ylabel="probability p", title="95 % over resampled blocks")
     axes[0].legend()

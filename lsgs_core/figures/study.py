@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +12,6 @@ import scipy.stats
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.figures import PALETTE, method_colour, method_title
@@ -24,24 +24,23 @@ METRIC_TITLES = {
     "full_iou": "all modalities",
 }
 
+MARKERS = "osD^vP*Xh"
+
 
 def forest(differences: pd.DataFrame, metric: str) -> Figure:
-    """Difference of every method to uniform with its 95 % interval; grey: two uniform arms.
+    """Difference of every method to uniform with its 95 % interval and number of replicates.
 
     Args:
         differences: Of `lsgs_core.statistics.differences`.
         metric: Which rows.
     """
     table = differences[differences["metric"] == metric]
-    present = set(table["method"]) - {"uniform_again"}
-    order = [name for name in ["pretrained", *METHODS] if name in present]
+    present = set(table["method"])
+    first = ["pretrained", "uniform_again"]
+    order = [n for n in [*first, *(n for n in METHODS if n not in first)] if n in present]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         rows = rows.set_index("method")
-        if "uniform_again" in rows.index:
-            floor = rows.loc["uniform_again"]
-            half = max(abs(floor["low"]), abs(floor["high"]))
-            axes.axvspan(-half, half, color="#DDDDDD", linewidth=0)
         axes.axvline(0, color="#333333", linewidth=1)
         for position, name in enumerate(reversed(order)):
             if name not in rows.index:
@@ -51,27 +50,33 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
             solid = row["p_holm"] < 0.05
             face = colour if solid else "white"
             axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
+            axes.text(
+                1.02, position, f"{row['replicates']:.0f}", fontsize=8, color="#666666",
+                va="center", transform=axes.get_yaxis_transform(),
+            )  # fmt: skip
         axes.set_yticks(range(len(order)), [method_title(name) for name in reversed(order)])
         axes.set_xlabel("IoU minus uniform")
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    figure = _panels(table, draw, width=3.4, height=0.6 + 0.27 * len(order), sharey=True)
+    figure = _panels(table, draw, width=3.6, height=0.6 + 0.27 * len(order), sharey=True)
+    # The numbers of replicates stand between the panels.
+    figure.set_layout_engine("constrained", wspace=0.08)
     figure.suptitle(
         f"{METRIC_TITLES[metric]}: difference to uniform, 95 % over replicates and blocks\n"
-        "grey: what two uniform arms differ by; filled: Holm-corrected p < 0.05"
+        "filled: Holm-corrected p < 0.05; on the right: replicates; second arm: the noise floor"
     )
     return figure
 
 
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """IoU per method and scenario.
+    """IoU per method and scenario; colours span what a data set has.
 
     Args:
         scores: Columns dataset, backbone, method, scenario, iou.
         names: Scenarios, in order.
     """
     methods = list(dict.fromkeys(scores["method"]))
-    limits = scores["iou"].min(), scores["iou"].max()
+    limits = scores.groupby("dataset")["iou"].agg(["min", "max"])
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         table = rows.pivot_table(index="method", columns="scenario", values="iou", sort=False)
@@ -84,39 +89,35 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
             fmt=".2f",
             annot_kws={"fontsize": 8},
             cmap="viridis",
-            vmin=limits[0],
-            vmax=limits[1],
+            vmin=limits.loc[rows["dataset"].iloc[0], "min"],
+            vmax=limits.loc[rows["dataset"].iloc[0], "max"],
             cbar_kws={"label": "IoU"},
         )
         axes.set(xlabel="", ylabel="")
-        axes.tick_params(axis="x", rotation=40)
+        plt.setp(axes.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
 
-    return _panels(scores, draw, width=5.2, height=1.2 + 0.3 * len(methods))
+    pairs = len(scores[["dataset", "backbone"]].drop_duplicates())
+    height = 1.2 + 0.3 * len(methods)
+    return _panels(scores, draw, width=5.6, height=height, columns=1 if pairs < 4 else 2)
 
 
 def method_curves(histories: pd.DataFrame) -> Figure:
-    """Validation IoU per epoch of fine-tuning, a line per method.
+    """Validation IoU per epoch of fine-tuning, a line per method: means over folds and seeds.
 
     Args:
-        histories: Columns dataset, backbone, method, fold, seed, epoch, validation_mean_iou. Bands
-            are the range over folds and seeds.
+        histories: Columns dataset, backbone, method, fold, seed, epoch, validation_mean_iou.
     """
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         for method, lines in rows.groupby("method", sort=False):
-            curve = lines.groupby("epoch")["validation_mean_iou"].agg(["mean", "min", "max"])
-            colour, marker = method_colour(str(method)), "o" if len(curve) < 3 else None
-            title = method_title(str(method))
-            axes.plot(curve.index, curve["mean"], color=colour, label=title, marker=marker)
-            axes.fill_between(
-                curve.index, curve["min"], curve["max"], color=colour, alpha=0.12, linewidth=0
-            )
-        axes.set(xlabel="epoch of fine-tuning", ylabel="validation IoU, mean over scenarios")
+            curve = lines.groupby("epoch")["validation_mean_iou"].mean()
+            axes.plot(curve.index + 1, curve, **_look(str(method)))
+        axes.set(xlabel="epochs of fine-tuning", ylabel="validation IoU, mean over scenarios")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
     methods = histories["method"].nunique()
     figure = _panels(histories, draw, width=4, height=max(3.2, 0.18 * methods))
-    shown = [axes for axes in figure.axes if axes.lines]
-    shown[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    _legend_beside(figure)
     return figure
 
 
@@ -128,27 +129,16 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     """
     keys = ["dataset", "backbone", "method"]
     table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
-    present = set(table["method"])
-    numbers = {name: n for n, name in enumerate(["pretrained", *METHODS], 1) if name in present}
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        for name, row in rows.set_index("method")[["mean_iou", "worst_iou"]].iterrows():
-            place = float(row["mean_iou"]), float(row["worst_iou"])
-            axes.plot(*place, "o", markersize=12, color=method_colour(str(name)), alpha=0.85)
-            axes.annotate(
-                str(numbers[str(name)]), place, color="white", fontsize=8, ha="center", va="center"
-            )
+        for name, row in rows.groupby("method", sort=False):
+            axes.plot(row["mean_iou"], row["worst_iou"], linestyle="", **_look(str(name)))
         axes.set(xlabel="IoU, mean over scenarios", ylabel="IoU, worst scenario")
         axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    figure = _panels(table, draw, width=4, height=3.6)
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=method_colour(name), label=f"{n}  {title}")
-        for name, n in numbers.items()
-        for title in [method_title(name)]
-    ]
-    figure.legend(handles=handles, loc="outside right center", fontsize="small")
+    figure = _panels(table, draw, width=4, height=max(3.6, 0.2 * table["method"].nunique()))
+    _legend_beside(figure)
     return figure
 
 
@@ -163,25 +153,26 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         rows = rows[rows["missing"] > 0]
-        for missing, points in rows.groupby("missing"):
-            number = int(str(missing))
+        for _, points in rows.groupby(["fold", "missing"]):
+            fold, missing = (int(points[name].iloc[0]) for name in ("fold", "missing"))
             axes.scatter(
                 points["distortion"],
                 points["lost"],
-                color=shades[number],
-                label=f"{number} missing",
+                color=shades[missing],
+                marker=MARKERS[fold % len(MARKERS)],
+                label=f"{missing} missing, fold {fold}",
             )
-        per_fold = [
-            scipy.stats.spearmanr(fold["distortion"], fold["lost"]).statistic
-            for _, fold in rows.groupby("fold")
+        found = [
+            np.mean([scipy.stats.spearmanr(f[by], f["lost"])[0] for _, f in rows.groupby("fold")])
+            for by in ("distortion", "missing")
         ]
-        correlation = f"rank correlation (mean of folds) {np.mean(per_fold):.2f}"
-        axes.set(xlabel=f"distortion D; {correlation}", ylabel="IoU lost against all modalities")
+        correlation = f"rank correlation: D {found[0]:.2f}, number missing {found[1]:.2f}"
+        label = f"distortion D\n{correlation} (means of folds)"
+        axes.set(xlabel=label, ylabel="IoU lost against all modalities")
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
 
     figure = _panels(table, draw, width=4, height=3.3)
-    shown = [axes for axes in figure.axes if axes.collections]
-    shown[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    _legend_beside(figure)
     return figure
 
 
@@ -206,31 +197,47 @@ def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
     return _panels(table, draw, width=4, height=3, sharey=True)
 
 
+def _look(method: str) -> dict[str, Any]:
+    """A method's colour, name, and the marker that tells it from the others of its family."""
+    known = METHODS.get(method)
+    members = [name for name, other in METHODS.items() if known and other.family == known.family]
+    position = members.index(method) if members else -1
+    marker = MARKERS[position % len(MARKERS)]
+    return {"color": method_colour(method), "label": method_title(method), "marker": marker}
+
+
+def _legend_beside(figure: Figure) -> None:
+    """One legend for all panels, to their right: of the one with most entries."""
+    found = [axes.get_legend_handles_labels() for axes in figure.axes]
+    entries = max(found, key=lambda entry: len(entry[0]))
+    figure.legend(*entries, loc="outside right center", fontsize="small")
+
+
 def _panels(
     table: pd.DataFrame,
     draw: Callable[[Axes, pd.DataFrame], None],
     width: float,
     height: float,
+    columns: int = 3,
     sharey: bool = False,
 ) -> Figure:
-    """A row per data set, a column per backbone; empty where a table has no rows."""
-    datasets = list(dict.fromkeys(table["dataset"]))
-    backbones = list(dict.fromkeys(table["backbone"]))
+    """A panel per data set and backbone that the table has."""
+    keys = ["dataset", "backbone"]
+    groups = [group for _, group in table.groupby(keys, sort=False)]
+    order = list(dict.fromkeys(table["dataset"])), list(dict.fromkeys(table["backbone"]))
+    groups.sort(key=lambda g: [o.index(g[k].iloc[0]) for k, o in zip(keys, order, strict=True)])
+    columns = min(columns, len(groups))
+    rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(
-        len(datasets),
-        len(backbones),
-        figsize=(max(7, width * len(backbones) + 1), height * len(datasets) + 0.6),
+        rows,
+        columns,
+        figsize=(max(7, width * columns + 1), height * rows + 0.6),
         squeeze=False,
         sharey=sharey,
     )
-    for row, dataset in zip(axes, datasets, strict=True):
-        for panel, backbone in zip(row, backbones, strict=True):
-            rows = table[(table["dataset"] == dataset) & (table["backbone"] == backbone)]
-            if len(rows):
-                draw(panel, rows)
-                panel.set_title(f"{dataset}, {backbone}")
-            else:
-                panel.axis("off")
-        first = next(panel for panel in row if panel.axison)
-        first.tick_params(labelleft=True)  # shared labels must not go with an empty panel
+    for panel in axes.flat[len(groups) :]:
+        panel.axis("off")
+    for panel, group in zip(axes.flat, groups, strict=False):
+        draw(panel, group)
+        panel.set_title(", ".join(group[key].iloc[0] for key in keys))
     return figure

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from lsgs_core.artifacts import sidecar_path
+from lsgs_core.artifacts import check
 from lsgs_core.data.manifest import Dataset, load_manifest
 from lsgs_core.errors import InputError
 from lsgs_core.files import written_beside
@@ -56,10 +57,7 @@ def run(
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
     with _only_one(ROOT):
-        if ended := end_orphans(ROOT):
-            print(f"ended {ended} processes that an earlier run had left behind", flush=True)
-        if any((ROOT / ".snakemake" / "locks").glob("*")):
-            _snakemake(tier, ["--unlock", "--quiet", "all"])
+        _clear_up(tier)
         # By date and parameters: a comment edited in the Snakefile is no reason to train again.
         options = ["--rerun-triggers", "mtime"]
         if profile:
@@ -106,9 +104,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     if done.is_file():  # an earlier one was finished; one that was killed goes on
         shutil.rmtree(done.parent)
     with _only_one(ROOT):
-        end_orphans(ROOT)
-        if any((ROOT / ".snakemake" / "locks").glob("*")):
-            _snakemake(single, ["--unlock", "--quiet", "all"])
+        _clear_up(single)
         [point] = single.grid.points()
         target = str(single.folder.runs(*point) / "scores.csv")
         options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--rerun-incomplete"]
@@ -120,6 +116,14 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     done.write_text(f"{run}: {sentence}\n")
     print(f"{run}: {sentence}")
     return 0 if same else 1
+
+
+def _clear_up(tier: Tier) -> None:
+    """End what an earlier run that was killed left behind, and take its lock away."""
+    if ended := end_orphans(ROOT):
+        print(f"ended {ended} processes that an earlier run had left behind", flush=True)
+    if any((ROOT / ".snakemake" / "locks").glob("*")):
+        _snakemake(tier, ["--unlock", "--quiet", "all"])
 
 
 def _snakemake(
@@ -143,7 +147,11 @@ def publish(tier: Tier) -> list[Path]:
 
     Returns:
         The files written.
+
+    Raises:
+        InputError: The tier was not evaluated yet.
     """
+    record = check(ROOT / tier.folder.evaluation / "summary.csv")
     target = ROOT / "results" / tier.name
     beside = target.with_name(f".{tier.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -161,13 +169,13 @@ def publish(tier: Tier) -> list[Path]:
                 copy = beside / name / path.relative_to(ROOT / source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-    record = json.loads(sidecar_path(ROOT / tier.folder.evaluation / "summary.csv").read_text())
     provenance = {
         "command": f"make study TIER={tier.name}",
         "parameters": {name: dict(section) for name, section in tier.sections.items()},
         "grid": [part.model_dump() for part in tier.grid.parts],
         "tier_sha256": tier.sha256,
-        "environment": record["environment"],
+        "evaluation": {"parameters": record["parameters"], "environment": record["environment"]},
+        "runs": _runs_by_commit(tier),
     }
     with written_beside(beside / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=2) + "\n")
@@ -177,6 +185,21 @@ def publish(tier: Tier) -> list[Path]:
     shutil.rmtree(target, ignore_errors=True)
     beside.replace(target)
     return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
+    """How many runs there are of every data set and backbone, of which commit and date."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for path in sorted((ROOT / tier.folder.root / "runs").rglob("records.csv.record.json")):
+        record = json.loads(path.read_text())
+        parameters, environment = record["parameters"], record["environment"]
+        keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
+        found.setdefault(keys, []).append(environment["date"])
+    names = ("dataset", "backbone", "commit")
+    return [
+        {**dict(zip(names, keys, strict=True)), "runs": len(d), "from": min(d), "to": max(d)}
+        for keys, d in found.items()
+    ]
 
 
 def _notice(datasets: Mapping[str, Dataset]) -> str:
@@ -224,7 +247,7 @@ def _only_one(root: Path) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lsgs_core.study", description=__doc__)
-    parser.add_argument("action", choices=["run", "check", "publish", "reproduce"])
+    parser.add_argument("action", choices=["run", "publish", "reproduce"])
     parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")

@@ -92,12 +92,10 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         InputError: No such method, or one that needs what the scoring does not hold.
     """
     method = find_method(name)
-    model = start.build()
+    model, settings = start.build(), start.settings
     if method.low_rank:
         seed_weights(start.seed)
         add_lora(model, start.lora_rank)
-    settings = start.settings
-    if method.low_rank:
         settings = replace(settings, learning_rate=start.lora_learning_rate)
     device = str(next(model.parameters()).device)
     sampler = method.sampler(

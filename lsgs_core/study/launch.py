@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lsgs_core.data.schema import read_yaml
 from lsgs_core.devices import is_first_process
@@ -58,13 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lsgs_core.study.launch", description=__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("-f", "--file", type=Path, help="YAML of parameters")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[])
     given = parser.parse_args(arguments)
     try:
         parameters = read_yaml(given.file) if given.file else {}
         if not isinstance(parameters, dict):
             raise InputError(f"{given.file}: expected parameters with their values")
-        parameters |= {name: yaml.safe_load(value) for name, value in given.parameter}
         with (
             Path(os.devnull).open("w") as nowhere,
             redirect_stdout(sys.stdout if is_first_process() else nowhere),

@@ -30,14 +30,6 @@ def save_model_card(
         records: Of `evaluate`, on the test patches.
         record: Of the checkpoint.
     """
-    text = model_card(training, history, records, record)
-    return save(folder / CARD, lambda to: to.write_text(text, "utf-8"), record)
-
-
-def model_card(
-    training: PatchDataset, history: pd.DataFrame | None, records: pd.DataFrame, record: Record
-) -> str:
-    """The text of a card, Markdown; arguments as in `save_model_card`."""
     dataset, made_with = training.dataset, dict(record.parameters)
     name = made_with.get("model", {}).get("name", "network")
     seen = f"{len(training)} patches of {training.size} × {training.size} pixels"
@@ -74,4 +66,5 @@ def model_card(
         f"{record.device}. Not tried on other places, dates or sensors than those above.",
         "",
     ]
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    return save(folder / CARD, lambda to: to.write_text(text, "utf-8"), record)

@@ -34,8 +34,8 @@ NOTEBOOKS = {
     "finetuning": "04_finetuning",
     "evaluation": "05_evaluation",
 }
-# Set per job from the grid and the folder, so a tier file must not set them.
 MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
+# Set per job from the grid and the folder, so a tier file must not set them.
 SET_BY_GRID = {"work", "dataset", "backbone", "fold", "seed", "methods", "tier"}
 
 
