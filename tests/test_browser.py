@@ -120,8 +120,9 @@ def run_all(page: Page, address: str, notebook: str) -> float:
 
 
 def show_picture(page: Page) -> None:
-    """Scroll so that the picture ends at the lower edge of the window."""
-    page.locator(PICTURE).first.evaluate("picture => picture.scrollIntoView({block: 'end'})")
+    """Scroll so that the picture ends near the lower edge of the window."""
+    scroll = "picture.style.scrollMarginBottom = '40px'; picture.scrollIntoView({block: 'end'})"
+    page.locator(PICTURE).first.evaluate(f"picture => {{ {scroll} }}")
     page.wait_for_timeout(1000)
 
 

@@ -81,6 +81,7 @@ def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Fi
         square=True,
         cbar_kws={"label": "similarity"},
     )
+    plt.setp(axes[0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
     axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
     limits = [result.utility.min(), result.utility.max()]
