@@ -8,7 +8,6 @@ sample that count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import scipy.special
@@ -16,36 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from lsgs_core.errors import InputError
 from lsgs_core.samplers import Probabilities
-from lsgs_core.sampling import check_probabilities
+from lsgs_core.sampling import ScenarioSampler, check_probabilities
 from lsgs_core.smoothing import standardise
-
-
-class _Adaptive:
-    """What the samplers that adapt share: numbers that they keep in their state.
-
-    Subclasses name the attributes in `_kept`; all are arrays over the scenarios or numbers.
-    """
-
-    _kept: tuple[str, ...] = ()
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
-        return {name: np.asarray(getattr(self, name)).tolist() for name in self._kept}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            InputError: The state of another sampler, or over other scenarios.
-        """
-        for name in self._kept:
-            found = np.asarray(state.get(name), dtype=np.float64)
-            if found.shape != np.shape(getattr(self, name)):
-                raise InputError(
-                    f"training state: it is not of this sampler: {name} has shape {found.shape}, "
-                    f"expected {np.shape(getattr(self, name))}"
-                )
-            setattr(self, name, found if found.ndim else float(found))
 
 
 def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -53,7 +24,7 @@ def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
 
 
-class LossProportional(_Adaptive):
+class LossProportional(ScenarioSampler):
     """Scenarios of high loss more often: p = (1 - mixing) prior + mixing softmax(tau z(loss)).
 
     It observes the training loss of every sample, and keeps an exponential moving average of it for
@@ -96,7 +67,7 @@ class LossProportional(_Adaptive):
             self.count[k] += 1
 
 
-class GroupDRO(_Adaptive):
+class GroupDRO(ScenarioSampler):
     """Group distributionally robust sampling: exponentiated gradient ascent on the losses.
 
     q starts as the prior; q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
@@ -129,7 +100,7 @@ class GroupDRO(_Adaptive):
         self.log_weights -= self.log_weights.max()  # softmax does not change
 
 
-class Exp3S(_Adaptive):
+class Exp3S(ScenarioSampler):
     """Exp3.S, a bandit whose rewards change over time, as in automated curriculum learning.
 
     Formulas of Graves et al. 2017, section 2.2, after Auer et al. 2002. The reward of a sample is
@@ -193,7 +164,7 @@ class Exp3S(_Adaptive):
         self.log_weights -= self.log_weights.max()
 
 
-class Curriculum(_Adaptive):
+class Curriculum(ScenarioSampler):
     """Easy scenarios first: p proportional to prior * exp(-strength * z(D)), annealed to the prior.
 
     Args:
@@ -215,11 +186,8 @@ class Curriculum(_Adaptive):
         logits = _logarithm(self.prior) - self.strength * left * self.standardised
         return scipy.special.softmax(logits)
 
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Nothing to learn."""
 
-
-class Online(_Adaptive):
+class Online(ScenarioSampler):
     """LSGS whose distortions are measured again every few epochs, on the network as it is then.
 
     Args:
@@ -244,6 +212,3 @@ class Online(_Adaptive):
             self.current = check_probabilities(self.measure(), len(self.current))
             self.measured = float(epoch)
         return self.current
-
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Nothing to learn from the loss."""

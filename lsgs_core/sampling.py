@@ -9,7 +9,7 @@ seed share their random numbers: where their probabilities agree, so do their dr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,27 +71,44 @@ def check_probabilities(probabilities: ArrayLike, count: int | None = None) -> N
     return p
 
 
-class ScenarioSampler(Protocol):
-    """What training asks of a sampler. Adding a sampler means writing one of these.
+class ScenarioSampler:
+    """What training asks of a sampler. Adding a sampler means a subclass with `probabilities`.
 
-    A sampler that adapts watches the losses through `observe`; what it has learnt is in
-    `state_dict`, which is saved with the training state.
+    One that adapts watches the losses through `observe`, and names the attributes that it learns in
+    `_kept`: arrays over the scenarios, or numbers. They are its state, which is saved with the
+    training state.
     """
+
+    _kept: tuple[str, ...] = ()
 
     def probabilities(self, epoch: int) -> NDArray[np.float64]:
         """Probabilities of the scenarios now, float64 [K]."""
+        raise NotImplementedError
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Take note of the loss of every sample of a step, both [B]."""
+        """Take note of the loss of every sample of a step, both [B]; by default not."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state."""
+        return {name: np.asarray(getattr(self, name)).tolist() for name in self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state.
+
+        Raises:
+            InputError: The state of another sampler, or over other scenarios.
+        """
+        for name in self._kept:
+            found = np.asarray(state.get(name), dtype=np.float64)
+            if found.shape != np.shape(getattr(self, name)):
+                raise InputError(
+                    f"training state: it is not of this sampler: {name} has shape {found.shape}, "
+                    f"expected {np.shape(getattr(self, name))}"
+                )
+            setattr(self, name, found if found.ndim else float(found))
 
 
-class FixedSampler:
+class FixedSampler(ScenarioSampler):
     """The same probabilities throughout: the paper's LSGS, and uniform sampling.
 
     Args:
@@ -109,9 +126,6 @@ class FixedSampler:
     def probabilities(self, epoch: int) -> NDArray[np.float64]:
         """The same in every epoch, float64 [K]."""
         return self._probabilities
-
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
         """No state but the probabilities."""

@@ -79,21 +79,17 @@ class Counts:
             "scenario": list(scenarios.names),
             "class": list(dict.fromkeys(rows["class"])),
         }
-        shape = [len(values) for values in axes.values()]
-        place = [pd.Index(values).get_indexer(rows[axis]) for axis, values in axes.items()]
-        if any((position < 0).any() for position in place):
+        if not set(rows["scenario"]) <= set(scenarios.names):
             raise InputError(f"records: expected the scenarios {list(scenarios.names)}")
-        flat = np.ravel_multi_index(tuple(place), tuple(shape))
-        values = np.zeros((int(np.prod(shape)), 3))
-        np.add.at(values, flat, rows[COUNTS].to_numpy(dtype=np.float64))
-        seen = np.zeros(len(values), dtype=bool)
-        seen[flat] = True
-        if not seen.all():
+        whole = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+        table = rows.groupby(list(axes))[COUNTS].sum().reindex(whole)
+        if missing := int(table["tp"].isna().sum()):
             raise InputError(
-                f"records: of {len(seen)} combinations of {list(axes)}, {(~seen).sum()} are "
+                f"records: of {len(table)} combinations of {list(axes)}, {missing} are "
                 "missing; every method needs the same folds in every seed"
             )
-        return cls(list(methods), seeds, blocks, values.reshape(*shape, 3))
+        values = table.to_numpy(dtype=np.float64).reshape(*map(len, axes.values()), 3)
+        return cls(list(methods), seeds, blocks, values)
 
     def scores(self, weights: Array) -> Array:
         """IoU averaged over classes when blocks are weighted, [R, M, S, K], for weights [R, B].
