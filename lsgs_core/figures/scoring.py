@@ -54,8 +54,8 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
     axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
     axes[2].barh(rows, result.probabilities, color=colours)
     axes[2].plot(result.prior, rows, color="#262626", linestyle="--")
-    title = f"3  how often training draws it (dashed: {_prior_title(result)})"
-    axes[2].set(title=title, xlabel="probability p")
+    label = f"probability p (dashed: {_prior_title(result)})"
+    axes[2].set(title="3  how often training draws it", xlabel=label)
     axes[0].invert_yaxis()
     handles = [Patch(color=shade, label=f"{n} missing") for n, shade in enumerate(shades)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
