@@ -145,6 +145,8 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
     """Does the distortion of a scenario predict what it costs? A point per scenario and fold.
 
+    Rank correlations are Spearman's, means over folds.
+
     Args:
         table: Columns dataset, backbone, fold, scenario, missing, distortion, lost (IoU with all
             modalities minus IoU of the scenario, before fine-tuning).
@@ -166,9 +168,8 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
             np.mean([scipy.stats.spearmanr(f[by], f["lost"])[0] for _, f in rows.groupby("fold")])
             for by in ("distortion", "missing")
         ]
-        correlation = f"rank correlation: D {found[0]:.2f}, number missing {found[1]:.2f}"
-        label = f"distortion D\n{correlation} (means of folds)"
-        axes.set(xlabel=label, ylabel="IoU lost against all modalities")
+        correlation = f"rank correlation {found[0]:.2f}; of number missing {found[1]:.2f}"
+        axes.set(xlabel=f"distortion D\n{correlation}", ylabel="IoU lost against all modalities")
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
 
     figure = _panels(table, draw, width=4, height=3.3)
