@@ -72,8 +72,8 @@ class GroupDRO(ScenarioSampler):
 
     q starts as the prior; q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
     2020, Algorithm 1, with scenarios as groups). There the group is drawn uniformly and its loss
-    weighted by q; here it is
-    drawn from p = (1 - mixing) prior + mixing q, so that an observed loss is divided by K p_k.
+    weighted by q; here it is drawn from p = (1 - mixing) prior + mixing q, so that an observed loss
+    is divided by K p_k.
 
     Args:
         prior: [K].

@@ -69,7 +69,6 @@ def test_a_table_of_patches_goes_with_the_rasters_it_was_made_from(
     make_patches(PAIR, made)
     prepare(PAIR, pair, made)
     assert (made / TABLE).exists()  # nothing has changed
-    placed(pair, "labels.tif", **raw.ground())  # the same content, other bytes or not
     raw.write_raster(pair / "labels.tif", 3 - raw.read_raster(pair / "labels.tif"), **raw.ground())
     prepare(PAIR, pair, made)
     assert not (made / TABLE).exists()
@@ -104,6 +103,61 @@ def test_a_class_where_nothing_is_seen_is_no_mistake_the_second_time(
         raw.write_raster(pair / file, pixels, **raw.ground())
     for _ in range(2):
         assert prepare(PAIR, pair, tmp_path / "made").scenes["scene"].label_pixels["high"] == 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_class_that_no_scene_has_is_a_mistake_also_when_some_are_prepared(
+    tmp_path: Path, lost: bool
+) -> None:
+    """The class of one scene alone lies under pixels without data; then another scene changes."""
+    scenes = {"north": {}, "south": {}}
+    content = copy.deepcopy(raw.ENTRIES["pair"]) | {"scenes": scenes}
+    content["bands"]["VV"]["file"] = "${scene}/radar.tif"
+    content["modalities"]["optical"]["file"] = "${scene}/optical.tif"
+    content["masks"]["optical"]["file"] = "${scene}/clouds.tif"
+    content["labels"]["file"] = "${scene}/labels.tif"
+    dataset = Dataset.model_validate(content)
+    for name in scenes:
+        raw.write_pair(tmp_path / "raw" / name)
+    north, south = (tmp_path / "raw" / name / "labels.tif" for name in scenes)
+    low = np.ones_like(raw.read_raster(north))
+    for file in ("optical.tif", "radar.tif"):
+        hidden = raw.read_raster(north.with_name(file)).astype(np.float32)
+        hidden[:, raw.read_raster(north)[0] == 2] = np.nan
+        raw.write_raster(north.with_name(file), hidden, **raw.ground())
+    raw.write_raster(south, low, **raw.ground())
+    prepare(dataset, tmp_path / "raw", tmp_path / "made")
+    changed = north if lost else south
+    raw.write_raster(changed, low, **raw.ground())
+    with rasterio.open(changed, "r+") as raster:
+        raster.update_tags(changed="yes")
+    if lost:
+        with pytest.raises(InputError, match=r"'high'. occur in no scene"):
+            prepare(dataset, tmp_path / "raw", tmp_path / "made")
+    else:
+        prepare(dataset, tmp_path / "raw", tmp_path / "made")
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(16, True), (15, True), (17, True), (14, False)])
+def test_a_pixel_more_or_less_is_rounding_along_either_side(
+    tmp_path: Path, rows: int, fits: bool
+) -> None:
+    """A coarse file stretched over a scene six times as wide as high: a row is six columns."""
+    raw.write_pair(tmp_path / "raw")
+    for file in ("radar.tif", "labels.tif", "clouds.tif"):
+        pixels = raw.read_raster(tmp_path / "raw" / file)[:, :32]
+        wide = np.tile(np.nan_to_num(pixels, nan=1), (1, 1, 2))
+        raw.write_raster(tmp_path / "raw" / file, wide, **raw.ground())
+    optical = raw.read_raster(tmp_path / "raw" / "optical.tif")[:, :rows]
+    raw.write_raster(tmp_path / "raw" / "optical.tif", optical)
+    content = copy.deepcopy(raw.ENTRIES["pair"])
+    content["modalities"]["optical"]["placement"] = "extent"
+    dataset = Dataset.model_validate(content)
+    if fits:
+        prepare(dataset, tmp_path / "raw", tmp_path / "made")
+    else:
+        with pytest.raises(InputError, match="do not have the shape of the"):
+            prepare(dataset, tmp_path / "raw", tmp_path / "made")
 
 
 def polygons(folder: Path, column: list[Any], file: str = "fields.shp", **options: Any) -> Dataset:
@@ -160,6 +214,8 @@ def complex_radar(folder: Path) -> Dataset:
     ("damage", "expected"),
     [
         (lambda folder: polygons(folder, [7, 8]), r"'use' has none of .* \['7', '8'\]"),
+        (lambda folder: polygons(folder, [8, 7, None]), r"'use' has none of .* \['7', '8'\]"),
+        (lambda folder: polygons(folder, ["b", "a", None]), r"'use' has none of .* \['a', 'b'"),
         (two_layers, r"fields.gpkg: expected one layer of polygons, found \['land', 'water'\]"),
         (without_geometry, r"fields.csv: expected one layer of polygons, found \[\]"),
         (unknown_system, "labels.crs: 'EPSG:what' is not known"),

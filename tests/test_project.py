@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from lsgs_core.methods import METHODS
+from lsgs_core.published import read_evidence
+from lsgs_core.samplers import by_cardinality
 from lsgs_core.study.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -231,3 +233,37 @@ def test_the_findings_are_the_committed_results():
     assert rows
     for row in rows:
         assert tuple(row) in known, row
+
+
+def test_the_findings_other_numbers_are_those_of_the_committed_tables():
+    """Rank correlations, how steeply p rises, and in how many replicates LSGS is above uniform."""
+    text = (ROOT / "results" / "FINDINGS.md").read_text()
+    folder = ROOT / "results" / "study"
+    lost = pd.read_csv(folder / "evaluation" / "distortion_against_loss.csv").query("missing > 0")
+    scenes = {"Sentinel-2": "demo", "Landsat-7": "landsat7"}
+    backbones = {"CBC-SLP": "cbc_slp", "CBC": "cbc", "CMX": "cmx"}
+    rows = re.findall(r"^\| ([\w-]+) \| ([\w-]+) \| (\.\d\d) \| (\.\d\d) \|$", text, re.M)
+    assert len(rows) == 6
+    for scene, backbone, *written in rows:
+        chosen = (lost["dataset"] == scenes[scene]) & (lost["backbone"] == backbones[backbone])
+        folds = [fold for _, fold in lost[chosen].groupby("fold")]
+        for by, number in zip(("distortion", "missing"), written, strict=True):
+            found = [fold[by].corr(fold["lost"], method="spearman") for fold in folds]
+            assert sum(found) / len(found) == pytest.approx(float(number), abs=0.0051)
+    factors = []
+    for path in (folder / "scores").glob("*/*/*/*/probabilities.json"):
+        evidence = read_evidence(path)
+        p = by_cardinality(evidence.scenarios, evidence.probabilities)
+        factors.append(p[evidence.scenarios.missing == 1][0] / p[evidence.scenarios.full])
+    least, *others = sorted(factors)
+    assert len(factors) == 18
+    assert f"{others[0]:.2f} to {others[-1]:.2f} per missing modality for 17 of the 18" in text
+    assert f"{least:.2f} for the other" in text
+    whole = pd.read_csv(folder / "evaluation" / "summary.csv").query(
+        "dataset == 'demo' and backbone == 'cmx'"
+    )
+    scores = whole.pivot_table(index="seed", columns="method", values="worst_iou")
+    gain = scores["lsgs"] - scores[["uniform", "uniform_again"]].mean(axis=1)
+    assert f"positive in {(gain > 0).sum()} of {len(gain)} replicates" in text
+    means = [f"{gain[gain.index < seeds].mean():.4f}".removeprefix("0") for seeds in (5, 6)]
+    assert f"first 5 seeds the gain was {means[0]},\nwith the first 6 {means[1]}:" in text

@@ -217,7 +217,7 @@ def _polygons(
     given = given.astype(str)
     numbers = given.map(table)
     if numbers.isna().all():
-        found_there = sorted(set(given))[:SHOWN]
+        found_there = sorted(given.dropna().unique())[:SHOWN]
         raise InputError(
             f"{path}: column {labels.column!r} has none of labels.values, but {found_there}"
         )

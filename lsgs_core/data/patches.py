@@ -211,6 +211,7 @@ class PatchDataset:
         return images, self._read(index, LABELS)[0][0]
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
+        """Return a whole batch: what a `DataLoader` asks for whose sampler yields positions."""
         return self.batch(indices)
 
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:

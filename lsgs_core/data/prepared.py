@@ -33,6 +33,7 @@ class PreparedScene(Strict):
     modalities: list[str]  # those that are not absent
     labelled_pixels: int
     label_pixels: dict[str, int]  # pixels per label value, more in all where values overlap
+    label_values: list[str] = []  # that the raw labels hold, also where no modality sees anything
     unseen_pixels: dict[str, int]  # pixels without data, per modality
 
     @property

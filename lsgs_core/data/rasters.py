@@ -64,12 +64,14 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     }
     pending = [scene for name, scene in scenes.items() if name not in done]
     with rasterio.Env(**ENVIRONMENT):
-        grids, found = {}, {v for made in done.values() for v, n in made.label_pixels.items() if n}
+        grids, held = {}, dict[str, list[str]]()
+        found = {v for made in done.values() for v, n in made.label_pixels.items() if n}
+        found |= {value for made in done.values() for value in made.label_values}
         for scene in tqdm(pending, desc="check", unit="scene"):
             grids[scene.name], values = check_scene(dataset, scene)
+            held[scene.name] = sorted(values)
             found |= values
-        # Where scenes are there already, this was checked before the first of them.
-        if not done and (absent := dataset.labels.not_in(found)):
+        if pending and (absent := dataset.labels.not_in(found)):
             raise InputError(f"labels.values: {absent} occur in no scene of {raw_folder}")
         if pending:
             begun = Prepared(definition=definition, scenes=done, complete=False)
@@ -82,7 +84,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
                 bar.set_postfix(scene=scene.name, refresh=False)
                 done[scene.name] = _prepare_scene(
                     dataset, scene, prepared_folder, grids[scene.name], raw[scene.name], bar
-                )
+                ).model_copy(update={"label_values": held[scene.name]})
                 # A killed preparation goes on from here. With thousands of small scenes the record
                 # is written every ten seconds, or the writing would take most of the time.
                 if time.monotonic() - written > 10:
