@@ -8,28 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsgs_core.data.batch import Batch as Batch
-    from lsgs_core.distortion import (
-        ScenarioScores as ScenarioScores,
-    )
-    from lsgs_core.distortion import (
-        score_scenarios as score_scenarios,
-    )
-    from lsgs_core.errors import InputError as InputError
-    from lsgs_core.models import (
-        build_backbone as build_backbone,
-    )
-    from lsgs_core.models import (
-        load_author_weights as load_author_weights,
-    )
-    from lsgs_core.models.hooked import HookedModel as HookedModel
-    from lsgs_core.scenarios import ScenarioSet as ScenarioSet
-    from lsgs_core.smoothing import (
-        ScenarioProbabilities as ScenarioProbabilities,
-    )
-    from lsgs_core.smoothing import (
-        scenario_probabilities as scenario_probabilities,
-    )
+    from lsgs_core.data.batch import Batch
+    from lsgs_core.distortion import ScenarioScores, score_scenarios
+    from lsgs_core.errors import InputError
+    from lsgs_core.models import build_backbone, load_author_weights
+    from lsgs_core.models.hooked import HookedModel
+    from lsgs_core.scenarios import ScenarioSet
+    from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
 
 _HOME = {
     "Batch": "data.batch",
@@ -43,7 +28,18 @@ _HOME = {
     "scenario_probabilities": "smoothing",
     "score_scenarios": "distortion",
 }
-__all__ = [*_HOME]
+__all__ = [
+    "Batch",
+    "HookedModel",
+    "InputError",
+    "ScenarioProbabilities",
+    "ScenarioScores",
+    "ScenarioSet",
+    "build_backbone",
+    "load_author_weights",
+    "scenario_probabilities",
+    "score_scenarios",
+]
 
 
 def __getattr__(name: str) -> Any:
