@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: study reproduce test test-slow bench data-check lab format outputs lock clean
+.PHONY: study networks reproduce test test-slow bench data-check lab format outputs lock clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -21,6 +21,10 @@ $(VENV)/installed: requirements.lock pyproject.toml
 study: $(VENV)/installed
 	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
 		$(if $(PROCESSES),--processes $(PROCESSES))
+
+# The committed networks again, from the download on, into results/networks.
+networks: $(VENV)/installed
+	$(BIN)/python -m lsgs_core.study networks scratch --cores $(CORES)
 
 # One committed result again, from the download on: make reproduce RUN=demo/cmx/lsgs/0/0
 reproduce: $(VENV)/installed

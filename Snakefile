@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from lsgs_core.data.manifest import load_manifest
 from lsgs_core.study.reproduction import only
 from lsgs_core.study.tiers import NOTEBOOKS, load_tier
 
@@ -16,6 +17,7 @@ if "only" in config:
 # Parameters are inputs of the rules: an edited one runs again just what depends on it.
 tier.write_parameter_files()
 study = tier.folder
+manifest = load_manifest(Path(workflow.basedir, "data_manifest.yaml"))
 grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
@@ -56,6 +58,14 @@ def inputs(stage, job):
     }
 
 
+def committed_weights(wildcards):
+    """The network that comes with the repository, where the tier starts from it."""
+    if tier.setting("pretraining", "weights") != "committed":
+        return []
+    point = wildcards.dataset, wildcards.backbone, int(wildcards.fold), pretraining_seed
+    return manifest.network(*point).weights
+
+
 wildcard_constraints:
     dataset="[^/]+",
     backbone="[a-z_]+",
@@ -91,6 +101,7 @@ rule pretraining:
     input:
         **inputs("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
         patches=rules.data.output,
+        committed=committed_weights,
     output:
         study.pretrained("{dataset}", "{backbone}", "{fold}", pretraining_seed)
         / "weights.safetensors",

@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from lsgs_core.devices import is_first_process
 from lsgs_core.errors import InputError
@@ -170,7 +171,10 @@ def load_weights(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and their record, checked as in `check`."""
     record = check(path, expected)
-    return safetensors.torch.load_file(path), record
+    try:
+        return safetensors.torch.load_file(path), record
+    except SafetensorError as error:  # it is never read in another way, which could run code
+        raise InputError(f"{path}: expected weights as safetensors: {error}") from error
 
 
 def load_table(path: Path, expected: Mapping[str, Any] | None = None) -> pd.DataFrame:

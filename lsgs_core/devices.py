@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
-from lsgs_core.randomness import generator
+from lsgs_core.randomness import Stage, generator
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -42,9 +42,9 @@ def make_deterministic(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def seed_weights(seed: int) -> None:
-    """Seed PyTorch's generator before a network is built or adapted."""
-    torch.manual_seed(int(generator("weights", seed).integers(2**63)))
+def seed_weights(seed: int, stage: Stage) -> None:
+    """Seed PyTorch's generator before a network is built (pretraining) or adapted (fine-tuning)."""
+    torch.manual_seed(int(generator("weights", seed, stage=stage).integers(2**63)))
 
 
 def choose_device(name: str) -> torch.device:

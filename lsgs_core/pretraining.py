@@ -1,23 +1,94 @@
-"""The network before fine-tuning: taken from a checkpoint, and checked before it is scored."""
+"""The network before fine-tuning: where its weights come from, and what is checked of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from lsgs_core.artifacts import load_weights, sidecar_path
+from lsgs_core.artifacts import check, load_table, load_weights, sidecar_path
 from lsgs_core.data.batch import Batch
+from lsgs_core.data.manifest import load_manifest
 from lsgs_core.errors import InputError
+from lsgs_core.files import file_sha256
 from lsgs_core.models import Backbone, load_author_weights
 from lsgs_core.scenarios import ScenarioSet
 
 # Differences below this, relative to the size of the latent, are float32 rounding.
 TOLERANCE = 1e-4
 CHECKED_PATCHES = 3
+# What any weights of ours must have been made for, and what committed ones in addition.
+OWN = ("model", "modalities", "classes")
+COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where the weights of a network were taken from.
+
+    Attributes:
+        path: Their file.
+        origin: What they are, in words.
+        trained_with: Settings of their training, from their record; empty where that is not known.
+        history: Of their training, as `train` returns it; None where that is not known.
+    """
+
+    path: Path
+    origin: str
+    trained_with: Mapping[str, Any]
+    history: pd.DataFrame | None
+
+
+def load_pretrained(
+    model: Backbone, weights: str, manifest: Path, made_with: Mapping[str, Any]
+) -> Pretrained | None:
+    """Load the weights that a study starts from, after making sure that they are the wanted ones.
+
+    Args:
+        model: Changed in place.
+        weights: "committed" takes the network that the manifest lists; "train" none; anything else
+            is a file: the user's own weights with their record, or the authors' checkpoint.
+        manifest: Path of data_manifest.yaml, to which the paths of networks are relative.
+        made_with: What the weights must have been made with: model, modalities, classes, dataset,
+            task, fold, normalisation and pretraining_seed. Of the user's own only the first three
+            are looked at.
+
+    Returns:
+        Where the weights come from; None where the network is to be trained.
+
+    Raises:
+        InputError: No such network or file, another hash than the manifest lists, weights of
+            another model, band order, class list or fold, or a file that is no plain tensors.
+    """
+    if weights == "train":
+        return None
+    if weights != "committed":
+        path, origin = Path(weights), "a checkpoint of this study"
+        expected = {name: made_with[name] for name in OWN}
+    else:
+        names = ("dataset", "backbone", "fold", "pretraining_seed")
+        wanted = {**made_with, "backbone": made_with["model"]["name"]}
+        network = load_manifest(manifest).network(*(wanted[name] for name in names))
+        path, origin = manifest.parent / network.weights, f"committed: {network.origin}"
+        expected = {name: made_with[name] for name in COMMITTED}
+        again = f"`git checkout -- {network.weights}` brings it, `make networks` trains it anew"
+        if not path.is_file():
+            raise InputError(f"{path}: not there (a clone without large files?); {again}")
+        if (found := file_sha256(path)) != network.sha256:
+            raise InputError(
+                f"{path}: its sha256 is {found}, expected {network.sha256} as in {manifest.name}; "
+                + again
+            )
+    if load_checkpoint(model, path, expected) == "authors":
+        return Pretrained(path, "the authors' checkpoint", {}, None)
+    trained_with = check(path)["parameters"].get("trained_with", {})
+    history = path.with_name("history.csv")
+    seen = load_table(history) if history.is_file() else None
+    return Pretrained(path, origin, trained_with, seen)
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:

@@ -1,14 +1,20 @@
-"""Random numbers by purpose, seed, epoch and sample, in whatever order they are asked for."""
+"""Random numbers by stage, purpose, seed, epoch and sample, in whatever order they are drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
 
+Stage = Literal["pretraining", "finetuning"]
+
+# Pretraining and fine-tuning share no random number, whatever their seeds: a fine-tuning that draws
+# the order and the scenarios of its pretraining again would see little that is new.
+STAGES: dict[Stage, int] = {"finetuning": 0, "pretraining": 1}
 # One stream per purpose, so that the scenario of a sample is independent of its augmentation.
 STREAMS = {
     "scenario": 0,
@@ -22,14 +28,17 @@ STREAMS = {
 }
 
 
-def generator(stream: str, seed: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
-    """Counter-based generator (Philox) of one purpose, epoch and sample.
+def generator(
+    stream: str, seed: int, epoch: int = 0, index: int = 0, stage: Stage = "finetuning"
+) -> np.random.Generator:
+    """Counter-based generator (Philox) of one stage, purpose, epoch and sample.
 
     Args:
         stream: A name in `STREAMS`.
         seed: Non-negative, below 2^64.
         epoch: Non-negative.
         index: Sample index, non-negative.
+        stage: What is trained with the numbers.
 
     Raises:
         InputError: A negative seed, epoch or index, or a seed that is too large.
@@ -41,12 +50,18 @@ def generator(stream: str, seed: int, epoch: int = 0, index: int = 0) -> np.rand
     # The lowest counter word counts the blocks that are drawn; the others tell streams apart.
     counter = [0, index, epoch, STREAMS[stream]]
     return np.random.Generator(
-        np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
+        np.random.Philox(key=np.array([seed, STAGES[stage]], dtype=np.uint64), counter=counter)
     )
 
 
 def uniform_numbers(
-    stream: str, seed: int, epoch: int, indices: Sequence[int] | NDArray[np.int64]
+    stream: str,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int] | NDArray[np.int64],
+    stage: Stage = "finetuning",
 ) -> NDArray[np.float64]:
     """One number in [0, 1) for every sample index, float64 [B]."""
-    return np.array([generator(stream, seed, epoch, int(index)).random() for index in indices])
+    return np.array(
+        [generator(stream, seed, epoch, int(index), stage).random() for index in indices]
+    )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.randomness import uniform_numbers
+from lsgs_core.randomness import Stage, uniform_numbers
 
 
 def draw_scenarios(
@@ -25,6 +25,7 @@ def draw_scenarios(
     indices: Sequence[int] | NDArray[np.int64],
     servable: NDArray[np.bool_] | None = None,
     stream: str = "scenario",
+    stage: Stage = "finetuning",
 ) -> NDArray[np.int64]:
     """Draw one scenario per sample by inverse CDF.
 
@@ -36,6 +37,7 @@ def draw_scenarios(
         servable: Scenarios that each sample can serve, bool [B, K], where files are absent: p is
             renormalised over them. None: every sample serves every scenario.
         stream: Which random numbers; arms that are to differ by chance alone take another one.
+        stage: What is trained; pretraining and fine-tuning share no random number.
 
     Returns:
         Scenario index per sample, int64 [B].
@@ -44,7 +46,7 @@ def draw_scenarios(
         InputError: p is not a distribution, or a sample can serve no scenario of positive p.
     """
     p = check_probabilities(probabilities)
-    numbers = uniform_numbers(stream, seed, epoch, indices)
+    numbers = uniform_numbers(stream, seed, epoch, indices, stage)
     if servable is None:
         rows = np.broadcast_to(p, (len(numbers), p.size))
     else:

@@ -30,7 +30,7 @@ from lsgs_core.files import written_beside
 from lsgs_core.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.lora import training_mode
-from lsgs_core.randomness import generator, uniform_numbers
+from lsgs_core.randomness import Stage, generator, uniform_numbers
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.settings import TrainingSettings
@@ -52,6 +52,7 @@ def train(
     identity: Mapping[str, Any],
     validate: Validation | None = None,
     stream: str = "scenario",
+    stage: Stage = "finetuning",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train a model in place.
@@ -67,7 +68,8 @@ def train(
         identity: Everything else that the result depends on (data and initial weights); a training
             state left with another identity, seed, settings or code is not gone on with.
         validate: Called after every epoch; its figures become columns of the history.
-        stream: Random numbers that scenarios are drawn with (`lsgs_core.sampling.STREAMS`).
+        stream: Random numbers that scenarios are drawn with (`lsgs_core.randomness.STREAMS`).
+        stage: Decides the random numbers too, so that a fine-tuning never replays a pretraining.
         progress: Show a progress bar over the steps.
 
     Returns:
@@ -87,11 +89,12 @@ def train(
     _check_shares(len(dataset), settings, processes.count)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
-    whole |= {"stream": stream, "code": source_sha256(__name__)}
+    whole |= {"stream": stream, "stage": stage, "code": source_sha256(__name__)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
     run = _Run(
-        model, dataset, scenarios, sampler, settings, seed, stream, _optimiser(model, settings),
-        folder / STATE, json.dumps(whole, sort_keys=True), processes, processes.wrap(objective),
+        model, dataset, scenarios, sampler, settings, seed, stream, stage,
+        _optimiser(model, settings), folder / STATE, json.dumps(whole, sort_keys=True),
+        processes, processes.wrap(objective),
     )  # fmt: skip
     reached = run.restore()
     steps = len(settings.batch_sizes(len(dataset)))
@@ -167,6 +170,7 @@ class _Run:
     settings: TrainingSettings
     seed: int
     stream: str
+    stage: Stage
     optimiser: torch.optim.Optimizer
     path: Path
     identity: str
@@ -219,18 +223,19 @@ class _Run:
 
     def epoch(self, reached: _Reached, bar: tqdm) -> dict[str, float]:
         """Train the rest of an epoch and return its row of the history."""
-        settings, seed, epoch = self.settings, self.seed, len(reached.history)
+        settings, seed, stage = self.settings, self.seed, self.stage
+        epoch = len(reached.history)
         rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        order = generator("order", seed, epoch).permutation(len(self.dataset))
+        order = generator("order", seed, epoch, stage=stage).permutation(len(self.dataset))
         self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
         training_mode(self.model)
         if reached.step:
             _set_random_state(reached.random)
         else:
             # Dropout of an epoch does not depend on what ran before it.
-            dropout = generator("dropout", seed, epoch, self.processes.rank)
+            dropout = generator("dropout", seed, epoch, self.processes.rank, stage)
             torch.manual_seed(int(dropout.integers(2**63)))
         saved = time.monotonic()
         for batch in self._batches(order, reached.step):
@@ -272,11 +277,12 @@ class _Run:
         seen = []
         for number, batch in enumerate(parts):
             assert batch.patch_ids is not None
-            ids, seed = batch.patch_ids.numpy(), self.seed
+            ids, seed, stage = batch.patch_ids.numpy(), self.seed, self.stage
             servable = self._servable(batch)
-            chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream)
+            chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream, stage)
             if self.settings.augment:
-                batch = turned(batch, uniform_numbers("augmentation", seed, epoch, ids))
+                numbers = uniform_numbers("augmentation", seed, epoch, ids, stage)
+                batch = turned(batch, numbers)
             with self.processes.whole_gradients(self.objective, number == len(parts) - 1):
                 loss, per_sample = self.objective(batch, self.scenarios.masks[chosen])
                 if not torch.isfinite(loss):

@@ -192,6 +192,24 @@ def test_streams_are_independent():
     assert generator("order", 0, 1).permutation(9).tolist() != list(range(9))
 
 
+def test_a_fine_tuning_never_replays_a_pretraining_of_any_seed():
+    for stream in ("order", "scenario", "augmentation", "dropout"):
+        of_stage = [
+            {
+                generator(stream, seed, epoch, stage=stage).random()
+                for seed in range(9)
+                for epoch in (0, 5)
+            }
+            for stage in ("pretraining", "finetuning")
+        ]
+        assert not of_stage[0] & of_stage[1], stream
+    drawn = [
+        draw_scenarios(np.full(7, 1 / 7), 0, 0, np.arange(4000), stage=stage)
+        for stage in ("pretraining", "finetuning")
+    ]
+    assert (drawn[0] == drawn[1]).mean() < 0.18  # by chance one in seven
+
+
 def test_large_seeds_are_different_seeds():
     seeds = [2**53, 2**53 + 1, 2**63 + 1, 2**63 + 3, 2**64 - 1]
     assert len({generator("order", seed).random() for seed in seeds}) == len(seeds)

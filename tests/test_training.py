@@ -63,7 +63,7 @@ class Blobs:
 
 
 def small(name: str = "cmx"):
-    seed_weights(0)
+    seed_weights(0, "finetuning")
     return build_backbone(name, preset="demo", bands=(3, 3, 3), classes=1)
 
 
@@ -387,6 +387,8 @@ def test_arms_with_another_stream_draw_other_scenarios(tmp_path):
     drawn = first.filter(like="drawn:")
     assert drawn.equals(again.filter(like="drawn:"))
     assert not drawn.equals(other.filter(like="drawn:"))
+    _, before = run(tmp_path / "d", settings=settings, stage="pretraining")
+    assert not drawn.equals(before.filter(like="drawn:"))
 
 
 def test_deterministic_without_filling_memory():

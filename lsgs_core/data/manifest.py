@@ -326,14 +326,48 @@ class Dataset(Strict):
         return _known("folds", name or next(iter(self.folds)), self.folds)
 
 
+class Network(Strict):
+    """A pretrained network that comes with the repository.
+
+    Attributes:
+        dataset: Name of the data set that it was trained on.
+        backbone: Name of the backbone.
+        fold: The fold that was held out.
+        seed: Seed of the pretraining.
+        weights: Path of its weights, relative to the manifest; the record lies beside it.
+        sha256: Hash of the weights.
+        origin: How it was made.
+    """
+
+    dataset: Name
+    backbone: Name
+    fold: Count
+    seed: Count
+    weights: Annotated[RelativePath, Field(pattern=r"\.safetensors$")]  # which cannot hold code
+    sha256: Sha256
+    origin: str
+
+
 class Manifest(Strict):
-    """All data sets by name."""
+    """All data sets by name, and the pretrained networks that come with them."""
 
     datasets: Annotated[dict[Name, Dataset], NOT_EMPTY]
+    networks: list[Network] = []
 
     def dataset(self, name: str) -> Dataset:
         """Return a data set by name. Raises `InputError` when there is none."""
         return _known("data set", name, self.datasets)
+
+    def network(self, dataset: str, backbone: str, fold: int, seed: int) -> Network:
+        """Return a network of the repository. Raises `InputError` when there is none."""
+        known = {(n.dataset, n.backbone, n.fold, n.seed): n for n in self.networks}
+        if (dataset, backbone, fold, seed) not in known:
+            raise InputError(
+                f"weights: no committed network of data set {dataset!r}, backbone {backbone!r}, "
+                f"fold {fold}, seed {seed}; there are {[*known]}. Set weights to 'train', as the "
+                "tier scratch does, or to a file"
+            )
+        return known[dataset, backbone, fold, seed]
 
 
 def load_manifest(path: Path) -> Manifest:

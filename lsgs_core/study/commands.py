@@ -21,10 +21,10 @@ from typing import Any
 
 import psutil
 
-from lsgs_core.artifacts import check
+from lsgs_core.artifacts import check, sidecar_path
 from lsgs_core.data.manifest import Dataset, load_manifest
 from lsgs_core.errors import InputError
-from lsgs_core.files import written_beside
+from lsgs_core.files import file_sha256, written_beside
 from lsgs_core.study.reproduction import compare, only
 from lsgs_core.study.tiers import StudyFolder, Tier, load_tier
 
@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
 TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md"}, {".png", ".pdf"}
+MANIFEST = ROOT / "data_manifest.yaml"
+NETWORKS = ROOT / "results" / "networks"
+NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 
@@ -118,6 +121,43 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     return 0 if same else 1
 
 
+def make_networks(tier: Tier, cores: int) -> int:
+    """Pretrain the networks of a tier and put them into `results/networks`.
+
+    Nothing else writes there. Whether a network is the one that the manifest lists is said, with
+    the hash to write there where it is not.
+
+    Args:
+        tier: One that trains its networks, such as scratch.
+        cores: CPU cores.
+
+    Returns:
+        Exit status of Snakemake.
+    """
+    starts = {
+        start: tier.folder.pretrained(*start, tier.pretraining_seed) for start in tier.grid.starts()
+    }
+    with _only_one(ROOT):
+        _clear_up(tier)
+        targets = [str(folder / "weights.safetensors") for folder in starts.values()]
+        options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--rerun-incomplete"]
+        if status := _snakemake(tier, [*options, "--quiet", "rules", "host"], (), targets):
+            return status
+    listed = {network.weights: network.sha256 for network in load_manifest(MANIFEST).networks}
+    for folder in starts.values():
+        target = NETWORKS / folder.relative_to(tier.folder.root / "pretrained")
+        target.mkdir(parents=True, exist_ok=True)
+        for name in NETWORK_FILES:
+            for path in (ROOT / folder / name, sidecar_path(ROOT / folder / name)):
+                with written_beside(target / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+        weights = (target / NETWORK_FILES[0]).relative_to(ROOT).as_posix()
+        sha256 = file_sha256(ROOT / weights)
+        same = "the one that" if listed.get(weights) == sha256 else f"sha256 {sha256}, not what"
+        print(f"{weights}: {same} {MANIFEST.name} lists")
+    return 0
+
+
 def _clear_up(tier: Tier) -> None:
     """End what an earlier run that was killed left behind, and take its lock away."""
     if ended := end_orphans(ROOT):
@@ -179,7 +219,7 @@ def publish(tier: Tier) -> list[Path]:
     }
     with written_beside(beside / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=2) + "\n")
-    manifest = load_manifest(ROOT / "data_manifest.yaml")
+    manifest = load_manifest(MANIFEST)
     with written_beside(beside / "NOTICE.txt") as temporary:
         temporary.write_text(_notice({n: manifest.dataset(n) for n in tier.grid.datasets}), "utf-8")
     shutil.rmtree(target, ignore_errors=True)
@@ -247,7 +287,7 @@ def _only_one(root: Path) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lsgs_core.study", description=__doc__)
-    parser.add_argument("action", choices=["run", "publish", "reproduce"])
+    parser.add_argument("action", choices=["run", "publish", "reproduce", "networks"])
     parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
@@ -261,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
             return run(tier, given.cores, given.dry_run, given.profile, given.processes)
         if given.action == "reproduce":
             return reproduce(tier, given.run, given.cores)
+        if given.action == "networks":
+            return make_networks(tier, given.cores)
         if given.action == "publish":
             print(f"published {len(publish(tier))} files in results/{tier.name}")
         return 0

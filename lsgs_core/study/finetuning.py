@@ -94,7 +94,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
     method = find_method(name)
     model, settings = start.build(), start.settings
     if method.low_rank:
-        seed_weights(start.seed)
+        seed_weights(start.seed, "finetuning")
         add_lora(model, start.lora_rank)
         settings = replace(settings, learning_rate=start.lora_learning_rate)
     device = str(next(model.parameters()).device)

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
 
+from lsgs_core.data.manifest import load_manifest
 from lsgs_core.data.schema import Strict, read_yaml, validated
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
@@ -236,7 +237,7 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
 
     Raises:
         InputError: No such tier, or an unknown section or parameter, or a value of another type
-            than the notebook's default.
+            than the notebook's default, or a network that does not come with the repository.
     """
     folder = root / "notebooks"
     path = folder / "tiers" / f"{name}.yaml"
@@ -269,7 +270,12 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     checked: Any = validated(schema, content, path.name)
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
     folder_of_tier = StudyFolder(work / name)
-    return Tier(name, Grid(checked.grid), values, file_sha256(path), folder_of_tier)
+    tier = Tier(name, Grid(checked.grid), values, file_sha256(path), folder_of_tier)
+    if tier.setting("pretraining", "weights") == "committed":
+        manifest = load_manifest(root / "data_manifest.yaml")
+        for dataset, backbone, fold in tier.grid.starts():  # named now, and not by a notebook later
+            manifest.network(dataset, backbone, fold, tier.pretraining_seed)
+    return tier
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:
