@@ -52,11 +52,22 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in RECORDED_PACKAGES},
         "machine": platform.machine(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def sidecar_path(path: Path) -> Path:

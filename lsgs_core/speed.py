@@ -9,7 +9,6 @@ that whatever else slows the machine down slows both. What is reported are ratio
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -258,16 +257,6 @@ def loader_rates(dataset: PatchDataset, batch_size: int, passes: int = 3) -> lis
         count = sum(len(batch.available) for batch in dataset.batches(batch_size))
         rates.append(count / (time.perf_counter() - started))
     return rates
-
-
-def processor() -> str:
-    """The name of the processor, as far as the system tells it."""
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        for line in listed.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @contextmanager

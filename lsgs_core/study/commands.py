@@ -25,13 +25,14 @@ from lsgs_core.artifacts import check, sidecar_path
 from lsgs_core.data.manifest import Dataset, load_manifest
 from lsgs_core.errors import InputError
 from lsgs_core.files import file_sha256, written_beside
+from lsgs_core.study.pages import AGREEMENT, tier_page
 from lsgs_core.study.reproduction import compare, only
 from lsgs_core.study.tiers import StudyFolder, Tier, load_tier
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
-TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md"}, {".png", ".pdf"}
+TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pdf"}
 MANIFEST = ROOT / "data_manifest.yaml"
 NETWORKS = ROOT / "results" / "networks"
 NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
@@ -77,6 +78,7 @@ def run(
         print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks")
     elif not dry_run:
         print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
+        print((ROOT / tier.folder.evaluation / AGREEMENT).read_text().strip())
     return status
 
 
@@ -222,6 +224,8 @@ def publish(tier: Tier) -> list[Path]:
     manifest = load_manifest(MANIFEST)
     with written_beside(beside / "NOTICE.txt") as temporary:
         temporary.write_text(_notice({n: manifest.dataset(n) for n in tier.grid.datasets}), "utf-8")
+    with written_beside(beside / "README.md") as temporary:
+        temporary.write_text(tier_page(beside), "utf-8")
     shutil.rmtree(target, ignore_errors=True)
     beside.replace(target)
     return sorted(path for path in target.rglob("*") if path.is_file())
