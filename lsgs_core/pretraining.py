@@ -69,6 +69,9 @@ def load_pretrained(
     if weights != "committed":
         path, origin = Path(weights), "a checkpoint of this study"
         expected = {name: made_with[name] for name in OWN}
+        if not path.is_file():
+            known = "'committed', 'train' or the path of a checkpoint"
+            raise InputError(f"weights: no such file: {weights!r}; expected {known}")
     else:
         names = ("dataset", "backbone", "fold", "pretraining_seed")
         wanted = {**made_with, "backbone": made_with["model"]["name"]}

@@ -5,15 +5,18 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+KEPT = "results/networks/"  # inputs of the study
 
 
 def copy_checkout(folder: Path, results: bool = False) -> Path:
-    """Copy the tracked files, with or without results, and the cached download."""
+    """Copy the tracked files, with or without results but networks, and the cached download."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split("\0")
     for name in filter(None, listed):
-        if (ROOT / name).is_file() and (results or not name.startswith("results/")):
+        if (ROOT / name).is_file() and (
+            results or name.startswith(KEPT) or not name.startswith("results/")
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     if (ROOT / "work" / "downloads").is_dir():

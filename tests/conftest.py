@@ -7,10 +7,25 @@ import numpy as np
 import pytest
 import torch
 
+from lsgs_core.data.fetch import fetch
+from lsgs_core.data.manifest import load_manifest
+from lsgs_core.data.patches import make_patches
+from lsgs_core.data.rasters import prepare
+
 torch.set_num_threads(1)  # what the notebooks use; more threads give other roundings
 
 REFERENCE = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def prepared_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real demo scene, downloaded into the cache that the notebooks use, with its patches."""
+    definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
+    folder = tmp_path_factory.mktemp("demo") / "prepared"
+    prepare(definition, fetch(definition.source, ROOT / "work" / "downloads" / "demo"), folder)
+    make_patches(definition, folder)
+    return folder
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The project's own promises: its files agree with each other and with the README."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -9,13 +8,10 @@ from pathlib import Path
 
 import architecture
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 
 from lsgs_core.methods import METHODS
-from lsgs_core.published import read_evidence
-from lsgs_core.samplers import by_cardinality
 from lsgs_core.study.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -167,103 +163,3 @@ def test_the_mathematics_knows_nothing_of_files_or_torch():
     for path in (ROOT / "lsgs_core" / "models").glob("*.py"):
         text = path.read_text()
         assert not re.search(r"lsgs_core\.(data|study)\b", text), path.name
-
-
-def test_the_tables_figures_are_the_committed_results():
-    folder = ROOT / "results" / "demo" / "evaluation"
-    summary = pd.read_csv(folder / "summary.csv")
-    text = (ROOT / "results" / "README.md").read_text()
-    rows = re.findall(
-        r"^\| (\w+) \| ([\w -]+) \| ([\d.]+) \| ([\d.]+) \((\S+)\) \| ([\d.]+) \|", text, re.M
-    )
-    written = [(backbone, *map(float, (mean, worst, full)), name)
-               for backbone, _, mean, worst, name, full in rows]  # fmt: skip
-    columns = ["backbone", "mean_iou", "worst_iou", "full_iou", "worst_scenario"]
-    assert written == [tuple(row) for row in summary[columns].round(3).itertuples(index=False)]
-    trivial = pd.read_csv(folder / "trivial.csv")["iou"].mean()
-    assert f"says yes everywhere has {trivial:.3f}" in text
-
-
-def test_the_tables_times_are_the_committed_benchmark():
-    folder = ROOT / "results" / "benchmarks"
-    table = pd.read_csv(folder / "ratios.csv")
-    text = (ROOT / "results" / "README.md").read_text()
-    rows = re.findall(
-        r"^\| (scoring|training) \| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M
-    )
-    measured = table[(table["preset"] == "paper") & (table["batch"] == 1)]
-    expected = [
-        (row.task, row.backbone, f"{row.plain:.2f}", f"{row.ours:.2f}", f"{row.ratio:.1f}")
-        for row in measured.itertuples()
-    ]
-    assert rows == expected
-    memory = pd.read_csv(folder / "memory.csv")["ratio"]
-    assert f"takes {memory[0]:.0%} of the plain form's memory" in text
-    record = json.loads((folder / "ratios.csv.record.json").read_text())
-    assert record["parameters"]["processor"] in text
-
-
-def test_the_findings_are_the_committed_results():
-    """Every row of a table in FINDINGS.md is a row of the tables of the tiers study and starved."""
-    tables = []
-    for tier in ("study", "starved"):
-        folder = ROOT / "results" / tier / "evaluation"
-        compared = pd.read_csv(folder / "differences.csv")
-        compared["contrast"] = compared["method"] + " - uniform"
-        tables += [pd.read_csv(folder / "planned_contrasts.csv"), compared]
-    titles = {"worst_iou": "worst scenario", "mean_iou": "mean"}
-    known = {
-        (
-            row.dataset,
-            row.backbone,
-            titles.get(row.metric, row.metric),
-            row.contrast,
-            f"{row.difference:+.4f}",
-            f"{row.low:+.4f} to {row.high:+.4f}",
-            str(row.replicates),
-        )
-        for row in pd.concat(tables).itertuples()
-    }
-    text = (ROOT / "results" / "FINDINGS.md").read_text()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith(("| demo", "| landsat7"))
-    ]
-    assert rows
-    for row in rows:
-        assert tuple(row) in known, row
-
-
-def test_the_findings_other_numbers_are_those_of_the_committed_tables():
-    """Rank correlations, how steeply p rises, and in how many replicates LSGS is above uniform."""
-    text = (ROOT / "results" / "FINDINGS.md").read_text()
-    folder = ROOT / "results" / "study"
-    lost = pd.read_csv(folder / "evaluation" / "distortion_against_loss.csv").query("missing > 0")
-    scenes = {"Sentinel-2": "demo", "Landsat-7": "landsat7"}
-    backbones = {"CBC-SLP": "cbc_slp", "CBC": "cbc", "CMX": "cmx"}
-    rows = re.findall(r"^\| ([\w-]+) \| ([\w-]+) \| (\.\d\d) \| (\.\d\d) \|$", text, re.M)
-    assert len(rows) == 6
-    for scene, backbone, *written in rows:
-        chosen = (lost["dataset"] == scenes[scene]) & (lost["backbone"] == backbones[backbone])
-        folds = [fold for _, fold in lost[chosen].groupby("fold")]
-        for by, number in zip(("distortion", "missing"), written, strict=True):
-            found = [fold[by].corr(fold["lost"], method="spearman") for fold in folds]
-            assert sum(found) / len(found) == pytest.approx(float(number), abs=0.0051)
-    factors = []
-    for path in (folder / "scores").glob("*/*/*/*/probabilities.json"):
-        evidence = read_evidence(path)
-        p = by_cardinality(evidence.scenarios, evidence.probabilities)
-        factors.append(p[evidence.scenarios.missing == 1][0] / p[evidence.scenarios.full])
-    least, *others = sorted(factors)
-    assert len(factors) == 18
-    assert f"{others[0]:.2f} to {others[-1]:.2f} per missing modality for 17 of the 18" in text
-    assert f"{least:.2f} for the other" in text
-    whole = pd.read_csv(folder / "evaluation" / "summary.csv").query(
-        "dataset == 'demo' and backbone == 'cmx'"
-    )
-    scores = whole.pivot_table(index="seed", columns="method", values="worst_iou")
-    gain = scores["lsgs"] - scores[["uniform", "uniform_again"]].mean(axis=1)
-    assert f"positive in {(gain > 0).sum()} of {len(gain)} replicates" in text
-    means = [f"{gain[gain.index < seeds].mean():.4f}".removeprefix("0") for seeds in (5, 6)]
-    assert f"first 5 seeds the gain was {means[0]},\nwith the first 6 {means[1]}:" in text

@@ -20,6 +20,7 @@ TIERS = sorted(path.stem for path in (ROOT / "notebooks" / "tiers").glob("*.yaml
 def project(tmp_path):
     """A copy of the notebooks whose tier `own` a test may write."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
     demo = yaml.safe_load((tmp_path / "notebooks" / "tiers" / "demo.yaml").read_text())
 
     def write(change):
@@ -110,6 +111,14 @@ def test_what_is_for_all_is_taken_where_a_notebook_has_it(project):
     assert sizes["01_data_preparation"] is None
 
 
+def test_a_network_that_is_not_committed_is_named_before_anything_runs(project):
+    def change(tier):
+        tier["grid"]["folds"] = 2
+
+    with pytest.raises(InputError, match=r"no committed network.*fold 1.*scratch"):
+        project(change)
+
+
 def test_an_int_is_a_float(project):
     tier = project(changed("04_finetuning", learning_rate=1))
     assert tier.sections["04_finetuning"]["learning_rate"] == 1
@@ -136,6 +145,7 @@ def test_parameter_files_keep_their_date(project, tmp_path, monkeypatch):
 
 def test_a_grid_of_several_products(project):
     def change(tier):
+        tier["02_pretraining_check"] = {"weights": "train"}
         tier["grid"] = [
             {"backbones": ["cbc"], "methods": ["uniform", "lsgs"], "folds": 2, "seeds": 3},
             {

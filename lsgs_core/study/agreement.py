@@ -59,7 +59,8 @@ def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
         for name in ("D_sh", "final_probs")
     )
     measured = d[1] > 0  # D of the full scenario is 0
-    return float(np.abs(d[0] / d[1] - 1)[measured].max()), float(np.abs(p[0] - p[1]).max())
+    relative = np.abs(d[0] - d[1])[measured] / d[1][measured]
+    return float(relative.max(initial=0)), float(np.abs(p[0] - p[1]).max())
 
 
 def scoring_sentence(here: Path, committed: Path) -> str:

@@ -1,0 +1,44 @@
+"""Scores the committed networks of the demo in a process of its own, whose environment can ask for
+another processor's rounding: `python score_committed.py PREPARED`. Prints JSON: backbone, D, p."""
+
+import json
+import sys
+from pathlib import Path
+
+from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
+from lsgs_core.data.manifest import load_manifest
+from lsgs_core.data.patches import PatchDataset
+from lsgs_core.devices import make_deterministic
+from lsgs_core.pretraining import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def committed_network(backbone: str, patches: PatchDataset):
+    """A committed network of the demo."""
+    [entry] = [
+        network
+        for network in load_manifest(ROOT / "data_manifest.yaml").networks
+        if network.backbone == backbone
+    ]
+    model = build_backbone(backbone, "demo", patches.bands, len(patches.classes))
+    load_checkpoint(model, ROOT / entry.weights, {"model": model.configuration})
+    return model
+
+
+def main() -> None:
+    make_deterministic(threads=1)
+    definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
+    patches = PatchDataset(Path(sys.argv[1]), definition, "land_cover", 0, "training")
+    scenarios = ScenarioSet.of(patches.modalities)
+    found = {}
+    for backbone in ("cbc_slp", "cbc", "cmx"):
+        model = committed_network(backbone, patches)
+        scores = score_scenarios(model, patches.batches(8), scenarios, progress=False)
+        p = scenario_probabilities(scores.distortion).probabilities
+        found[backbone] = {"D": scores.distortion.tolist(), "p": p.tolist()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

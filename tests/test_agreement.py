@@ -1,0 +1,243 @@
+"""A run beside committed results: rounding is no difference, a mistake is, a seed may vary."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from checkout import ROOT
+from score_committed import committed_network
+
+from lsgs_core import InputError, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core.data.manifest import load_manifest
+from lsgs_core.data.patches import PatchDataset
+from lsgs_core.evaluation import evaluate, scenario_scores
+from lsgs_core.published import published_scoring
+from lsgs_core.sampling import FixedSampler
+from lsgs_core.settings import TrainingSettings
+from lsgs_core.study.agreement import (
+    METRICS,
+    NOT_COMPARED,
+    agreement_sentence,
+    compare_with_committed,
+    compared_with_committed,
+    scoring_sentence,
+    why_not_compared,
+)
+from lsgs_core.study.reproduction import only
+from lsgs_core.study.tiers import load_tier
+from lsgs_core.training import train
+
+NAMES = ["RGB", "NIR", "SWIR"]
+SCENARIOS = ScenarioSet.of(NAMES)
+SETTINGS = {"direction": 1.0, "ridge": 1e-3, "inverse_temperature": 0.5, "mixing": 0.5}
+PLACE = Path("scores", "demo", "cmx", "fold0", "seed0", "probabilities.json")
+
+
+@pytest.fixture(scope="module")
+def tier():
+    """The demo tier with CMX alone."""
+    return only(load_tier("demo", ROOT), "demo/cmx/uniform/0/0")
+
+
+def scoring(distortion, scored: int = 10, weights: str = "w", **changes) -> dict:
+    """A probabilities.json of invented distortions."""
+    result = scenario_probabilities(distortion, **SETTINGS)
+    return {
+        "scenario_names": list(SCENARIOS.names),
+        "mask_array": SCENARIOS.masks.astype(int).tolist(),
+        "D_sh": list(distortion),
+        "final_probs": result.probabilities.tolist(),
+        "meta_info": {"num_scored": scored, "weights_sha256": weights},
+        **changes,
+    }
+
+
+D = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        (scoring(D * (1 + 1e-6)), "equal to the committed scoring: D differs by up to 1.0e-06"),
+        (scoring(D * (1 + 1e-3)), "DIFFERENT from the committed scoring"),
+        (scoring(D, scored=9), f"{NOT_COMPARED}.*9 patches were scored, 10 committed"),
+        (scoring(D, weights="x"), f"{NOT_COMPARED}: those are of another network"),
+        (scoring(D, tau=2), f"{NOT_COMPARED}.*tau is 2, None committed"),
+        (scoring(D, scenario_names=["a"]), f"{NOT_COMPARED}.*scenario_names"),
+    ],
+)
+def test_scorings(tmp_path, here, said):
+    paths = [tmp_path / "here.json", tmp_path / "committed.json"]
+    for path, content in zip(paths, (here, scoring(D)), strict=True):
+        path.write_text(json.dumps(content))
+    assert re.search(said, scoring_sentence(*paths))
+    assert "no such scoring" in scoring_sentence(paths[0], tmp_path / "nothing.json")
+    paths[1].write_text("[]")
+    with pytest.raises(InputError, match=r"committed.json: expected the JSON of a scoring"):
+        scoring_sentence(*paths)
+
+
+def published(folder: Path, tier, seeds: int = 10, draw: int = 0) -> pd.DataFrame:
+    """An invented published tier; returns what one more seed gave."""
+    random = np.random.default_rng(draw)
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / PLACE).parent.mkdir(parents=True)
+    (folder / PLACE).write_text(json.dumps(scoring(D)))
+    sections = {name: dict(section) for name, section in tier.sections.items()}
+    (folder / "provenance.json").write_text(json.dumps({"parameters": sections}))
+    rows = [
+        {"dataset": "demo", "backbone": "cmx", "method": method, "seed": seed}
+        | {metric: random.normal(0.4, 0.02) for metric in METRICS}
+        for method in ("pretrained", "uniform", "lsgs", "lora")
+        for seed in range(seeds + 1)
+    ]
+    whole = pd.DataFrame(rows)
+    last = whole["seed"] == seeds
+    whole[~last].to_csv(folder / "evaluation" / "summary.csv", index=False)
+    by_scenario().to_csv(folder / "evaluation" / "iou_per_scenario.csv", index=False)
+    return whole[last]
+
+
+def by_scenario(changed: float = 0.0) -> pd.DataFrame:
+    rows = [("demo", "cmx", "pretrained", name, 0.3 + changed) for name in SCENARIOS.names]
+    return pd.DataFrame(rows, columns=["dataset", "backbone", "method", "scenario", "iou"])
+
+
+def test_one_more_seed_and_rounding_agree(tmp_path, tier):
+    whole = published(tmp_path / "reference", tier)
+    work = tmp_path / "work"
+    (work / PLACE).parent.mkdir(parents=True)
+    (work / PLACE).write_text(json.dumps(scoring(D * (1 + 1e-7))))
+    table, said = compared_with_committed(
+        whole, by_scenario(1e-4), tier, work, str(tmp_path / "reference")
+    )
+    assert said.startswith(
+        "distortion: equal (largest difference 1.0e-07); probabilities: equal to 4"
+    )
+    assert said.endswith(
+        "(largest difference 1.0e-04); fine-tuned: 9 of 9 within the committed range"
+    )
+    assert table["agrees"].all()
+    (work / PLACE).write_text(json.dumps(scoring(D * [1, 1, 1.01, 1, 1, 1, 1], scored=9)))
+    whole.loc[whole["method"] == "lora", "worst_iou"] = 0.1
+    table, said = compared_with_committed(
+        whole, by_scenario(0.01), tier, work, str(tmp_path / "reference")
+    )
+    assert "distortion: DIFFERENT" in said
+    assert "pretrained IoU: DIFFERENT" in said
+    assert "fine-tuned: 8 of 9" in said
+
+
+def test_the_ranges_hold_together(tmp_path, tier):
+    """Of further seeds from the same distribution, all nine figures lie within in 95 %."""
+    held = []
+    for draw in range(60):
+        folder = tmp_path / str(draw)
+        whole = published(folder, tier, seeds=10, draw=draw)
+        table = compare_with_committed(whole, by_scenario(), tier, folder, folder)
+        held.append(table[table["part"] == "fine-tuned"]["agrees"].all())
+    assert np.mean(held) >= 0.9
+
+
+def test_what_cannot_be_compared_says_why(tmp_path, tier):
+    whole = published(tmp_path, tier)
+    assert why_not_compared(tier, tmp_path) == ""
+    changed = dict(tier.sections)
+    changed["04_finetuning"] = {**changed["04_finetuning"], "epochs": 7, "threads": 2}
+    other = replace(tier, sections=changed)
+    assert why_not_compared(other, tmp_path) == "04_finetuning: epochs is 7 here and 6 there"
+    arguments = whole, by_scenario(), other, tmp_path
+    assert "epochs is 7" in compared_with_committed(*arguments, str(tmp_path))[1]
+    assert "no published results" in compared_with_committed(*arguments, "nowhere")[1]
+    assert "no reference" in compared_with_committed(*arguments, "")[1]
+    assert "no run of these" in agreement_sentence(pd.DataFrame())
+
+
+class Measured:
+    """A network and its patches as notebooks 03 and 05 measure them."""
+
+    def __init__(self, prepared: Path, work: Path) -> None:
+        definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
+        self.work = work
+        self.training, self.test = (
+            PatchDataset(prepared, definition, "land_cover", 0, part)
+            for part in ("training", "test")
+        )
+        self.elsewhere = PatchDataset(prepared, definition, "land_cover", 1, "training")
+        self.model = committed_network("cmx", self.training)
+
+    def found(self, tier, change=lambda batch: batch) -> pd.DataFrame:
+        """What is deterministic of the network, beside the committed results."""
+        batches = map(change, self.training.batches(8))
+        scores = score_scenarios(self.model, batches, SCENARIOS, progress=False)
+        content = published_scoring(
+            scores,
+            scenario_probabilities(scores.distortion, **SETTINGS),
+            "distortion",
+            SETTINGS | {"smooth": True, "lengthscale": 1.0},
+            *("cmx", "", ""),
+            meta_info={"num_scored": len(scores.patch_ids)},
+        )
+        (self.work / PLACE).parent.mkdir(parents=True, exist_ok=True)
+        (self.work / PLACE).write_text(json.dumps(content))
+        records = evaluate(
+            self.model,
+            map(change, self.test.batches(8)),
+            SCENARIOS,
+            self.test.classes,
+            self.test.task_kind,
+        )
+        keys = {"dataset": "demo", "backbone": "cmx", "method": "pretrained"}
+        by = scenario_scores(records.assign(**keys), [*keys])
+        none = pd.DataFrame(columns=["dataset", "backbone", "method", *METRICS])
+        reference = ROOT / "results" / "reference"
+        return compare_with_committed(none, by, tier, self.work, reference).set_index("part")
+
+
+@pytest.fixture
+def measured(prepared_demo, tmp_path):
+    return Measured(prepared_demo, tmp_path)
+
+
+def test_the_right_network_and_data_agree(measured, tier):
+    table = measured.found(tier)
+    assert list(table.index) == ["distortion", "probabilities", "pretrained IoU"]
+    assert table["agrees"].all(), table
+
+
+def test_labels_shifted_by_eight_pixels_are_different(measured, tier):
+    def shifted(batch):
+        target, valid = (tensor.roll(8, dims=-1) for tensor in (batch.target, batch.valid))
+        return replace(batch, target=target, valid=valid)
+
+    table = measured.found(tier, shifted)
+    assert not table.loc["pretrained IoU", "agrees"], table
+
+
+def test_a_modality_that_is_zero_is_different(measured, tier):
+    def zeroed(batch):
+        first, second, third = batch.images
+        return replace(batch, images=(first, torch.zeros_like(second), third))
+
+    assert not measured.found(tier, zeroed)["agrees"].any()
+
+
+def test_weights_of_another_fold_are_different(measured, tier, tmp_path):
+    """Even where they are the committed ones, trained for one more epoch on another fold."""
+    train(
+        measured.model,
+        measured.elsewhere,
+        SCENARIOS,
+        FixedSampler.uniform(7),
+        TrainingSettings(epochs=1, learning_rate=1e-4),
+        0,
+        tmp_path / "training",
+        identity={},
+        progress=False,
+    )
+    assert not measured.found(tier)["agrees"].any()

@@ -1,0 +1,177 @@
+"""The committed networks: the same probabilities under any rounding, and nothing else is taken."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from checkout import ROOT
+
+from lsgs_core import InputError, build_backbone
+from lsgs_core.artifacts import Record, save_weights, sidecar_path
+from lsgs_core.data.manifest import load_manifest
+from lsgs_core.files import file_sha256
+from lsgs_core.pretraining import load_pretrained
+from lsgs_core.study.agreement import DISTORTION, PROBABILITY
+
+MANIFEST = ROOT / "data_manifest.yaml"
+NETWORKS = load_manifest(MANIFEST).networks
+ROUNDINGS = {
+    "this processor": {},
+    "a processor without AVX": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "a processor with AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+
+
+def made_with(network) -> dict:
+    """What notebook 02 asks of the weights."""
+    definition = load_manifest(MANIFEST).dataset(network.dataset)
+    classes = tuple(definition.task("land_cover").classes)
+    bands = [len(names) for names in definition.modalities.values()]
+    return {
+        "dataset": network.dataset,
+        "task": "land_cover",
+        "fold": network.fold,
+        "normalisation": "standardise",
+        "model": build_backbone(network.backbone, "demo", bands, len(classes)).configuration,
+        "modalities": definition.modalities,
+        "classes": classes,
+        "pretraining_seed": network.seed,
+    }
+
+
+def built(network):
+    torch.manual_seed(0)
+    return build_backbone(network.backbone, "demo", (3, 3, 3), 5)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.backbone)
+def test_committed_networks_are_those_of_the_manifest(network):
+    model = built(network)
+    found = load_pretrained(model, "committed", MANIFEST, made_with(network))
+    assert found is not None
+    assert found.origin == f"committed: {network.origin}"
+    assert found.history is not None
+    assert len(found.history) == found.trained_with["settings"]["epochs"]
+    assert found.path.with_name("model_card.md").is_file()
+
+
+def test_they_are_small():
+    files = [path for path in (ROOT / "results" / "networks").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10e6
+    assert {path for path in files if path.suffix == ".safetensors"} == {
+        ROOT / network.weights for network in NETWORKS
+    }
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A manifest with one committed network, to be damaged."""
+    network = NETWORKS[-1]
+    folder = (tmp_path / network.weights).parent
+    shutil.copytree((ROOT / network.weights).parent, folder)
+    content = yaml.safe_load(MANIFEST.read_text("utf-8"))
+    content["networks"] = content["networks"][-1:]
+
+    def write(**changes) -> Path:
+        content["networks"][0] |= changes
+        path = tmp_path / "data_manifest.yaml"
+        path.write_text(yaml.safe_dump(content), "utf-8")
+        return path
+
+    return network, folder / "weights.safetensors", write
+
+
+def refused(copy, message: str, wanted=None, weights: str = "committed", **changes) -> None:
+    network, _, write = copy
+    with pytest.raises(InputError, match=message):
+        load_pretrained(
+            built(network), weights, write(**changes), made_with(network) | (wanted or {})
+        )
+
+
+def test_an_absent_network_says_which_command_brings_it(copy):
+    copy[1].unlink()
+    refused(copy, r"not there.*git checkout -- results/networks.*make networks")
+
+
+def test_another_hash_is_named(copy):
+    copy[1].write_bytes(copy[1].read_bytes()[:-1] + b"\x01")
+    refused(copy, r"weights.safetensors: its sha256 is .*expected .* data_manifest.yaml.*checkout")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"modalities": {"RGB": ["B02", "B03", "B04"]}}, "made with modalities"),
+        ({"classes": ("water", "land")}, "made with classes"),
+        ({"task": "forest"}, "made with task"),
+        ({"normalisation": "centre"}, "made with normalisation"),
+        ({"fold": 1}, "no committed network.*fold 1.*'train'"),
+        ({"pretraining_seed": 7}, "no committed network.*seed 7"),
+        ({"dataset": "potsdam"}, "no committed network of data set 'potsdam'"),
+    ],
+)
+def test_weights_of_something_else_are_named(copy, wanted, message):
+    refused(copy, message, wanted)
+
+
+def test_a_format_that_could_run_code_is_not_listed(copy):
+    content = yaml.safe_load(copy[2]().read_text())
+    content["networks"][0]["weights"] = "results/networks/w.pth"
+    path = copy[2]()
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=r"networks.0.weights"):
+        load_manifest(path)
+
+
+def test_a_pickle_under_another_name_is_never_read(copy):
+    network, path, _ = copy
+    record = json.loads(sidecar_path(path).read_text())["parameters"]
+    torch.save({"a": torch.zeros(1)}, path)
+    content = json.loads(sidecar_path(path).read_text()) | {"sha256": file_sha256(path)}
+    sidecar_path(path).write_text(json.dumps(content))
+    assert record["fold"] == network.fold
+    refused(copy, "expected weights as safetensors", sha256=file_sha256(path))
+
+
+def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
+    network, _, write = copy
+    wanted = made_with(network)
+    model, path = built(network), tmp_path / "mine" / "weights.safetensors"
+    own = {name: wanted[name] for name in ("model", "modalities", "classes")}
+    save_weights(path, model.state_dict(), Record({**own, "dataset": "elsewhere"}))
+    other = built(network)
+    found = load_pretrained(other, str(path), write(), wanted)
+    assert found is not None
+    assert found.history is None
+    assert load_pretrained(other, "train", write(), wanted) is None
+    save_weights(path, model.state_dict(), Record({**own, "classes": ["a", "b", "c", "d", "e"]}))
+    refused(copy, "made with classes", weights=str(path))
+    refused(copy, "no such file", weights=str(tmp_path / "nowhere.pth"))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
+    """D to 1e-4 of itself and p to 1e-4, in float32, against the committed scoring."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "score_committed.py"), str(prepared_demo)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **ROUNDINGS[rounding]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    for network in NETWORKS:
+        place = re.sub("^results/networks", "results/reference/scores", network.weights)
+        committed = json.loads((ROOT / place).with_name("probabilities.json").read_text())
+        here = found[network.backbone]
+        np.testing.assert_allclose(here["D"], committed["D_sh"], rtol=DISTORTION, atol=0)
+        np.testing.assert_allclose(here["p"], committed["final_probs"], atol=PROBABILITY)
