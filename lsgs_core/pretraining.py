@@ -54,8 +54,8 @@ def load_pretrained(
             is a file: the user's own weights with their record, or the authors' checkpoint.
         manifest: Path of data_manifest.yaml, to which the paths of networks are relative.
         made_with: What the weights must have been made with: model, modalities, classes, dataset,
-            task, fold, normalisation and pretraining_seed. Of the user's own only the first three
-            are looked at.
+            task, fold, normalisation, pretraining_seed and patches_sha256. Of the user's own only
+            the first three are looked at.
 
     Returns:
         Where the weights come from; None where the network is to be trained.
@@ -85,6 +85,12 @@ def load_pretrained(
             raise InputError(
                 f"{path}: its sha256 is {found}, expected {network.sha256} as in {manifest.name}; "
                 + again
+            )
+        if check(path)["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
+            raise InputError(
+                f"{path}: trained on another patch table than the one here, whose test patches it "
+                "may have seen; prepare the data with the manifest's patches and folds, or set "
+                "weights to 'train'"
             )
     if load_checkpoint(model, path, expected) == "authors":
         return Pretrained(path, "the authors' checkpoint", {}, None)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 def prepared_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real demo scene, downloaded into the cache that the notebooks use, with its patches."""
     definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
-    folder = tmp_path_factory.mktemp("demo") / "prepared"
+    folder = tmp_path_factory.mktemp("work") / "prepared" / "demo"
     prepare(definition, fetch(definition.source, ROOT / "work" / "downloads" / "demo"), folder)
     make_patches(definition, folder)
     return folder

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import papermill
 import pytest
 import torch
 import yaml
@@ -44,6 +46,9 @@ def made_with(network) -> dict:
         "modalities": definition.modalities,
         "classes": classes,
         "pretraining_seed": network.seed,
+        "patches_sha256": json.loads(sidecar_path(ROOT / network.weights).read_text())[
+            "parameters"
+        ]["patches_sha256"],
     }
 
 
@@ -114,6 +119,7 @@ def test_another_hash_is_named(copy):
         ({"classes": ("water", "land")}, "made with classes"),
         ({"task": "forest"}, "made with task"),
         ({"normalisation": "centre"}, "made with normalisation"),
+        ({"patches_sha256": "0"}, "another patch table.*'train'"),
         ({"fold": 1}, "no committed network.*fold 1.*'train'"),
         ({"pretraining_seed": 7}, "no committed network.*seed 7"),
         ({"dataset": "potsdam"}, "no committed network of data set 'potsdam'"),
@@ -175,3 +181,31 @@ def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
         here = found[network.backbone]
         np.testing.assert_allclose(here["D"], committed["D_sh"], rtol=DISTORTION, atol=0)
         np.testing.assert_allclose(here["p"], committed["final_probs"], atol=PROBABILITY)
+
+
+def test_the_notebook_trains_where_it_is_asked_to(prepared_demo):
+    """And its network comes back in by the door for the user's own weights."""
+    work = prepared_demo.parents[1]
+    notebook = ROOT / "notebooks" / "02_pretraining_check.ipynb"
+
+    def run(weights: str, name: str) -> tuple[Path, str]:
+        executed = work / f"{name}.ipynb"
+        parameters = {"work": str(work), "weights": weights, "backbone": "cmx", "fold": 1}
+        papermill.execute_notebook(
+            notebook, executed, parameters, cwd=notebook.parent, progress_bar=False
+        )
+        folder = work / "pretrained" / "demo" / "cmx" / "fold1" / "seed0"
+        return folder, executed.read_text("utf-8")
+
+    folder, _ = run("train", "trained")
+    record = json.loads((folder / "weights.safetensors.record.json").read_text())["parameters"]
+    assert record["weights"] == "train"
+    assert record["trained_with"]["settings"]["epochs"] == 1
+    assert len(pd.read_csv(folder / "history.csv")) == 1
+    own = shutil.copytree(folder, work / "own") / "weights.safetensors"
+    folder, said = run(str(own), "own")
+    assert "a checkpoint of this study" in said
+    assert file_sha256(folder / "weights.safetensors") == file_sha256(own)
+    again = json.loads((folder / "weights.safetensors.record.json").read_text())
+    assert again["inputs"] == {"weights": file_sha256(own)}
+    assert again["parameters"]["trained_with"] == record["trained_with"]

@@ -151,6 +151,7 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
     """kill -9 of the launcher, of a papermill or of a kernel, at moments that chance decides."""
     tier = {
         "grid": {"backbones": ["cmx"], "methods": ["uniform", "lsgs"], "folds": [0], "seeds": 12},
+        "02_pretraining_check": {"weights": "train"},
         "04_finetuning": {"epochs": 3},
         "05_evaluation": {"shown_patches": 0, "resamples": 20},
     }
@@ -208,6 +209,7 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
     tier = {
         "grid": {"backbones": ["cmx"], "methods": ["lsgs", "deployment"], "folds": [1], "seeds": 2},
         "all": {"protocol": "paper", "failure_rates": "RGB:0.1,SWIR:0.5", "batch_size": 4},
+        "02_pretraining_check": {"weights": "train"},
     }
     (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
     process = launch(clone, "own")

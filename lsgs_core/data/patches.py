@@ -141,6 +141,7 @@ class PatchDataset:
         task_kind: "binary", "multilabel" or "multiclass".
         size: side of a patch in pixels.
         data_sha256: one hash of the patch table and of all rasters.
+        patches_sha256: hash of where all patches lie, and of which part of every fold they are.
     """
 
     def __init__(
@@ -163,6 +164,8 @@ class PatchDataset:
         table = read_patch_table(self.folder / TABLE)
         _expect("fold", fold, range(table.filter(regex="^fold_").shape[1]))
         self._hashes = data_hashes(self.folder, record)
+        assignment = table.filter(regex="^(scene|row|column|size|fold_.*)$").to_csv(index=False)
+        self.patches_sha256 = hashlib.sha256(assignment.encode()).hexdigest()
         whole = json.dumps(self._hashes, sort_keys=True)
         self.data_sha256 = hashlib.sha256(whole.encode()).hexdigest()
         chosen = table[table[f"fold_{fold}"] == split]
