@@ -16,6 +16,7 @@ import pandas as pd
 import scipy.stats
 
 from lsgs_core.errors import InputError
+from lsgs_core.study.pages import NOT_COMPARED
 from lsgs_core.study.tiers import NOTEBOOKS, Tier
 
 # Largest differences that rounding makes in float32: of D relative to itself, of p, and of an IoU.
@@ -31,7 +32,6 @@ DECISIVE = [
 INDIFFERENT = {"manifest", "downloads", "raw", "shown_fold", "workers", "device", "threads"}
 INDIFFERENT |= {"keep_weights", "explored", "reference", "primary_metric", "contrasts"}
 INDIFFERENT |= {"resamples", "shown_patches"}
-NOT_COMPARED = "not compared with the committed results"
 
 
 def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:

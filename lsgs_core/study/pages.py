@@ -11,7 +11,8 @@ import pandas as pd
 
 from lsgs_core.methods import METHODS
 
-AGREEMENT = "agreement.txt"  # the sentence of notebook 05, where it could compare
+AGREEMENT = "agreement.txt"  # the sentence of notebook 05 ...
+NOT_COMPARED = "not compared with the committed results"  # ... and how it starts where it could not
 PICTURES = {
     "data/{dataset}/scene.png": "The scene, its labels, and one fold",
     "evaluation/iou_per_scenario.png": "IoU per method and scenario",
@@ -59,8 +60,8 @@ def tier_page(folder: Path) -> str:
         ),
         "",
     ]
-    if (tables / AGREEMENT).is_file():
-        said = (tables / AGREEMENT).read_text().strip()
+    said = (tables / AGREEMENT).read_text().strip() if (tables / AGREEMENT).is_file() else ""
+    if said and not said.startswith(NOT_COMPARED):
         lines += [_prose(f"Beside [ten further seeds](../reference/README.md): {said}."), ""]
     lines += [
         _prose(
