@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # nbval must find the same kernel, and cell output must not depend on the terminal.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The study's package lies beside the notebooks; the kernels of the notebooks find it there.
+export PYTHONPATH := $(CURDIR)/notebooks
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
 
@@ -19,16 +21,16 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
+	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
 		$(if $(PROCESSES),--processes $(PROCESSES))
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study networks scratch --cores $(CORES)
+	$(BIN)/python -m study networks scratch --cores $(CORES)
 
 # One committed result again, from the download on: make reproduce RUN=demo/cmx/lsgs/0/0
 reproduce: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study reproduce $(TIER) --cores $(CORES) $(if $(RUN),--run $(RUN))
+	$(BIN)/python -m study reproduce $(TIER) --cores $(CORES) $(if $(RUN),--run $(RUN))
 
 test: $(VENV)/installed
 	$(BIN)/ruff format --check --quiet .
@@ -56,7 +58,7 @@ bench: $(VENV)/installed
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
+	$(BIN)/python -m study.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab notebooks

@@ -1,13 +1,13 @@
 # The one runner, on a laptop as on a cluster: every rule is one notebook, executed by papermill.
-# Started by `make study` (lsgs_core/study/commands.py), which also clears up after a kill.
+# Started by `make study` (notebooks/study/commands.py), which also clears up after a kill.
 
 import shlex
 import sys
 from pathlib import Path
 
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.study.reproduction import only
-from lsgs_core.study.tiers import NOTEBOOKS, load_tier
+from study.data.manifest import load_manifest
+from study.reproduction import only
+from study.tiers import NOTEBOOKS, load_tier
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
@@ -28,7 +28,11 @@ processes = int(config.get("processes", 1))  # of a run, one per GPU
 resources_of_a_run = {"gpu": gpus_of_a_run * processes, "mem_mb": 16000, "runtime": 240}
 
 # So is the code: an edit must not leave figures of the old code behind.
-SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
+SOURCES = sorted(
+    str(path)
+    for folder in ("lsgs_core", "notebooks/study")
+    for path in Path(workflow.basedir, folder).rglob("*.py")
+)
 START = "{dataset}-{backbone}-fold{fold}"
 POINT = START + "-seed{seed}"
 
@@ -42,7 +46,7 @@ PAPERMILL = (
 # starts a single process and says nothing.
 LAUNCH = (
     shlex.quote(sys.executable) + " -m torch.distributed.run --standalone"
-    f" --nproc_per_node {processes} -m lsgs_core.study.launch"
+    f" --nproc_per_node {processes} -m study.launch"
     " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log}.txt 2> {log}.stderr"
     " || {{ cat {log}.stderr >&2; exit 1; }}"
 )
@@ -174,6 +178,6 @@ rule publish:
     output:
         study.root / "published.txt",
     params:
-        command=f"{shlex.quote(sys.executable)} -m lsgs_core.study publish {tier.name}",
+        command=f"{shlex.quote(sys.executable)} -m study publish {tier.name}",
     shell:
         "{params.command} > {output}"

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsgs_core.data.batch import Batch
+    from lsgs_core.batch import Batch
     from lsgs_core.distortion import ScenarioScores, score_scenarios
     from lsgs_core.errors import InputError
     from lsgs_core.models import build_backbone, load_author_weights
-    from lsgs_core.models.hooked import HookedModel
+    from lsgs_core.models.adapter import HookedModel
     from lsgs_core.scenarios import ScenarioSet
-    from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
+    from lsgs_core.probabilities import ScenarioProbabilities, scenario_probabilities
 
 _HOME = {
     "Batch": "data.batch",

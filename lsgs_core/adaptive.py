@@ -14,9 +14,9 @@ import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.samplers import Probabilities
+from lsgs_core.distributions import Probabilities
 from lsgs_core.sampling import ScenarioSampler, check_probabilities
-from lsgs_core.smoothing import standardise
+from lsgs_core.probabilities import standardise
 
 
 def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lsgs_core.data.batch import Batch
-from lsgs_core.devices import processes_of
+from lsgs_core.batch import Batch
+from study.devices import processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
 
@@ -61,7 +61,7 @@ def score_scenarios(
     that one is used, which lets a backbone share work between scenarios, and where it has
     `for_scoring()`, the copy that this returns. No decoder runs, and the full scenario is computed
     once. Parameters and the training mode are left as they were. In a run of several processes all
-    are given the same batches and share the work (`lsgs_core.devices`).
+    are given the same batches and share the work (`study.devices`).
 
     Args:
         model: A backbone, or any module with the methods above.
@@ -71,7 +71,7 @@ def score_scenarios(
         scenarios: Which scenarios, for the modalities in the model's order.
         device: Where to compute; None: where the model's parameters are.
         until: Asked after every batch, with d_k(x) and the blocks of the patches so far, whether
-            that is enough (`lsgs_core.sensitivity.known_to`); None: all batches. The order of the
+            that is enough (`study.sensitivity.known_to`); None: all batches. The order of the
             patches must be random then.
         progress: Show a progress bar over the batches.
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core import adaptive, samplers
+from lsgs_core import adaptive, distributions
 from lsgs_core.errors import InputError
 from lsgs_core.sampling import FixedSampler, ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.smoothing import rbf_kernel, scenario_descriptors, scenario_probabilities
+from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
 def coverage(evidence: Evidence) -> ScenarioSampler:
     """Coverage sampling: U is the distortion, K compares latent shifts at half the median distance.
 
-    This study's successor to LSGS; see `lsgs_core.samplers.coverage`. At the median distance itself
+    This study's successor to LSGS; see `lsgs_core.distributions.coverage`. At the median distance itself
     q sits on a single scenario.
     """
     shift = evidence.known("latent_shift")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lsgs_core.data.fetch import fetch
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.patches import make_patches
-from lsgs_core.data.rasters import prepare
+from study.data.fetch import fetch
+from study.data.manifest import load_manifest
+from study.data.patches import make_patches
+from study.data.rasters import prepare
 
 torch.set_num_threads(1)  # what the notebooks use; more threads give other roundings
 

@@ -13,13 +13,13 @@ from checkout import ROOT
 from score_committed import committed_network
 
 from lsgs_core import InputError, ScenarioSet, scenario_probabilities, score_scenarios
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.patches import PatchDataset
-from lsgs_core.evaluation import evaluate, scenario_scores
-from lsgs_core.published import published_scoring
+from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset
+from study.evaluation import evaluate, scenario_scores
+from lsgs_core.scoring_file import published_scoring
 from lsgs_core.sampling import FixedSampler
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.study.agreement import (
+from study.settings import TrainingSettings
+from study.agreement import (
     METRICS,
     NOT_COMPARED,
     agreement_sentence,
@@ -28,9 +28,9 @@ from lsgs_core.study.agreement import (
     scoring_sentence,
     why_not_compared,
 )
-from lsgs_core.study.reproduction import only
-from lsgs_core.study.tiers import load_tier
-from lsgs_core.training import train
+from study.reproduction import only
+from study.tiers import load_tier
+from study.training import train
 
 NAMES = ["RGB", "NIR", "SWIR"]
 SCENARIOS = ScenarioSet.of(NAMES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lsgs_core import InputError
-from lsgs_core.artifacts import (
+from study.artifacts import (
     Record,
     check,
     describe,
@@ -21,8 +21,8 @@ from lsgs_core.artifacts import (
     save_weights,
     sidecar_path,
 )
-from lsgs_core.figures import composite, save_figure, use_style
-from lsgs_core.files import file_sha256, written_beside
+from study.figures import composite, save_figure, use_style
+from study.files import file_sha256, written_beside
 
 RECORD = Record({"fold": 1, "bands": (3, 3), "seed": 0}, {"weights": "abc"})
 TABLE = pd.DataFrame({"scenario": ["A", "B"], "p": [0.1, 1 / 3]})

@@ -18,7 +18,7 @@ import papermill
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from lsgs_core.study.commands import ROOT
+from study.commands import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)

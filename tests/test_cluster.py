@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_study import clone, outputs  # noqa: F401 - a fixture
 
-from lsgs_core.study.commands import ROOT, main
-from lsgs_core.study.tiers import load_tier
+from study.commands import ROOT, main
+from study.tiers import load_tier
 
 SCRIPT = Path(__file__).parent / "start_slurm.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -29,7 +29,7 @@ def slurm(tmp_path_factory):
 @pytest.mark.skipif(not CAN_START, reason="needs root, and SLURM from Debian's packages")
 def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
     done = subprocess.run(
-        [sys.executable, "-m", "lsgs_core.study", "run", "smoke", "--profile", "profiles/slurm"],
+        [sys.executable, "-m", "study", "run", "smoke", "--profile", "profiles/slurm"],
         cwd=clone,
         env={**os.environ, "PYTHONPATH": str(clone)},
         capture_output=True,
@@ -57,7 +57,7 @@ def test_a_dry_run_lists_what_the_readme_predicts():
     starts, points = len(grid.starts()), len(grid.points())
     assert written == [len(grid.datasets), starts, starts, points, runs]
     done = subprocess.run(
-        [sys.executable, "-m", "lsgs_core.study", "run", "cluster", "--dry-run"],
+        [sys.executable, "-m", "study", "run", "cluster", "--dry-run"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -20,20 +20,20 @@ import shapely
 import torch
 from scipy.ndimage import distance_transform_cdt
 
-from lsgs_core.data import alignment, folds, rasters
-from lsgs_core.data import fetch as fetching
-from lsgs_core.data import patches as patches_module
-from lsgs_core.data.fetch import fetch
-from lsgs_core.data.fold_kinds import DiagonalBlocks, OfficialSplit, Patches
-from lsgs_core.data.folds import LabelledScene, default_split, leaks, read_patch_table
-from lsgs_core.data.label_kinds import Labels
-from lsgs_core.data.manifest import Dataset, Manifest, PackageSource, load_manifest
-from lsgs_core.data.normalisation import fold_statistics
-from lsgs_core.data.patches import PatchDataset, make_patches
-from lsgs_core.data.prepared import load_prepared
-from lsgs_core.data.rasters import prepare
-from lsgs_core.data.schema import Strict, validated
-from lsgs_core.data.separation import check_separation, coverage
+from study.data import alignment, folds, rasters
+from study.data import fetch as fetching
+from study.data import patches as patches_module
+from study.data.fetch import fetch
+from study.data.fold_kinds import DiagonalBlocks, OfficialSplit, Patches
+from study.data.folds import LabelledScene, default_split, leaks, read_patch_table
+from study.data.label_kinds import Labels
+from study.data.manifest import Dataset, Manifest, PackageSource, load_manifest
+from study.data.normalisation import fold_statistics
+from study.data.patches import PatchDataset, make_patches
+from study.data.prepared import load_prepared
+from study.data.rasters import prepare
+from study.data.schema import Strict, validated
+from study.data.separation import check_separation, coverage
 from lsgs_core.errors import InputError
 
 PATCHES: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1}

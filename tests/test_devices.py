@@ -13,8 +13,8 @@ import torch
 from test_training import SETTINGS, run, small
 
 from lsgs_core import InputError
-from lsgs_core.devices import Processes, choose_device, make_deterministic, processes_of
-from lsgs_core.training import _check_shares
+from study.devices import Processes, choose_device, make_deterministic, processes_of
+from study.training import _check_shares
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchmetrics.functional.classification as oracle
 
 from lsgs_core import Batch, InputError, ScenarioSet
-from lsgs_core.evaluation import (
+from study.evaluation import (
     AlwaysPositive,
     class_map,
     class_scores,
@@ -20,7 +20,7 @@ from lsgs_core.evaluation import (
     summary,
     validation_scores,
 )
-from lsgs_core.losses import paper_loss, segmentation_loss
+from study.losses import paper_loss, segmentation_loss
 
 SCENARIOS = ScenarioSet.of(["A", "B"])
 KINDS = ["binary", "multilabel", "multiclass"]

@@ -14,18 +14,18 @@ from lsgs_core import (
     build_backbone,
     scenario_probabilities,
 )
-from lsgs_core.artifacts import Record
-from lsgs_core.data.manifest import Manifest
-from lsgs_core.data.patches import PatchDataset, make_patches
-from lsgs_core.data.rasters import prepare
-from lsgs_core.figures import explorer
-from lsgs_core.figures.explorer import (
+from study.artifacts import Record
+from study.data.manifest import Manifest
+from study.data.patches import PatchDataset, make_patches
+from study.data.rasters import prepare
+from study.figures import explorer
+from study.figures.explorer import (
     patch_view,
     probability_view,
     show_predictions,
     show_probabilities,
 )
-from lsgs_core.figures.predictions import (
+from study.figures.predictions import (
     NOTHING,
     UNKNOWN,
     Predictions,
@@ -36,7 +36,7 @@ from lsgs_core.figures.predictions import (
     shown_patches,
 )
 from lsgs_core.methods import Evidence
-from lsgs_core.samplers import deployment_prior
+from lsgs_core.distributions import deployment_prior
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])

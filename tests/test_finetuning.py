@@ -9,14 +9,14 @@ import torch
 from test_training import Blobs, small
 
 from lsgs_core import InputError, ScenarioSet
-from lsgs_core.artifacts import check
-from lsgs_core.data.manifest import Licence
-from lsgs_core.evaluation import scenario_scores
+from study.artifacts import check
+from study.data.manifest import Licence
+from study.evaluation import scenario_scores
 from lsgs_core.methods import METHODS, Evidence
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.sources import imported, source_sha256
-from lsgs_core.study import finetuning as module
-from lsgs_core.study.finetuning import Start, finetune
+from study.settings import TrainingSettings
+from study.sources import imported, source_sha256
+from study import finetuning as module
+from study.finetuning import Start, finetune
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 WEIGHTS = small("cmx").state_dict()
@@ -145,8 +145,8 @@ def test_unknown_method(start, tmp_path):
 
 
 def test_code_that_can_matter():
-    part = imported("lsgs_core.study.finetuning")
-    assert {"lsgs_core.models.cmx", "lsgs_core.samplers", "lsgs_core.losses"} <= part
-    assert not {"lsgs_core.figures", "lsgs_core.statistics", "lsgs_core.study.tiers"} & part
+    part = imported("study.finetuning")
+    assert {"lsgs_core.models.cmx", "lsgs_core.distributions", "study.losses"} <= part
+    assert not {"study.figures", "study.statistics", "study.tiers"} & part
     assert imported("lsgs_core.scenarios") == {"lsgs_core.scenarios", "lsgs_core.errors"}
     assert source_sha256("lsgs_core.scenarios") != source_sha256("lsgs_core.errors")

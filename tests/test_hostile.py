@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from test_tiers import ROOT
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
-from lsgs_core.artifacts import Record, save_weights
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.patches import make_patches
-from lsgs_core.data.rasters import prepare
+from study.artifacts import Record, save_weights
+from study.data.manifest import load_manifest
+from study.data.patches import make_patches
+from study.data.rasters import prepare
 from lsgs_core.methods import METHODS
-from lsgs_core.pretraining import load_checkpoint
-from lsgs_core.published import read_evidence
-from lsgs_core.study.tiers import load_tier
+from study.pretraining import load_checkpoint
+from lsgs_core.scoring_file import read_evidence
+from study.tiers import load_tier
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])

@@ -23,19 +23,19 @@ from rasterio.warp import transform_bounds
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
-from lsgs_core.data import alignment, rasters
-from lsgs_core.data.check import check_data, main
-from lsgs_core.data.fold_kinds import OfficialSplit, Patches, ShuffledPatches
-from lsgs_core.data.folds import LabelledScene, _shuffled_parts, leaks, patch_table
-from lsgs_core.data.manifest import Dataset, load_manifest
-from lsgs_core.data.patches import PatchDataset, make_patches
-from lsgs_core.data.rasters import prepare
-from lsgs_core.data.schema import read_yaml
-from lsgs_core.data.separation import PARTS, Place, check_separation
-from lsgs_core.evaluation import AlwaysPositive, evaluate
+from study.data import alignment, rasters
+from study.data.check import check_data, main
+from study.data.fold_kinds import OfficialSplit, Patches, ShuffledPatches
+from study.data.folds import LabelledScene, _shuffled_parts, leaks, patch_table
+from study.data.manifest import Dataset, load_manifest
+from study.data.patches import PatchDataset, make_patches
+from study.data.rasters import prepare
+from study.data.schema import read_yaml
+from study.data.separation import PARTS, Place, check_separation
+from study.evaluation import AlwaysPositive, evaluate
 from lsgs_core.sampling import FixedSampler
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.training import train
+from study.settings import TrainingSettings
+from study.training import train
 
 # Rasters without georeference are what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -17,11 +17,11 @@ import yaml
 from checkout import ROOT
 
 from lsgs_core import InputError, build_backbone
-from lsgs_core.artifacts import Record, save_weights, sidecar_path
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.files import file_sha256
-from lsgs_core.pretraining import load_pretrained
-from lsgs_core.study.agreement import DISTORTION, PROBABILITY
+from study.artifacts import Record, save_weights, sidecar_path
+from study.data.manifest import load_manifest
+from study.files import file_sha256
+from study.pretraining import load_pretrained
+from study.agreement import DISTORTION, PROBABILITY
 
 MANIFEST = ROOT / "data_manifest.yaml"
 NETWORKS = load_manifest(MANIFEST).networks

@@ -14,13 +14,13 @@ import shapely
 import yaml
 
 from lsgs_core import InputError
-from lsgs_core.data import rasters
-from lsgs_core.data.folds import TABLE
-from lsgs_core.data.manifest import Dataset, load_manifest
-from lsgs_core.data.patches import make_patches
-from lsgs_core.data.prepared import PreparedScene
-from lsgs_core.data.rasters import prepare
-from lsgs_core.data.raw_files import RawFolder
+from study.data import rasters
+from study.data.folds import TABLE
+from study.data.manifest import Dataset, load_manifest
+from study.data.patches import make_patches
+from study.data.prepared import PreparedScene
+from study.data.rasters import prepare
+from study.data.raw_files import RawFolder
 
 DEGREES = 4.5e-6  # half a metre: a pixel of very high resolution
 PAIR = raw.dataset("pair")

@@ -10,7 +10,7 @@ from lsgs_core.models import Backbone, build_backbone, volumes
 from lsgs_core.models.attention import _weights, attention_with_dropout
 from lsgs_core.models.cbc_layers import Decoder
 from lsgs_core.models.lora import add_lora
-from lsgs_core.models.plain import has_fast_kernels, plain_form
+from study.published_form import has_fast_kernels, plain_form
 
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {},

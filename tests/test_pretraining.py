@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
-from lsgs_core.artifacts import Record, save_weights
-from lsgs_core.pretraining import check_network, load_checkpoint
+from study.artifacts import Record, save_weights
+from study.pretraining import check_network, load_checkpoint
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lsgs_core.methods import METHODS
-from lsgs_core.study.tiers import notebook_parameters
+from study.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -158,7 +158,7 @@ def test_the_mathematics_knows_nothing_of_files_or_torch():
     for name in ("scenarios", "smoothing", "sampling", "samplers", "adaptive", "sensitivity"):
         text = (ROOT / "lsgs_core" / f"{name}.py").read_text()
         imported = re.findall(r"^(?:from|import) ([\w.]+)", text, flags=re.MULTILINE)
-        forbidden = {"torch", "pathlib", "rasterio", "lsgs_core.data.patches"}
+        forbidden = {"torch", "pathlib", "rasterio", "study.data.patches"}
         assert not forbidden & set(imported), name
     for path in (ROOT / "lsgs_core" / "models").glob("*.py"):
         text = path.read_text()

@@ -65,7 +65,7 @@ def test_every_command_has_its_test():
 def test_long_commands_are_listed(command):
     tier = command.split("=")[1]
     listed = subprocess.run(
-        [sys.executable, "-m", "lsgs_core.study", "run", tier, "--dry-run"],
+        [sys.executable, "-m", "study", "run", tier, "--dry-run"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -6,8 +6,8 @@ from statistics_records import records_of
 from test_tiers import ROOT
 
 from lsgs_core import InputError
-from lsgs_core.study.reproduction import compare, only
-from lsgs_core.study.tiers import StudyFolder, load_tier
+from study.reproduction import compare, only
+from study.tiers import StudyFolder, load_tier
 
 
 @pytest.fixture

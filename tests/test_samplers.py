@@ -10,10 +10,10 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsgs_core import adaptive, samplers
+from lsgs_core import adaptive, distributions
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.smoothing import rbf_kernel, scenario_probabilities
+from lsgs_core.probabilities import rbf_kernel, scenario_probabilities
 
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
 UNIFORM = np.full(7, 1 / 7)

@@ -13,7 +13,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.randomness import generator, uniform_numbers
 from lsgs_core.sampling import FixedSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.smoothing import rbf_kernel, scenario_probabilities, total_variation
+from lsgs_core.probabilities import rbf_kernel, scenario_probabilities, total_variation
 
 REFERENCE = ["cbc_slp", "cbc", "cmx"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
 from lsgs_core.methods import find_method
-from lsgs_core.published import published_scoring, read_evidence
+from lsgs_core.scoring_file import published_scoring, read_evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 

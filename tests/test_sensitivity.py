@@ -6,7 +6,7 @@ import torch
 
 from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
-from lsgs_core.sensitivity import (
+from study.sensitivity import (
     VARIED,
     bootstrap_probabilities,
     known_to,

@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
-from lsgs_core.study.commands import ROOT
-from lsgs_core.study.launch import run_notebook
-from lsgs_core.study.tiers import NOTEBOOKS
+from study.commands import ROOT
+from study.launch import run_notebook
+from study.tiers import NOTEBOOKS
 
 ROUNDS = 50
 SETTLED = 10  # rounds in which caches fill

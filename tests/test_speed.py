@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lsgs_core import speed
-from lsgs_core.figures import speed as speed_figures
+from study.figures import speed as speed_figures
 from lsgs_core.models import BACKBONES, build_backbone
-from lsgs_core.models.plain import is_plain
-from lsgs_core.speed import FORMS, PARTS, Case
+from study.published_form import is_plain
+from study.speed import FORMS, PARTS, Case
 
 SMALL = Case(preset="demo", size=32)
 
@@ -95,7 +95,7 @@ def test_peak_memory() -> None:
 
 def test_memory_is_that_of_the_process_alone() -> None:
     """Not of the larger one that started it."""
-    child = "from lsgs_core.speed import _peak_resident; print(_peak_resident() / 1e9)"
+    child = "from study.speed import _peak_resident; print(_peak_resident() / 1e9)"
     parent = (
         "import subprocess, sys; large = bytearray(b'x' * 1_500_000_000); "
         f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"

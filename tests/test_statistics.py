@@ -7,8 +7,8 @@ import scipy.stats
 from statistics_records import SCENARIOS, records_of
 
 from lsgs_core import InputError
-from lsgs_core.evaluation import summary
-from lsgs_core.statistics import (
+from study.evaluation import summary
+from study.statistics import (
     METRICS,
     Counts,
     contrast,

@@ -19,10 +19,10 @@ import yaml
 from checkout import copy_checkout
 
 from lsgs_core import InputError
-from lsgs_core.artifacts import Record, save_table
-from lsgs_core.files import file_sha256
-from lsgs_core.study.commands import MARK, _only_one, end_orphans, main, publish
-from lsgs_core.study.tiers import load_tier
+from study.artifacts import Record, save_table
+from study.files import file_sha256
+from study.commands import MARK, _only_one, end_orphans, main, publish
+from study.tiers import load_tier
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def test_unknown_tier_fails_before_anything_runs(arguments, capsys):
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("lsgs_core.study.commands.ROOT", tmp_path)
+    monkeypatch.setattr("study.commands.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
     folder = tmp_path / tier.folder.evaluation
     save_table(folder / "summary.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
@@ -97,7 +97,7 @@ def clone(tmp_path):
 
 def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "lsgs_core.study", "run", tier, "--cores", "2"],
+        [sys.executable, "-m", "study", "run", tier, "--cores", "2"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
         stdout=output,

@@ -9,7 +9,7 @@ import yaml
 
 from lsgs_core import InputError
 from lsgs_core.models import BACKBONES
-from lsgs_core.study.tiers import NOTEBOOKS, StudyFolder, load_tier, notebook_parameters
+from study.tiers import NOTEBOOKS, StudyFolder, load_tier, notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK_FOLDER = ROOT / "notebooks"

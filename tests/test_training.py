@@ -15,11 +15,11 @@ import torch
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import LossProportional
-from lsgs_core.devices import make_deterministic, seed_weights
+from study.devices import make_deterministic, seed_weights
 from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters, training_mode
 from lsgs_core.sampling import FixedSampler
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.training import STATE, train, turned
+from study.settings import TrainingSettings
+from study.training import STATE, train, turned
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 SETTINGS = TrainingSettings(epochs=3, batch_size=4, learning_rate=2e-3)
@@ -115,7 +115,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name, at,
 
     With a state after every epoch alone, and with one after every step.
     """
-    monkeypatch.setattr("lsgs_core.training.SAVE_EVERY", save_every)
+    monkeypatch.setattr("study.training.SAVE_EVERY", save_every)
     whole, history = run(tmp_path / "whole", small(name), sampler=LossProportional(THIRDS, 0.5, 1))
     steps = 0
 
@@ -142,8 +142,8 @@ sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 import test_training as t
-import lsgs_core.training
-lsgs_core.training.SAVE_EVERY = 0.0
+import study.training
+study.training.SAVE_EVERY = 0.0
 model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=20))
 torch.save(model.state_dict(), {out!r})
 """
@@ -246,7 +246,7 @@ def test_samples_without_a_label_tell_a_sampler_nothing(tmp_path):
 
 def test_another_version_of_the_code_starts_anew(tmp_path, capsys, monkeypatch):
     run(tmp_path, settings=replace(SETTINGS, epochs=1))
-    monkeypatch.setattr("lsgs_core.training.source_sha256", lambda name: "edited")
+    monkeypatch.setattr("study.training.source_sha256", lambda name: "edited")
     run(tmp_path, settings=replace(SETTINGS, epochs=1))
     assert "starting anew" in capsys.readouterr().out
 

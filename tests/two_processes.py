@@ -7,10 +7,10 @@ import torch
 from test_training import SCENARIOS, SETTINGS, Blobs, small
 
 from lsgs_core.adaptive import LossProportional
-from lsgs_core.devices import is_first_process
+from study.devices import is_first_process
 from lsgs_core.distortion import score_scenarios
-from lsgs_core.evaluation import evaluate, validation_scores
-from lsgs_core.training import replace, train
+from study.evaluation import evaluate, validation_scores
+from study.training import replace, train
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

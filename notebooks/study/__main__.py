@@ -1,7 +1,7 @@
-"""`python -m lsgs_core.study`."""
+"""`python -m study`."""
 
 import sys
 
-from lsgs_core.study.commands import main
+from study.commands import main
 
 sys.exit(main())

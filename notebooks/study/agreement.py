@@ -16,8 +16,8 @@ import pandas as pd
 import scipy.stats
 
 from lsgs_core.errors import InputError
-from lsgs_core.study.pages import NOT_COMPARED
-from lsgs_core.study.tiers import NOTEBOOKS, Tier
+from study.pages import NOT_COMPARED
+from study.tiers import NOTEBOOKS, Tier
 
 # Largest differences that rounding makes in float32: of D relative to itself, of p, and of an IoU.
 DISTORTION, PROBABILITY, IOU = 1e-4, 1e-4, 1e-3

@@ -24,9 +24,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from lsgs_core.devices import is_first_process
+from study.devices import is_first_process
 from lsgs_core.errors import InputError
-from lsgs_core.files import file_sha256, written_beside
+from study.files import file_sha256, written_beside
 
 RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas", "safetensors")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from lsgs_core.artifacts import load_table
+from study.artifacts import load_table
 from lsgs_core.errors import InputError
-from lsgs_core.study.tiers import StudyFolder
+from study.tiers import StudyFolder
 
 
 def collect(

@@ -1,4 +1,4 @@
-"""Runs a tier from one command, on top of Snakemake: `python -m lsgs_core.study run demo`.
+"""Runs a tier from one command, on top of Snakemake: `python -m study run demo`.
 
 What Snakemake leaves to its caller after a `kill -9` is done here: processes of the earlier run
 that still write are ended, the stale lock is removed, and incomplete outputs are made again.
@@ -21,13 +21,13 @@ from typing import Any
 
 import psutil
 
-from lsgs_core.artifacts import check, sidecar_path
-from lsgs_core.data.manifest import Dataset, load_manifest
+from study.artifacts import check, sidecar_path
+from study.data.manifest import Dataset, load_manifest
 from lsgs_core.errors import InputError
-from lsgs_core.files import file_sha256, written_beside
-from lsgs_core.study.pages import AGREEMENT, tier_page
-from lsgs_core.study.reproduction import compare, only
-from lsgs_core.study.tiers import StudyFolder, Tier, load_tier
+from study.files import file_sha256, written_beside
+from study.pages import AGREEMENT, tier_page
+from study.reproduction import compare, only
+from study.tiers import StudyFolder, Tier, load_tier
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
@@ -290,7 +290,7 @@ def _only_one(root: Path) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lsgs_core.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
     parser.add_argument("action", choices=["run", "publish", "reproduce", "networks"])
     parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lsgs_core.data.batch import Batch
-from lsgs_core.devices import processes_of
+from lsgs_core.batch import Batch
+from study.devices import processes_of
 from lsgs_core.errors import InputError
-from lsgs_core.losses import Protocol, TaskKind
+from study.losses import Protocol, TaskKind
 from lsgs_core.scenarios import ScenarioSet
 
 COUNTS = ["tp", "fp", "fn"]
@@ -77,7 +77,7 @@ def evaluate(
 
     A patch without the files that a scenario needs is counted with what it has; pixels that no
     modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes
-    all are given the same batches and share the work (`lsgs_core.devices`).
+    all are given the same batches and share the work (`study.devices`).
 
     Args:
         model: Called as `model(images, available)` for logits [B, C, H, W]; evaluation mode, on

@@ -12,18 +12,18 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from lsgs_core.artifacts import Record, is_made, load_table, save_table, save_weights
-from lsgs_core.data.patches import PatchDataset
-from lsgs_core.devices import seed_weights
+from study.artifacts import Record, is_made, load_table, save_table, save_weights
+from study.data.patches import PatchDataset
+from study.devices import seed_weights
 from lsgs_core.distortion import score_scenarios
-from lsgs_core.evaluation import evaluate, validation_scores
+from study.evaluation import evaluate, validation_scores
 from lsgs_core.methods import Evidence, find_method
 from lsgs_core.models import Backbone
 from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.sources import source_sha256
-from lsgs_core.study.model_card import CARD, save_model_card
-from lsgs_core.training import discard_state, train
+from study.settings import TrainingSettings
+from study.sources import source_sha256
+from study.model_card import CARD, save_model_card
+from study.training import discard_state, train
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Runs a notebook's code in several processes, which papermill cannot: one per GPU.
 
-    torchrun --nproc_per_node 4 -m lsgs_core.study.launch notebooks/04_finetuning.ipynb -f p.yaml
+    torchrun --nproc_per_node 4 -m study.launch notebooks/04_finetuning.ipynb -f p.yaml
 
 Every process runs all cells; the first one writes files and prints. There is no executed copy.
 """
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from lsgs_core.data.schema import read_yaml
-from lsgs_core.devices import is_first_process
+from study.data.schema import read_yaml
+from study.devices import is_first_process
 from lsgs_core.errors import InputError
-from lsgs_core.study.tiers import notebook_parameters
+from study.tiers import notebook_parameters
 
 
 def run_notebook(path: Path, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def run_notebook(path: Path, parameters: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lsgs_core.study.launch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m study.launch", description=__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("-f", "--file", type=Path, help="YAML of parameters")
     given = parser.parse_args(arguments)

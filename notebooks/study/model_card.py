@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lsgs_core.artifacts import Record, save
-from lsgs_core.data.patches import PatchDataset
-from lsgs_core.evaluation import scenario_scores
+from study.artifacts import Record, save
+from study.data.patches import PatchDataset
+from study.evaluation import scenario_scores
 
 CARD = "model_card.md"
 

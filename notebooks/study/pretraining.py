@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lsgs_core.artifacts import check, load_table, load_weights, sidecar_path
-from lsgs_core.data.batch import Batch
-from lsgs_core.data.manifest import load_manifest
+from study.artifacts import check, load_table, load_weights, sidecar_path
+from lsgs_core.batch import Batch
+from study.data.manifest import load_manifest
 from lsgs_core.errors import InputError
-from lsgs_core.files import file_sha256
+from study.files import file_sha256
 from lsgs_core.models import Backbone, load_author_weights
 from lsgs_core.scenarios import ScenarioSet
 

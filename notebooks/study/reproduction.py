@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from lsgs_core.errors import InputError
-from lsgs_core.evaluation import COUNTS, class_scores
-from lsgs_core.study.tiers import Grid, Runs, Tier
+from study.evaluation import COUNTS, class_scores
+from study.tiers import Grid, Runs, Tier
 
 KEYS = ["method", "block", "scenario", "class"]
 

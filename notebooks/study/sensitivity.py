@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lsgs_core.randomness import generator
-from lsgs_core.smoothing import (
+from lsgs_core.probabilities import (
     rbf_kernel,
     scenario_probabilities,
     smooth_scores,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lsgs_core.devices import Precision
+from study.devices import Precision
 from lsgs_core.errors import InputError
-from lsgs_core.losses import Protocol
+from study.losses import Protocol
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+import lsgs_core
+
+PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__).parent}
 
 
 @lru_cache
@@ -15,7 +17,7 @@ def imported(module: str) -> frozenset[str]:
     """Names of the modules of this package that a module imports, itself included.
 
     Args:
-        module: Such as "lsgs_core.training".
+        module: Such as "study.training".
     """
     found: set[str] = set()
     waiting = [module]

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lsgs_core.data.patches import PatchDataset
+from study.data.patches import PatchDataset
 from lsgs_core.models import Backbone, build_backbone
-from lsgs_core.models.plain import plain_form
+from study.published_form import plain_form
 from lsgs_core.scenarios import ScenarioSet
 
 FORMS = ("plain", "ours")
@@ -240,7 +240,7 @@ def peak_memory(cases: Sequence[Case], threads: int, progress: bool = True) -> p
             row = asdict(case)
             for form in FORMS:
                 task = json.dumps({"case": asdict(case), "form": form, "threads": threads})
-                command = [sys.executable, "-m", "lsgs_core.speed", task]
+                command = [sys.executable, "-m", "study.speed", task]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 row[form] = float(done.stdout)
                 bar.update()

@@ -21,7 +21,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.evaluation import COUNTS, expected
+from study.evaluation import COUNTS, expected
 from lsgs_core.methods import METHODS
 from lsgs_core.scenarios import ScenarioSet
 

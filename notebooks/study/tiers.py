@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
 
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.schema import Strict, read_yaml, validated
+from study.data.manifest import load_manifest
+from study.data.schema import Strict, read_yaml, validated
 from lsgs_core.errors import InputError
-from lsgs_core.files import file_sha256, written_beside
+from study.files import file_sha256, written_beside
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
 

@@ -21,7 +21,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from lsgs_core.data.schema import Placed
+from study.data.schema import Placed
 from lsgs_core.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsgs_core.data.fold_kinds import DiagonalBlocks
+from study.data.fold_kinds import DiagonalBlocks
 from lsgs_core.errors import InputError
 
 HELD_SHARE = 0.01  # a class is held by the validation tiles that have this part of its pixels

@@ -9,12 +9,12 @@ from typing import Literal
 import rasterio
 from tqdm.auto import tqdm
 
-from lsgs_core.data.alignment import ENVIRONMENT
-from lsgs_core.data.manifest import Dataset, PackageSource, load_manifest
-from lsgs_core.data.rasters import check_scene
-from lsgs_core.data.raw_files import find_scenes
+from study.data.alignment import ENVIRONMENT
+from study.data.manifest import Dataset, PackageSource, load_manifest
+from study.data.rasters import check_scene
+from study.data.raw_files import find_scenes
 from lsgs_core.errors import InputError, MissingFileError
-from lsgs_core.files import file_sha256
+from study.files import file_sha256
 
 
 @dataclass

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from lsgs_core.data.manifest import ManualSource, Member, PackageSource
+from study.data.manifest import ManualSource, Member, PackageSource
 from lsgs_core.errors import InputError
-from lsgs_core.files import file_sha256, written_beside
+from study.files import file_sha256, written_beside
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lsgs_core.data.schema import NOT_EMPTY, Count, Positive, Strict
+from study.data.schema import NOT_EMPTY, Count, Positive, Strict
 
 
 class Patches(Strict):
-    """Size and stride of patches in pixels; see `lsgs_core.data.folds.patch_table`."""
+    """Size and stride of patches in pixels; see `study.data.folds.patch_table`."""
 
     size: Positive
     stride: Positive | None = None  # None: as the size, so that patches do not overlap
@@ -16,7 +16,7 @@ class Patches(Strict):
 
 
 class DiagonalBlocks(Strict):
-    """Spatial folds of square blocks, lengths in pixels; see `lsgs_core.data.folds`."""
+    """Spatial folds of square blocks, lengths in pixels; see `study.data.folds`."""
 
     kind: Literal["diagonal_blocks"]
     count: Annotated[int, Field(ge=2)]

@@ -1,6 +1,6 @@
 """Patches, and folds whose training, validation and test pixels lie apart.
 
-Diagonal blocks (the default, see `lsgs_core.data.block_folds`): square blocks of every scene are
+Diagonal blocks (the default, see `study.data.block_folds`): square blocks of every scene are
 held out, with a margin around them. Patches of one kind lie on a stride (training windows), those
 of the other do not overlap (test and validation tiles).
 
@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lsgs_core.data.block_folds import add_blocks, block_parts, check_lengths, tiles
-from lsgs_core.data.fold_kinds import (
+from study.data.block_folds import add_blocks, block_parts, check_lengths, tiles
+from study.data.fold_kinds import (
     DiagonalBlocks,
     Folds,
     OfficialSplit,
@@ -30,9 +30,9 @@ from lsgs_core.data.fold_kinds import (
     ShuffledPatches,
     WholeScenes,
 )
-from lsgs_core.data.separation import PARTS
+from study.data.separation import PARTS
 from lsgs_core.errors import InputError
-from lsgs_core.files import written_beside
+from study.files import written_beside
 from lsgs_core.randomness import generator
 
 TABLE = "patches.csv"

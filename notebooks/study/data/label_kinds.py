@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lsgs_core.data.schema import NOT_EMPTY, Files, Name, Placed, Positive, Strict, by_name
+from study.data.schema import NOT_EMPTY, Files, Name, Placed, Positive, Strict, by_name
 
 BACKGROUND = "background"  # labelled, and none of the label values
 MOST_VALUES, MOST_OVERLAPPING = 253, 15  # as uint8 ids, as uint16 bit masks

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
-from lsgs_core.data.alignment import AlignedRaster, Grid
-from lsgs_core.data.label_kinds import (
+from study.data.alignment import AlignedRaster, Grid
+from study.data.label_kinds import (
     BACKGROUND,
     ColourLabels,
     IdLabels,
@@ -28,8 +28,8 @@ from lsgs_core.data.label_kinds import (
     PolygonLabels,
     ScaledPolygonLabels,
 )
-from lsgs_core.data.manifest import Dataset
-from lsgs_core.data.raw_files import Scene, read_csv
+from study.data.manifest import Dataset
+from study.data.raw_files import Scene, read_csv
 from lsgs_core.errors import InputError
 
 SHOWN = 8  # how many wrong numbers an error lists

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lsgs_core.data.fold_kinds import Folds, Patches
-from lsgs_core.data.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
-from lsgs_core.data.schema import (
+from study.data.fold_kinds import Folds, Patches
+from study.data.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
+from study.data.schema import (
     NOT_EMPTY,
     VARIABLE,
     Count,

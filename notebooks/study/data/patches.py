@@ -18,9 +18,9 @@ import torch
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
-from lsgs_core.data.batch import Batch
-from lsgs_core.data.fold_kinds import DiagonalBlocks, Patches
-from lsgs_core.data.folds import (
+from lsgs_core.batch import Batch
+from study.data.fold_kinds import DiagonalBlocks, Patches
+from study.data.folds import (
     TABLE,
     LabelledScene,
     leaks,
@@ -28,17 +28,17 @@ from lsgs_core.data.folds import (
     read_patch_table,
     write_patch_table,
 )
-from lsgs_core.data.labels import class_membership, membership
-from lsgs_core.data.manifest import Dataset
-from lsgs_core.data.normalisation import data_hashes, fold_statistics
-from lsgs_core.data.prepared import (
+from study.data.labels import class_membership, membership
+from study.data.manifest import Dataset
+from study.data.normalisation import data_hashes, fold_statistics
+from study.data.prepared import (
     LABELS,
     PreparedScene,
     matching_record,
     open_prepared,
 )
-from lsgs_core.data.schema import validated
-from lsgs_core.data.separation import check_separation
+from study.data.schema import validated
+from study.data.separation import check_separation
 from lsgs_core.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class PatchDataset:
 
         Returns:
             The bands [D_m, H, W] per modality in the type of the source, zeros for an absent one,
-            and the label codes [H, W] (see `lsgs_core.data.labels`).
+            and the label codes [H, W] (see `study.data.labels`).
         """
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]

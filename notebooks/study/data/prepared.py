@@ -10,12 +10,12 @@ import rasterio
 from pydantic import ValidationError
 from rasterio.errors import RasterioError
 
-from lsgs_core.data.alignment import ENVIRONMENT
-from lsgs_core.data.manifest import Dataset
-from lsgs_core.data.schema import Strict
-from lsgs_core.data.separation import Place
+from study.data.alignment import ENVIRONMENT
+from study.data.manifest import Dataset
+from study.data.schema import Strict
+from study.data.separation import Place
 from lsgs_core.errors import InputError
-from lsgs_core.files import written_beside
+from study.files import written_beside
 
 RECORD = "prepared.json"
 LABELS = "labels"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lsgs_core.data.label_kinds import ScaledPolygonLabels
-from lsgs_core.data.manifest import Dataset, ManualSource
-from lsgs_core.data.schema import NAME, VARIABLE, Files, fill
+from study.data.label_kinds import ScaledPolygonLabels
+from study.data.manifest import Dataset, ManualSource
+from study.data.schema import NAME, VARIABLE, Files, fill
 from lsgs_core.errors import InputError, MissingFileError
 
 # Attributes, index, reference system and place of a file, kept in files beside it.

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lsgs_core.artifacts import Record, save
+from study.artifacts import Record, save
 from lsgs_core.methods import METHODS
 
 # Okabe and Ito's colours, told apart by readers of every colour vision.

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lsgs_core.data.labels import class_membership
-from lsgs_core.data.manifest import Dataset
-from lsgs_core.data.prepared import LABELS, matching_record, open_prepared
-from lsgs_core.data.separation import split_roles
-from lsgs_core.figures import NO_CLASS, category_colours, category_map, composite
+from study.data.labels import class_membership
+from study.data.manifest import Dataset
+from study.data.prepared import LABELS, matching_record, open_prepared
+from study.data.separation import split_roles
+from study.figures import NO_CLASS, category_colours, category_map, composite
 
 
 def first_scene(

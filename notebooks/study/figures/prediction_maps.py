@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lsgs_core.figures import NO_CLASS, category_colours, category_map, method_title
-from lsgs_core.figures.predictions import NOTHING, UNKNOWN, Predictions
+from study.figures import NO_CLASS, category_colours, category_map, method_title
+from study.figures.predictions import NOTHING, UNKNOWN, Predictions
 
 RIGHT, WRONG = "#DDDDDD", "#D55E00"
 

@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from lsgs_core.artifacts import Record, save
-from lsgs_core.data.patches import PatchDataset
+from study.artifacts import Record, save
+from study.data.patches import PatchDataset
 from lsgs_core.errors import InputError
-from lsgs_core.evaluation import class_map
-from lsgs_core.figures import composite
+from study.evaluation import class_map
+from study.figures import composite
 from lsgs_core.models import Backbone, build_backbone
-from lsgs_core.pretraining import load_checkpoint
+from study.pretraining import load_checkpoint
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.study.tiers import StudyFolder
+from study.tiers import StudyFolder
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
 MAP = "map/"  # in front of the names of predictions in a file

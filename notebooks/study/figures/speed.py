@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lsgs_core.figures import PALETTE
-from lsgs_core.speed import FORMS, PARTS, Case, ratios
+from study.figures import PALETTE
+from study.speed import FORMS, PARTS, Case, ratios
 
 COLOURS = dict(zip((*PARTS, "backward", "optimiser"), PALETTE, strict=False)) | {"other": "#BBBBBB"}
 FORM_COLOURS = dict(zip(FORMS, ("#666666", PALETTE[0]), strict=True))
@@ -24,7 +24,7 @@ def parts_figure(timings: pd.DataFrame) -> Figure:
     """Seconds per patch by part, both forms of every case in their median run, with the ratio.
 
     Args:
-        timings: Of `lsgs_core.speed.compare`.
+        timings: Of `study.speed.compare`.
     """
     table = ratios(timings)
     case_columns = list(Case.__dataclass_fields__)
@@ -62,7 +62,7 @@ def growth_figure(timings: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Seconds per patch of both forms against what grows.
 
     Args:
-        timings: Of `lsgs_core.speed.compare`, by the column that varies.
+        timings: Of `study.speed.compare`, by the column that varies.
         title: Shown above.
     """
     figure, axes = plt.subplots(

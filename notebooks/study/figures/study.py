@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lsgs_core.figures import PALETTE, method_colour, method_title
+from study.figures import PALETTE, method_colour, method_title
 from lsgs_core.methods import METHODS
 
 METRIC_TITLES = {
@@ -31,7 +31,7 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
     """Difference of every method to uniform with its 95 % interval and number of replicates.
 
     Args:
-        differences: Of `lsgs_core.statistics.differences`.
+        differences: Of `study.statistics.differences`.
         metric: Which rows.
     """
     table = differences[differences["metric"] == metric]
@@ -125,7 +125,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     """Worst scenario against the mean, a point per method (mean over replicates).
 
     Args:
-        summary: Of `lsgs_core.evaluation.summary`, per dataset, backbone, method and seed.
+        summary: Of `study.evaluation.summary`, per dataset, backbone, method and seed.
     """
     keys = ["dataset", "backbone", "method"]
     table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
