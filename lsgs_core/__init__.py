@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from lsgs_core.errors import InputError
     from lsgs_core.models import build_backbone, load_author_weights
     from lsgs_core.models.adapter import HookedModel
-    from lsgs_core.scenarios import ScenarioSet
     from lsgs_core.probabilities import ScenarioProbabilities, scenario_probabilities
+    from lsgs_core.scenarios import ScenarioSet
 
 _HOME = {
-    "Batch": "data.batch",
-    "HookedModel": "models.hooked",
+    "Batch": "batch",
+    "HookedModel": "models.adapter",
     "InputError": "errors",
-    "ScenarioProbabilities": "smoothing",
+    "ScenarioProbabilities": "probabilities",
     "ScenarioScores": "distortion",
     "ScenarioSet": "scenarios",
     "build_backbone": "models",
     "load_author_weights": "models",
-    "scenario_probabilities": "smoothing",
+    "scenario_probabilities": "probabilities",
     "score_scenarios": "distortion",
 }
 __all__ = [

@@ -13,10 +13,10 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError
 from lsgs_core.distributions import Probabilities
-from lsgs_core.sampling import ScenarioSampler, check_probabilities
+from lsgs_core.errors import InputError
 from lsgs_core.probabilities import standardise
+from lsgs_core.sampling import ScenarioSampler, check_probabilities
 
 
 def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ scoring). Evaluation mode, so D_full = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
-from study.devices import processes_of
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
 
@@ -47,6 +46,23 @@ class ScenarioScores:
     block_ids: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class BatchScores:
+    """What one batch adds to a scoring, over B complete patches and K scenarios.
+
+    Attributes:
+        distortion: d_k(x), float64 [B, K].
+        shift: Sum over the patches of the mean latent shift per channel, float64 [K, C].
+        patch_ids: int64 [B].
+        block_ids: Spatial block of every patch, int64 [B].
+    """
+
+    distortion: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    patch_ids: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+
+
 def score_scenarios(
     model: nn.Module,
     batches: Iterable[Batch | Tensor | Sequence[Tensor]],
@@ -60,8 +76,7 @@ def score_scenarios(
     The model needs `latent(images, available)`; where it has `scenario_latents(images, masks)`,
     that one is used, which lets a backbone share work between scenarios, and where it has
     `for_scoring()`, the copy that this returns. No decoder runs, and the full scenario is computed
-    once. Parameters and the training mode are left as they were. In a run of several processes all
-    are given the same batches and share the work (`study.devices`).
+    once. Parameters and the training mode are left as they were.
 
     Args:
         model: A backbone, or any module with the methods above.
@@ -71,25 +86,52 @@ def score_scenarios(
         scenarios: Which scenarios, for the modalities in the model's order.
         device: Where to compute; None: where the model's parameters are.
         until: Asked after every batch, with d_k(x) and the blocks of the patches so far, whether
-            that is enough (`study.sensitivity.known_to`); None: all batches. The order of the
-            patches must be random then.
+            that is enough (`known_to`); None: all batches. The order of the patches must be random
+            then.
         progress: Show a progress bar over the batches.
 
     Returns:
         Distortions with their clustered standard errors, and what later steps use.
 
     Raises:
-        InputError: No complete patch, or a latent that is not finite (names the patches); or
-            `until` in a run of several processes.
+        InputError: No complete patch, or a latent that is not finite (names the patches).
+    """
+    found: list[BatchScores] = []
+    for part in score_batches(model, batches, scenarios, device, progress):
+        found.append(part)
+        if until and until(
+            np.concatenate([one.distortion for one in found]),
+            np.concatenate([one.block_ids for one in found]),
+        ):
+            break
+    return joined_scores(found, scenarios)
+
+
+def score_batches(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor | Sequence[Tensor]],
+    scenarios: ScenarioSet,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Iterator[BatchScores]:
+    """Measure batch by batch, for callers that share batches out or stop in between.
+
+    Args:
+        model: As in `score_scenarios`, like the other arguments.
+        batches: Likewise.
+        scenarios: Likewise.
+        device: Likewise.
+        progress: Likewise.
+
+    Yields:
+        The scores of every batch that has a complete patch.
+
+    Raises:
+        InputError: Images of another number of modalities, or a latent that is not finite.
     """
     parameter = next(model.parameters(), None)
     target = torch.device(device or (parameter.device if parameter is not None else "cpu"))
-    processes = processes_of(target)
-    if until is not None and processes.count > 1:
-        raise InputError("until: expected a single process, since they look at different patches")
     masks = torch.tensor(scenarios.masks, device=target)
-    # Number of the batch; distortion, ids and blocks of its patches; the sum of their shifts.
-    found: list[tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     seen = 0
     training = model.training
     model.eval()
@@ -97,44 +139,44 @@ def score_scenarios(
         scored: Any = model
         if hasattr(scored, "for_scoring"):
             scored = scored.for_scoring()
-        with torch.inference_mode():
-            hidden = not progress or processes.rank > 0
-            bar = tqdm(batches, desc="scoring", unit="batch", disable=hidden)
-            for number, item in enumerate(bar):
-                images, ids, blocks = _complete_patches(item, seen)
-                seen += len(ids)
-                if len(images) != masks.shape[1]:
-                    raise InputError(
-                        f"scoring: expected images of {masks.shape[1]} modalities, found "
-                        f"{len(images)}"
-                    )
-                if not len(ids) or number % processes.count != processes.rank:
-                    continue
-                images = [image.to(target) for image in images]
-                distortion, shift = _distortion(_latents(scored, images, masks), scenarios.full)
-                if not np.isfinite(distortion).all():
-                    bad = ids[~np.isfinite(distortion).all(axis=1)]
-                    raise InputError(f"scoring: the latent of patches {bad.tolist()} is not finite")
-                found.append((number, distortion, ids, blocks, shift))
-                if until and until(*_joined(found, 1, 3)):
-                    break
+        for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
+            images, ids, blocks = _complete_patches(item, seen)
+            seen += len(ids)
+            if len(images) != masks.shape[1]:
+                raise InputError(
+                    f"scoring: expected images of {masks.shape[1]} modalities, found {len(images)}"
+                )
+            if not len(ids):
+                continue
+            with torch.inference_mode():  # not around the yield, where it would reach the caller
+                latents = _latents(scored, [image.to(target) for image in images], masks)
+                distortion, shift = _distortion(latents, scenarios.full)
+            if not np.isfinite(distortion).all():
+                bad = ids[~np.isfinite(distortion).all(axis=1)]
+                raise InputError(f"scoring: the latent of patches {bad.tolist()} is not finite")
+            yield BatchScores(distortion, shift, ids, blocks)
     finally:
         model.train(training)
-    if not seen:
+
+
+def joined_scores(parts: Sequence[BatchScores], scenarios: ScenarioSet) -> ScenarioScores:
+    """Put the scores of batches together, in the order of the batches.
+
+    Raises:
+        InputError: There is no part: no batch had a complete patch.
+    """
+    if not parts:
         raise InputError("scoring: expected at least one patch with every modality, found none")
-    everyone = sorted(
-        (part for share in processes.gather(found) for part in share), key=lambda part: part[0]
-    )
-    patch_distortion, patch_ids, all_blocks = _joined(everyone, 1, 2, 3)
-    shift_sum = np.sum([shift for *_, shift in everyone], axis=0)
+    patch_distortion = np.concatenate([part.distortion for part in parts])
+    block_ids = np.concatenate([part.block_ids for part in parts])
     return ScenarioScores(
         scenarios=scenarios,
         distortion=patch_distortion.mean(axis=0),
-        standard_error=clustered_standard_error(patch_distortion, all_blocks),
+        standard_error=clustered_standard_error(patch_distortion, block_ids),
         patch_distortion=patch_distortion,
-        latent_shift=shift_sum / len(patch_ids),
-        patch_ids=patch_ids,
-        block_ids=all_blocks,
+        latent_shift=np.sum([part.shift for part in parts], axis=0) / len(patch_distortion),
+        patch_ids=np.concatenate([part.patch_ids for part in parts]),
+        block_ids=block_ids,
     )
 
 
@@ -161,10 +203,6 @@ def clustered_standard_error(
         return np.full(values.shape[1], np.nan)
     correction = len(labels) / (len(labels) - 1)
     return np.sqrt(correction * np.square(sums).sum(axis=0)) / len(values)
-
-
-def _joined(parts: Sequence[Sequence[Any]], *places: int) -> list[NDArray[Any]]:
-    return [np.concatenate([part[place] for part in parts]) for place in places]
 
 
 def _complete_patches(

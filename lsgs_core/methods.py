@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from lsgs_core import adaptive, distributions
 from lsgs_core.errors import InputError
+from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.sampling import FixedSampler, ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 
 
 @dataclass(frozen=True)
@@ -192,21 +192,21 @@ def lsgs_latent_shift(evidence: Evidence) -> ScenarioSampler:
 @method("cardinality", "control")
 def cardinality(evidence: Evidence) -> ScenarioSampler:
     """Only the number of missing modalities counts, fitted to LSGS: a control."""
-    p = samplers.by_cardinality(evidence.scenarios, evidence.probabilities)
+    p = distributions.by_cardinality(evidence.scenarios, evidence.probabilities)
     return FixedSampler(p)
 
 
 @method("permuted", "control")
 def permuted(evidence: Evidence) -> ScenarioSampler:
     """LSGS's probabilities given to other scenarios at random, another way per seed: a control."""
-    p = samplers.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, False)
+    p = distributions.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, False)
     return FixedSampler(p)
 
 
 @method("permuted within", "control")
 def permuted_within(evidence: Evidence) -> ScenarioSampler:
     """As permuted, among scenarios with as many modalities: the control that decides."""
-    p = samplers.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, True)
+    p = distributions.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, True)
     return FixedSampler(p)
 
 
@@ -214,13 +214,15 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
 def coverage(evidence: Evidence) -> ScenarioSampler:
     """Coverage sampling: U is the distortion, K compares latent shifts at half the median distance.
 
-    This study's successor to LSGS; see `lsgs_core.distributions.coverage`. At the median distance itself
-    q sits on a single scenario.
+    This study's successor to LSGS; see `lsgs_core.distributions.coverage`. At the median distance
+    itself q sits on a single scenario.
     """
     shift = evidence.known("latent_shift")
     _, median = rbf_kernel(shift, "median")
     kernel, _ = rbf_kernel(shift, median / 2)
-    p = samplers.coverage(evidence.known("distortion"), kernel, evidence.mixing, evidence.prior)
+    p = distributions.coverage(
+        evidence.known("distortion"), kernel, evidence.mixing, evidence.prior
+    )
     return FixedSampler(p)
 
 
@@ -246,7 +248,7 @@ def full_only(evidence: Evidence) -> ScenarioSampler:
 @method("Bernoulli", "uniform")
 def bernoulli(evidence: Evidence) -> ScenarioSampler:
     """Every modality kept with probability 0.8, again where none is (Neverova et al. 2016)."""
-    return FixedSampler(samplers.bernoulli(evidence.scenarios, 0.8))
+    return FixedSampler(distributions.bernoulli(evidence.scenarios, 0.8))
 
 
 @method("deployment prior", "uniform")
@@ -258,7 +260,7 @@ def deployment(evidence: Evidence) -> ScenarioSampler:
 @method("Dirichlet", "control")
 def dirichlet(evidence: Evidence) -> ScenarioSampler:
     """One draw of p for the whole run from a symmetric Dirichlet of concentration 5: a control."""
-    return FixedSampler(samplers.dirichlet(len(evidence.scenarios), evidence.seed, 5.0))
+    return FixedSampler(distributions.dirichlet(len(evidence.scenarios), evidence.seed, 5.0))
 
 
 @method("loss-proportional", "adaptive")

@@ -16,9 +16,9 @@ import numpy as np
 from lsgs_core.distortion import ScenarioScores
 from lsgs_core.errors import InputError
 from lsgs_core.methods import Evidence
+from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 
 # Published names of what a scoring was made with, and of what it found.
 SETTINGS = {

@@ -36,6 +36,7 @@ class Backbone(nn.Module, ABC):
     Args:
         bands: Number of bands D_m of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
+        settings: Sizes, a dataclass of the backbone's own.
 
     Raises:
         InputError: For fewer than two modalities, a modality without bands or no class.
@@ -43,8 +44,9 @@ class Backbone(nn.Module, ABC):
 
     head_count = 3  # the paper's three heads for the same mask
 
-    def __init__(self, bands: Sequence[int], classes: int) -> None:
+    def __init__(self, bands: Sequence[int], classes: int, settings: Any = None) -> None:
         super().__init__()
+        self.settings = settings
         if len(bands) < 2 or min(bands) < 1:
             raise InputError(f"bands is {tuple(bands)}; expected two or more counts of at least 1")
         if classes < 1:

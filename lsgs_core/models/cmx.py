@@ -36,6 +36,17 @@ class CMXSettings:
             )
 
 
+CMX_PRESETS = {
+    "paper": CMXSettings(),
+    "demo": CMXSettings(  # for 64×64 patches on a CPU
+        stem_width=16,
+        stage_widths=(24, 32, 64, 96),
+        attention_heads=4,
+        decoder_width=48,
+    ),
+}
+
+
 class Stage(nn.Sequential):
     """Two 3×3 convolutions; [B, inputs, h, w] to [B, outputs, h/2, w/2]."""
 
@@ -169,7 +180,7 @@ class CMX(Backbone):
     """CMX with two convolutional streams: the first modality, and all others together."""
 
     def __init__(self, bands: Sequence[int], classes: int, settings: CMXSettings) -> None:
-        super().__init__(bands, classes)
+        super().__init__(bands, classes, settings)
         stem, *widths = settings.stem_width, *settings.stage_widths
         # The first modality needs no mixing when it has three bands.
         mixing = [

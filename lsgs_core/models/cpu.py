@@ -1,33 +1,85 @@
-"""The decoder of CBC on a CPU: the same numbers as its modules, without their large volumes.
+"""CBC and CBC-SLP on a CPU: the same numbers up to rounding, in a fraction of time and memory.
 
-Three facts make it cheap. A convolution over concatenated volumes is the sum of one over each. A
-3×3×3 convolution is three 2-D ones, one per depth tap, over slices whose results are added up; and
-where the volume was resized along depth, resizing and adding up are one small matrix, so that the
-2-D convolutions run on the slices from before. And a unit (convolution, ReLU, instance
-normalisation) needs nothing but its input and its output to be differentiated; what lies between
-is computed in slabs that stay in the processor's cache, and again in the backward pass.
+`accelerate_on_cpu` gives a network these forms; `lsgs_core.models.cbc` has those that define it.
 
-Volumes are [B, d, h, w, C] here, the memory order in which the convolutions are fastest.
+The decoder works without its large volumes. Three facts make it cheap. A convolution over
+concatenated volumes is the sum of one over each. A 3×3×3 convolution is three 2-D ones, one per
+depth tap, over slices whose results are added up; and where the volume was resized along depth,
+resizing and adding up are one small matrix, so that the 2-D convolutions run on the slices from
+before. And a unit (convolution, ReLU, instance normalisation) needs nothing but its input and its
+output to be differentiated; what lies between is computed in slabs that stay in the processor's
+cache, and again in the backward pass. Volumes are [B, d, h, w, C] here, the memory order in which
+the convolutions are fastest.
+
+Attention with dropout on its weights is fused by PyTorch on a GPU alone; on a CPU all weights of
+all heads and their random numbers are kept for the backward pass, and drawing them takes longer
+than the attention. Here one head is worked on at a time, its weights are computed again in the
+backward pass, and a dropout decision takes 16 random bits. The rate is therefore rounded to a
+multiple of 2^-16.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from lsgs_core.models.cbc_layers import Decoder, DecoderLevel, Refinement, Unit
+from lsgs_core.models.backbone import Backbone
+from lsgs_core.models.cbc import Decoder, DecoderLevel, Refinement, TransformerBlock, Unit
 
 SLAB = 2**20  # numbers that are worked on at a time: 4 MiB of float32
 SMALLEST = 2**20  # numbers in the last volume; smaller ones stay in the cache by themselves
 Size = tuple[int, int, int]
+
+
+def accelerate_on_cpu(model: Backbone) -> Backbone:
+    """Return a copy of a network that computes faster on a CPU, in training and in evaluation.
+
+    Its parameters have the same names and shapes, and its results and gradients are the same up to
+    rounding. On other devices and under autocast it computes as the network does. A network
+    without a part that has a faster form, such as CMX, is only copied.
+
+    Args:
+        model: Left as it is.
+    """
+    fast = copy.deepcopy(model)
+    for module in fast.modules():
+        module.__class__ = _FASTER.get(type(module), type(module))
+    return fast
+
+
+def _applies(x: Tensor) -> bool:
+    """True where the faster forms were written for the tensor."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+class _SlabDecoder(Decoder):
+    """The decoder in slabs, where its volumes are large enough for that to pay."""
+
+    def forward(self, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        if _applies(latent) and is_worthwhile(self, latent):
+            return decode(self, latent, skips, size)
+        return super().forward(latent, skips, size)
+
+
+class _HeadByHead(TransformerBlock):
+    """The transformer block whose attention drops weights head by head."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rate = self.attention_dropout if self.training else 0.0
+        if rate and _applies(query):
+            return attention_with_dropout(query, key, value, rate)
+        return super().attend(query, key, value)
+
+
+_FASTER: dict[type, type] = {Decoder: _SlabDecoder, TransformerBlock: _HeadByHead}
 
 
 def is_worthwhile(decoder: Decoder, latent: Tensor) -> bool:
@@ -280,3 +332,71 @@ def _channel_means(volume: Tensor, function: Any) -> Tensor:
 def _columns(values: Tensor, width: int) -> Tensor:
     """Repeat values [B, C] along the columns of a slab, [B, 1, 1, W · C]."""
     return values.repeat(1, width)[:, None, None]
+
+
+def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
+    """Return softmax(Q Kᵀ / √width) with a share of its elements dropped, times V.
+
+    Args:
+        query: [B, heads, N, width], on the CPU.
+        key: Likewise.
+        value: Likewise.
+        rate: Probability that a weight is set to 0; the others are divided by 1 - rate.
+    """
+    seed = int(torch.randint(2**62, ()))  # the global generator decides, as for other dropout
+    batch = query.shape[:2]
+    heads = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    return _Attention.apply(*heads, round(rate * 2**16), seed).unflatten(0, batch)
+
+
+class _Attention(torch.autograd.Function):
+    """Over heads [heads, N, width]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropped: int, seed: int
+    ) -> Tensor:
+        """Drop `dropped` of 65,536 weights on average."""
+        out = torch.empty_like(query)
+        remaining = 1 - dropped / 2**16
+        for head, (weights, keep) in enumerate(_weights(query, key, dropped, seed)):
+            torch.mm(weights.mul_(keep), value[head] / remaining, out=out[head])
+        ctx.dropped, ctx.seed = dropped, seed
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of queries, keys and values."""
+        query, key, value, out = ctx.saved_tensors
+        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        scale, remaining = query.shape[2] ** -0.5, 1 - ctx.dropped / 2**16
+        # Of the softmax: weight · (g - sum of weight · g), and that sum is gradient · out.
+        sums = (gradient * out).sum(dim=2, keepdim=True)
+        for head, (weights, keep) in enumerate(_weights(query, key, ctx.dropped, ctx.seed)):
+            scaled = gradient[head] / remaining
+            of_logits = torch.mm(scaled, value[head].T).mul_(keep).sub_(sums[head]).mul_(weights)
+            torch.mm(of_logits, key[head] * scale, out=of_query[head])
+            torch.mm(of_logits.T, query[head] * scale, out=of_key[head])
+            torch.mm(weights.mul_(keep).T, scaled, out=of_value[head])
+        return of_query, of_key, of_value, None, None
+
+
+def _weights(
+    query: Tensor, key: Tensor, dropped: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the softmax of every head, [N, N], and 1 where it is kept, the same for a seed.
+
+    The two tensors are reused from head to head.
+    """
+    tokens, scale = query.shape[1], query.shape[2] ** -0.5
+    logits, weights, keep = (query.new_empty(tokens, tokens) for _ in range(3))
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.empty(-(-(tokens**2) // 4), dtype=torch.int64)
+    numbers = bits.view(torch.int16)[: tokens**2].view(tokens, tokens)
+    for head in range(len(query)):
+        torch.mm(query[head] * scale, key[head].T, out=logits)
+        torch.softmax(logits, dim=1, out=weights)
+        bits.random_(-(2**63), None, generator=generator)
+        yield weights, torch.ge(numbers, dropped - 2**15, out=keep)

@@ -1,45 +1,38 @@
-"""The form that defines the networks: every layer as it was published.
+"""The form in which the networks were published: 3-D convolutions throughout.
 
-`with plain_form():` runs it, for the tests that hold the faster forms to it and for the benchmark
-that is measured against it. The faster forms (2-D encoders on every device; the decoder of
-`volumes` and the attention of `attention` on a CPU) give the same numbers up to rounding.
+The tests hold the networks of `lsgs_core.models` to it, and the benchmark measures against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lsgs_core.models.cbc_layers import Encoder
-
-_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+from lsgs_core.models import Backbone
+from lsgs_core.models.cbc import Encoder
 
 
-@contextmanager
-def plain_form() -> Iterator[None]:
-    """Run the networks in the form that defines them, within the block."""
-    token = _PLAIN.set(True)
-    try:
-        yield
-    finally:
-        _PLAIN.reset(token)
+def as_published(model: Backbone) -> Backbone:
+    """Return a copy of a network with the encoders of its publication, and the same parameters.
+
+    Args:
+        model: As `build_backbone` gives it, not accelerated; left as it is.
+    """
+    published = copy.deepcopy(model)
+    for module in published.modules():
+        if type(module) is Encoder:
+            module.__class__ = _VolumeEncoder
+    return published
 
 
-def is_plain() -> bool:
-    """Whether the defining form is wanted."""
-    return _PLAIN.get()
+class _VolumeEncoder(Encoder):
+    """The encoder over a one-channel volume whose depth are the bands."""
 
-
-def has_fast_kernels(x: Tensor) -> bool:
-    """Whether `volumes` and `attention` are wanted for it and were written for its device."""
-    return x.device.type == "cpu" and not is_plain() and not torch.is_autocast_enabled("cpu")
+    def forward(self, bands: Tensor) -> list[Tensor]:
+        return encode(self, bands)
 
 
 def encode(encoder: Encoder, bands: Tensor) -> list[Tensor]:
