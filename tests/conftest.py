@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from study.data.fetch import fetch
 from study.data.manifest import load_manifest
 from study.data.patches import make_patches

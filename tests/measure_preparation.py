@@ -101,7 +101,6 @@ def prepare_all(folder: Path, nine: bool) -> None:
 def read_patches(folder: Path) -> None:
     """Print patches per second for 0, 1 and 2 workers, over the same batches."""
     import torch
-
     from study.data.patches import PatchDataset
 
     torch.set_num_threads(1)

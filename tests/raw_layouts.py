@@ -14,7 +14,6 @@ import scipy.io
 import shapely
 import yaml
 from numpy.typing import NDArray
-
 from study.data.manifest import Dataset
 
 MANIFEST = Path(__file__).parents[1] / "data_manifest.yaml"

@@ -5,11 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
 from study.devices import make_deterministic
 from study.pretraining import load_checkpoint
+
+from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,14 +11,6 @@ import pytest
 import torch
 from checkout import ROOT
 from score_committed import committed_network
-
-from lsgs_core import InputError, ScenarioSet, scenario_probabilities, score_scenarios
-from study.data.manifest import load_manifest
-from study.data.patches import PatchDataset
-from study.evaluation import evaluate, scenario_scores
-from lsgs_core.scoring_file import published_scoring
-from lsgs_core.sampling import FixedSampler
-from study.settings import TrainingSettings
 from study.agreement import (
     METRICS,
     NOT_COMPARED,
@@ -28,9 +20,17 @@ from study.agreement import (
     scoring_sentence,
     why_not_compared,
 )
+from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset
+from study.evaluation import evaluate, scenario_scores
 from study.reproduction import only
+from study.settings import TrainingSettings
 from study.tiers import load_tier
 from study.training import train
+
+from lsgs_core import InputError, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core.sampling import FixedSampler
+from lsgs_core.scoring_file import published_scoring
 
 NAMES = ["RGB", "NIR", "SWIR"]
 SCENARIOS = ScenarioSet.of(NAMES)

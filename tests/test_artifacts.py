@@ -7,8 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-from lsgs_core import InputError
 from study.artifacts import (
     Record,
     check,
@@ -23,6 +21,8 @@ from study.artifacts import (
 )
 from study.figures import composite, save_figure, use_style
 from study.files import file_sha256, written_beside
+
+from lsgs_core import InputError
 
 RECORD = Record({"fold": 1, "bands": (3, 3), "seed": 0}, {"weights": "abc"})
 TABLE = pd.DataFrame({"scenario": ["A", "B"], "p": [0.1, 1 / 3]})

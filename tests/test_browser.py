@@ -17,7 +17,6 @@ from pathlib import Path
 import papermill
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
-
 from study.commands import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_study import clone, outputs  # noqa: F401 - a fixture
-
 from study.commands import ROOT, main
 from study.tiers import load_tier
+from test_study import clone, outputs  # noqa: F401 - a fixture
 
 SCRIPT = Path(__file__).parent / "start_slurm.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")

@@ -19,7 +19,6 @@ import scene
 import shapely
 import torch
 from scipy.ndimage import distance_transform_cdt
-
 from study.data import alignment, folds, rasters
 from study.data import fetch as fetching
 from study.data import patches as patches_module
@@ -34,6 +33,7 @@ from study.data.prepared import load_prepared
 from study.data.rasters import prepare
 from study.data.schema import Strict, validated
 from study.data.separation import check_separation, coverage
+
 from lsgs_core.errors import InputError
 
 PATCHES: dict[str, Any] = {"size": 32, "stride": 16, "minimum_labelled": 0.1}

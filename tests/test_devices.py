@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from study.devices import Processes, choose_device, make_deterministic, processes_of
+from study.training import _check_shares
 from test_training import SETTINGS, run, small
 
 from lsgs_core import InputError
-from study.devices import Processes, choose_device, make_deterministic, processes_of
-from study.training import _check_shares
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional.classification as oracle
-
-from lsgs_core import Batch, InputError, ScenarioSet
 from study.evaluation import (
     AlwaysPositive,
     class_map,
@@ -21,6 +19,8 @@ from study.evaluation import (
     validation_scores,
 )
 from study.losses import paper_loss, segmentation_loss
+
+from lsgs_core import Batch, InputError, ScenarioSet
 
 SCENARIOS = ScenarioSet.of(["A", "B"])
 KINDS = ["binary", "multilabel", "multiclass"]

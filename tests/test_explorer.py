@@ -6,14 +6,6 @@ import numpy as np
 import pytest
 import scene
 import torch
-from test_scoring import published  # noqa: F401 - a fixture
-
-from lsgs_core import (
-    InputError,
-    ScenarioSet,
-    build_backbone,
-    scenario_probabilities,
-)
 from study.artifacts import Record
 from study.data.manifest import Manifest
 from study.data.patches import PatchDataset, make_patches
@@ -35,8 +27,16 @@ from study.figures.predictions import (
     save_predictions,
     shown_patches,
 )
-from lsgs_core.methods import Evidence
+from test_scoring import published  # noqa: F401 - a fixture
+
+from lsgs_core import (
+    InputError,
+    ScenarioSet,
+    build_backbone,
+    scenario_probabilities,
+)
 from lsgs_core.distributions import deployment_prior
+from lsgs_core.methods import Evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_training import Blobs, small
-
-from lsgs_core import InputError, ScenarioSet
+from study import finetuning as module
 from study.artifacts import check
 from study.data.manifest import Licence
 from study.evaluation import scenario_scores
-from lsgs_core.methods import METHODS, Evidence
+from study.finetuning import Start, finetune
 from study.settings import TrainingSettings
 from study.sources import imported, source_sha256
-from study import finetuning as module
-from study.finetuning import Start, finetune
+from test_training import Blobs, small
+
+from lsgs_core import InputError, ScenarioSet
+from lsgs_core.methods import METHODS, Evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 WEIGHTS = small("cmx").state_dict()

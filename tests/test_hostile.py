@@ -21,17 +21,17 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tiers import ROOT
-
-from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
 from study.artifacts import Record, save_weights
 from study.data.manifest import load_manifest
 from study.data.patches import make_patches
 from study.data.rasters import prepare
-from lsgs_core.methods import METHODS
 from study.pretraining import load_checkpoint
-from lsgs_core.scoring_file import read_evidence
 from study.tiers import load_tier
+from test_tiers import ROOT
+
+from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
+from lsgs_core.methods import METHODS
+from lsgs_core.scoring_file import read_evidence
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])

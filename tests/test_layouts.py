@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from rasterio.enums import ColorInterp
 from rasterio.warp import transform_bounds
 from scipy.ndimage import distance_transform_cdt, map_coordinates
-
-from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
 from study.data import alignment, rasters
 from study.data.check import check_data, main
 from study.data.fold_kinds import OfficialSplit, Patches, ShuffledPatches
@@ -33,9 +31,11 @@ from study.data.rasters import prepare
 from study.data.schema import read_yaml
 from study.data.separation import PARTS, Place, check_separation
 from study.evaluation import AlwaysPositive, evaluate
-from lsgs_core.sampling import FixedSampler
 from study.settings import TrainingSettings
 from study.training import train
+
+from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
+from lsgs_core.sampling import FixedSampler
 
 # Rasters without georeference are what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

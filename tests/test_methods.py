@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from study.figures import FAMILY_COLOURS
 
 from lsgs_core import InputError, ScenarioSet
-from study.figures import FAMILY_COLOURS
 from lsgs_core.methods import FAMILIES, METHODS, Evidence, find_method, method
-from lsgs_core.sampling import draw_scenarios
 from lsgs_core.probabilities import scenario_probabilities
+from lsgs_core.sampling import draw_scenarios
 
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])

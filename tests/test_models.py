@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lsgs_core.models.cbc_layers import Refinement
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
-from lsgs_core.models.cbc_layers import Refinement
 from lsgs_core.models.lora import add_lora
 
 NAMES = ("cbc_slp", "cbc", "cmx")

@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT
-
-from lsgs_core import InputError, build_backbone
+from study.agreement import DISTORTION, PROBABILITY
 from study.artifacts import Record, save_weights, sidecar_path
 from study.data.manifest import load_manifest
 from study.files import file_sha256
 from study.pretraining import load_pretrained
-from study.agreement import DISTORTION, PROBABILITY
+
+from lsgs_core import InputError, build_backbone
 
 MANIFEST = ROOT / "data_manifest.yaml"
 NETWORKS = load_manifest(MANIFEST).networks

@@ -12,8 +12,6 @@ import rasterio
 import raw_layouts as raw
 import shapely
 import yaml
-
-from lsgs_core import InputError
 from study.data import rasters
 from study.data.folds import TABLE
 from study.data.manifest import Dataset, load_manifest
@@ -21,6 +19,8 @@ from study.data.patches import make_patches
 from study.data.prepared import PreparedScene
 from study.data.rasters import prepare
 from study.data.raw_files import RawFolder
+
+from lsgs_core import InputError
 
 DEGREES = 4.5e-6  # half a metre: a pixel of very high resolution
 PAIR = raw.dataset("pair")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from study.artifacts import Record, save_weights
 from study.pretraining import check_network, load_checkpoint
+
+from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 

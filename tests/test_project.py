@@ -10,9 +10,9 @@ import architecture
 import nbformat
 import pytest
 import yaml
+from study.tiers import notebook_parameters
 
 from lsgs_core.methods import METHODS
-from study.tiers import notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lsgs_core.errors import InputError
+from lsgs_core.probabilities import rbf_kernel, scenario_probabilities, total_variation
 from lsgs_core.randomness import generator, uniform_numbers
 from lsgs_core.sampling import FixedSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.probabilities import rbf_kernel, scenario_probabilities, total_variation
 
 REFERENCE = ["cbc_slp", "cbc", "cmx"]
 

@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
-from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
-from lsgs_core.distortion import clustered_standard_error
 from study.sensitivity import (
     VARIED,
     bootstrap_probabilities,
@@ -13,6 +10,9 @@ from study.sensitivity import (
     sensitivity,
     smoothing_report,
 )
+
+from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core.distortion import clustered_standard_error
 
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
 SETTINGS = {

@@ -9,7 +9,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-
 from study.commands import ROOT
 from study.launch import run_notebook
 from study.tiers import NOTEBOOKS

@@ -6,12 +6,12 @@ import sys
 import pandas as pd
 import pytest
 import torch
-
-from lsgs_core import speed
 from study.figures import speed as speed_figures
-from lsgs_core.models import BACKBONES, build_backbone
 from study.published_form import is_plain
 from study.speed import FORMS, PARTS, Case
+
+from lsgs_core import speed
+from lsgs_core.models import BACKBONES, build_backbone
 
 SMALL = Case(preset="demo", size=32)
 

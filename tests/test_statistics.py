@@ -5,8 +5,6 @@ import pandas as pd
 import pytest
 import scipy.stats
 from statistics_records import SCENARIOS, records_of
-
-from lsgs_core import InputError
 from study.evaluation import summary
 from study.statistics import (
     METRICS,
@@ -17,6 +15,8 @@ from study.statistics import (
     planned,
     whole_replicates,
 )
+
+from lsgs_core import InputError
 
 
 def test_metrics_are_those_of_the_summary():

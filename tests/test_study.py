@@ -17,12 +17,12 @@ import psutil
 import pytest
 import yaml
 from checkout import copy_checkout
+from study.artifacts import Record, save_table
+from study.commands import MARK, _only_one, end_orphans, main, publish
+from study.files import file_sha256
+from study.tiers import load_tier
 
 from lsgs_core import InputError
-from study.artifacts import Record, save_table
-from study.files import file_sha256
-from study.commands import MARK, _only_one, end_orphans, main, publish
-from study.tiers import load_tier
 
 ROOT = Path(__file__).parent.parent
 

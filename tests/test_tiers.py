@@ -6,10 +6,10 @@ from pathlib import Path
 import papermill
 import pytest
 import yaml
+from study.tiers import NOTEBOOKS, StudyFolder, load_tier, notebook_parameters
 
 from lsgs_core import InputError
 from lsgs_core.models import BACKBONES
-from study.tiers import NOTEBOOKS, StudyFolder, load_tier, notebook_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK_FOLDER = ROOT / "notebooks"

@@ -12,14 +12,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from study.devices import make_deterministic, seed_weights
+from study.settings import TrainingSettings
+from study.training import STATE, train, turned
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import LossProportional
-from study.devices import make_deterministic, seed_weights
 from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters, training_mode
 from lsgs_core.sampling import FixedSampler
-from study.settings import TrainingSettings
-from study.training import STATE, train, turned
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 SETTINGS = TrainingSettings(epochs=3, batch_size=4, learning_rate=2e-3)

@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
+from study.devices import is_first_process
+from study.evaluation import evaluate, validation_scores
+from study.training import replace, train
 from test_training import SCENARIOS, SETTINGS, Blobs, small
 
 from lsgs_core.adaptive import LossProportional
-from study.devices import is_first_process
 from lsgs_core.distortion import score_scenarios
-from study.evaluation import evaluate, validation_scores
-from study.training import replace, train
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

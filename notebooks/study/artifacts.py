@@ -24,8 +24,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from study.devices import is_first_process
 from lsgs_core.errors import InputError
+from study.devices import is_first_process
 from study.files import file_sha256, written_beside
 
 RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas", "safetensors")

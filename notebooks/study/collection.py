@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from study.artifacts import load_table
 from lsgs_core.errors import InputError
+from study.artifacts import load_table
 from study.tiers import StudyFolder
 
 

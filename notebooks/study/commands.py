@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
+from lsgs_core.errors import InputError
 from study.artifacts import check, sidecar_path
 from study.data.manifest import Dataset, load_manifest
-from lsgs_core.errors import InputError
 from study.files import file_sha256, written_beside
 from study.pages import AGREEMENT, tier_page
 from study.reproduction import compare, only

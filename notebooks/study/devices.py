@@ -132,17 +132,17 @@ class LaunchedProcesses(Processes):
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
 
-    def total(self, tensor: Tensor) -> Tensor:  # noqa: D102 - as above
+    def total(self, tensor: Tensor) -> Tensor:
         return _Sum.apply(tensor) if self.count > 1 else tensor
 
-    def gather(self, values: Any) -> list[Any]:  # noqa: D102
+    def gather(self, values: Any) -> list[Any]:
         if self.count == 1:
             return [values]
         found: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(found, values)
         return found
 
-    def wrap(self, module: nn.Module) -> nn.Module:  # noqa: D102
+    def wrap(self, module: nn.Module) -> nn.Module:
         if self.count == 1:
             return module
         _share_batch_norm(module, self)
@@ -155,11 +155,11 @@ class LaunchedProcesses(Processes):
             find_unused_parameters=True,
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:  # noqa: D102
+    def autocast(self) -> AbstractContextManager[Any]:
         mixed = self._precision == "bfloat16"
         return torch.autocast(self._device.type, torch.bfloat16, enabled=mixed)
 
-    def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:  # noqa: D102
+    def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self._accelerator.no_sync(module)
 
 

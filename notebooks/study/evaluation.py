@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lsgs_core.batch import Batch
-from study.devices import processes_of
 from lsgs_core.errors import InputError
-from study.losses import Protocol, TaskKind
 from lsgs_core.scenarios import ScenarioSet
+from study.devices import processes_of
+from study.losses import Protocol, TaskKind
 
 COUNTS = ["tp", "fp", "fn"]
 SOFT = ["soft_iou", "soft_f1"]

@@ -12,17 +12,17 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from study.artifacts import Record, is_made, load_table, save_table, save_weights
-from study.data.patches import PatchDataset
-from study.devices import seed_weights
 from lsgs_core.distortion import score_scenarios
-from study.evaluation import evaluate, validation_scores
 from lsgs_core.methods import Evidence, find_method
 from lsgs_core.models import Backbone
 from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters
+from study.artifacts import Record, is_made, load_table, save_table, save_weights
+from study.data.patches import PatchDataset
+from study.devices import seed_weights
+from study.evaluation import evaluate, validation_scores
+from study.model_card import CARD, save_model_card
 from study.settings import TrainingSettings
 from study.sources import source_sha256
-from study.model_card import CARD, save_model_card
 from study.training import discard_state, train
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from lsgs_core.errors import InputError
 from study.data.schema import read_yaml
 from study.devices import is_first_process
-from lsgs_core.errors import InputError
 from study.tiers import notebook_parameters
 
 

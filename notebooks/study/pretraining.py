@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from study.artifacts import check, load_table, load_weights, sidecar_path
 from lsgs_core.batch import Batch
-from study.data.manifest import load_manifest
 from lsgs_core.errors import InputError
-from study.files import file_sha256
 from lsgs_core.models import Backbone, load_author_weights
 from lsgs_core.scenarios import ScenarioSet
+from study.artifacts import check, load_table, load_weights, sidecar_path
+from study.data.manifest import load_manifest
+from study.files import file_sha256
 
 # Differences below this, relative to the size of the latent, are float32 rounding.
 TOLERANCE = 1e-4

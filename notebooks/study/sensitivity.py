@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lsgs_core.randomness import generator
 from lsgs_core.probabilities import (
     rbf_kernel,
     scenario_probabilities,
     smooth_scores,
     total_variation,
 )
+from lsgs_core.randomness import generator
 
 # Values that each setting is varied over, one at a time; lengthscales are multiples of the median
 # distance between scenarios, since distortions differ by orders of magnitude between backbones.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from study.devices import Precision
 from lsgs_core.errors import InputError
+from study.devices import Precision
 from study.losses import Protocol
 
 

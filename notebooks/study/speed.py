@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from study.data.patches import PatchDataset
 from lsgs_core.models import Backbone, build_backbone
-from study.published_form import plain_form
+from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
+from study.data.patches import PatchDataset
+from study.published_form import as_published
 
-FORMS = ("plain", "ours")
+# The published form of a network, and ours.
+FORMS: dict[str, Callable[[Backbone], Backbone]] = {
+    "plain": as_published,
+    "ours": accelerate_on_cpu,
+}
 # What the modules of the backbones belong to in the figures; the rest is "other".
 PARTS = {
     "encoders": ("encoders", "starts", "stages"),
@@ -93,43 +98,40 @@ class _Workload:
         masks = torch.tensor(scenarios.masks, device=device)
         return cls(case, model, images.to(device), masks, forwards)
 
-    def runs(self) -> dict[str, Callable[[], dict[str, float]]]:
-        """One run of each form; it returns the seconds of every part."""
+    def run(self, form: str) -> Callable[[], dict[str, float]]:
+        """One run of a form, with its own copy of the network, as seconds of every part."""
+        model = FORMS[form](self.model)
         if self.case.task == "scoring":
-            self.model.eval()
-            return {
-                "plain": self._score_plainly,
-                "ours": partial(self._score, self.model.for_scoring()),
-            }
-        self.model.train()
-        made = [
-            torch.optim.Adam(self.model.parameters(), 1e-4, fused=form == "ours") for form in FORMS
-        ]
-        return {form: partial(self._step, adam) for form, adam in zip(FORMS, made, strict=True)}
+            model.eval()
+            if form == "plain":
+                return partial(self._score_plainly, model)
+            return partial(self._score, model.for_scoring())
+        model.train()
+        adam = torch.optim.Adam(model.parameters(), 1e-4, fused=form == "ours")
+        return partial(self._step, model, adam)
+
+    def published_distortion(self) -> Tensor:
+        """D [K] of the published form, scenario by scenario from `latent`."""
+        model = FORMS["plain"](self.model).eval()
+        batch = len(self.images)
+        with torch.inference_mode():
+            latents = [model.latent(self.images, mask.expand(batch, -1)) for mask in self.masks]
+        return _distortion(torch.stack(latents))
 
     def distortion(self) -> Tensor:
-        """D [K] in the form of the context, from `latent`, in float64."""
-        with torch.inference_mode():
-            self.model.eval()
-            batch = len(self.images)
-            latents = torch.stack(
-                [self.model.latent(self.images, mask.expand(batch, -1)) for mask in self.masks]
-            )
-        return _distortion(latents)
-
-    def fast_distortion(self) -> Tensor:
         """D [K] as scoring computes it."""
+        scored = FORMS["ours"](self.model).for_scoring()
         with torch.inference_mode():
-            return _distortion(self.model.for_scoring().scenario_latents(self.images, self.masks))
+            return _distortion(scored.scenario_latents(self.images, self.masks))
 
-    def _score_plainly(self) -> dict[str, float]:
+    def _score_plainly(self, model: Backbone) -> dict[str, float]:
         wanted = [self.masks[-1], *self.masks]
         chosen = wanted[: self.forwards] if self.forwards else wanted
         images = self.images[:1] if self.forwards else self.images
-        with torch.inference_mode(), _timed(self.model) as seconds:
+        with torch.inference_mode(), _timed(model) as seconds:
             for image in images:
                 for mask in chosen:
-                    self.model.heads(image[None], mask[None])
+                    model.heads(image[None], mask[None])
         repeats = len(wanted) * len(self.images) / (len(chosen) * len(images))
         return {part: value * repeats for part, value in seconds.items()}
 
@@ -138,7 +140,7 @@ class _Workload:
             model.scenario_latents(self.images, self.masks)
         return seconds
 
-    def _step(self, optimiser: torch.optim.Optimizer) -> dict[str, float]:
+    def _step(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         shape = len(self.images), 1, self.case.size, self.case.size
         target = torch.ones(shape, device=self.images.device)
         # Patches of a batch have different scenarios: none missing, the first one, the second, …
@@ -146,8 +148,8 @@ class _Workload:
         for index in range(len(self.images)):
             if index % (self.case.modalities + 1):
                 available[index, index % (self.case.modalities + 1) - 1] = False
-        with _timed(self.model) as seconds:
-            logits = self.model(self.images, available)
+        with _timed(model) as seconds:
+            logits = model(self.images, available)
             loss = F.binary_cross_entropy_with_logits(logits, target)
         started = _now(self.images.device)
         optimiser.zero_grad(set_to_none=True)
@@ -182,12 +184,12 @@ def compare(
     total = len(cases) * (repeats + 1) * len(FORMS)
     with tqdm(total=total, unit="run", desc="timing", disable=not progress) as bar:
         for case in cases:
-            runs = _Workload.of(case, device, plain_forwards).runs()
+            workload = _Workload.of(case, device, plain_forwards)
+            runs = {form: workload.run(form) for form in FORMS}
             for repeat in range(-1, repeats):
                 for form, run in runs.items():
                     bar.set_postfix_str(f"{case.backbone} {case.task} {form}")
-                    with _form(form):
-                        seconds = run()
+                    seconds = run()
                     if repeat >= 0:
                         rows += [
                             {**asdict(case), "form": form, "repeat": repeat, "part": part,
@@ -214,9 +216,7 @@ def ratios(timings: pd.DataFrame) -> pd.DataFrame:
 def distortion_error(case: Case, device: str = "cpu") -> float:
     """Largest relative difference of D between the plain form and ours."""
     workload = _Workload.of(case, device)
-    with plain_form():
-        expected = workload.distortion()
-    found = workload.fast_distortion()
+    expected, found = workload.published_distortion(), workload.distortion()
     return float(((found - expected).abs()[:-1] / expected[:-1]).max())
 
 
@@ -297,10 +297,6 @@ def _called(module: nn.Module | None) -> Iterator[nn.Module]:
         yield module
 
 
-def _form(form: str) -> AbstractContextManager[None]:
-    return plain_form() if form == "plain" else nullcontext()
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -326,10 +322,9 @@ def _main(task: str) -> None:
     """Run a case twice in this process and print its peak memory in GB."""
     settings = json.loads(task)
     torch.set_num_threads(settings["threads"])
-    run = _Workload.of(Case(**settings["case"]), "cpu").runs()[settings["form"]]
-    with _form(settings["form"]):
-        for _ in range(2):  # the second with the optimiser's state
-            run()
+    run = _Workload.of(Case(**settings["case"]), "cpu").run(settings["form"])
+    for _ in range(2):  # the second with the optimiser's state
+        run()
     print(_peak_resident() / 1e9)
 
 

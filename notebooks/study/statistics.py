@@ -21,9 +21,9 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
-from study.evaluation import COUNTS, expected
 from lsgs_core.methods import METHODS
 from lsgs_core.scenarios import ScenarioSet
+from study.evaluation import COUNTS, expected
 
 Array = NDArray[np.float64]
 # Columns that name a contrast, the method and its reference methods.

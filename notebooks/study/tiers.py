@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
 
-from study.data.manifest import load_manifest
-from study.data.schema import Strict, read_yaml, validated
 from lsgs_core.errors import InputError
-from study.files import file_sha256, written_beside
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
+from study.data.manifest import load_manifest
+from study.data.schema import Strict, read_yaml, validated
+from study.files import file_sha256, written_beside
 
 NOTEBOOKS = {
     "data": "01_data_preparation",

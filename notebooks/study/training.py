@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
-from study.data.patches import PatchDataset
-from study.devices import Processes, is_first_process, processes_of
 from lsgs_core.errors import InputError
-from study.files import written_beside
-from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.lora import training_mode
 from lsgs_core.randomness import Stage, generator, uniform_numbers
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
+from study.data.patches import PatchDataset
+from study.devices import Processes, is_first_process, processes_of
+from study.files import written_beside
+from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
 from study.sources import source_sha256
 

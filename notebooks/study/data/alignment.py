@@ -21,8 +21,8 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from study.data.schema import Placed
 from lsgs_core.errors import InputError
+from study.data.schema import Placed
 
 logger = logging.getLogger(__name__)
 # Rasters without georeference are common here; what they need is checked.

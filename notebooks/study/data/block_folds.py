@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from study.data.fold_kinds import DiagonalBlocks
 from lsgs_core.errors import InputError
+from study.data.fold_kinds import DiagonalBlocks
 
 HELD_SHARE = 0.01  # a class is held by the validation tiles that have this part of its pixels
 

@@ -9,11 +9,11 @@ from typing import Literal
 import rasterio
 from tqdm.auto import tqdm
 
+from lsgs_core.errors import InputError, MissingFileError
 from study.data.alignment import ENVIRONMENT
 from study.data.manifest import Dataset, PackageSource, load_manifest
 from study.data.rasters import check_scene
 from study.data.raw_files import find_scenes
-from lsgs_core.errors import InputError, MissingFileError
 from study.files import file_sha256
 
 

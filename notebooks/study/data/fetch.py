@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from study.data.manifest import ManualSource, Member, PackageSource
 from lsgs_core.errors import InputError
+from study.data.manifest import ManualSource, Member, PackageSource
 from study.files import file_sha256, written_beside
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lsgs_core.errors import InputError
+from lsgs_core.randomness import generator
 from study.data.block_folds import add_blocks, block_parts, check_lengths, tiles
 from study.data.fold_kinds import (
     DiagonalBlocks,
@@ -31,9 +33,7 @@ from study.data.fold_kinds import (
     WholeScenes,
 )
 from study.data.separation import PARTS
-from lsgs_core.errors import InputError
 from study.files import written_beside
-from lsgs_core.randomness import generator
 
 TABLE = "patches.csv"
 VALIDATION_SHARE = 0.1  # of the patches that are not tested, as the paper's authors take it

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
+from lsgs_core.errors import InputError
 from study.data.alignment import AlignedRaster, Grid
 from study.data.label_kinds import (
     BACKGROUND,
@@ -30,7 +31,6 @@ from study.data.label_kinds import (
 )
 from study.data.manifest import Dataset
 from study.data.raw_files import Scene, read_csv
-from lsgs_core.errors import InputError
 
 SHOWN = 8  # how many wrong numbers an error lists
 # From a window of the scene's grid to codes [h, w].

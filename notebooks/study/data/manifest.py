@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from lsgs_core.errors import InputError
 from study.data.fold_kinds import Folds, Patches
 from study.data.label_kinds import BACKGROUND, MOST_VALUES, Labels, ScaledPolygonLabels
 from study.data.schema import (
@@ -28,7 +29,6 @@ from study.data.schema import (
     read_yaml,
     validated,
 )
-from lsgs_core.errors import InputError
 
 
 class Licence(Strict):

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
+from lsgs_core.errors import InputError
 from study.data.alignment import windows
 from study.data.folds import TABLE, read_patch_table
 from study.data.manifest import Dataset
 from study.data.prepared import Prepared, matching_record, open_prepared
 from study.data.schema import Strict
 from study.data.separation import coverage
-from lsgs_core.errors import InputError
 from study.files import file_sha256, written_beside
 
 logger = logging.getLogger(__name__)

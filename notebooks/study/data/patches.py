@@ -19,6 +19,7 @@ from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
 from lsgs_core.batch import Batch
+from lsgs_core.errors import InputError
 from study.data.fold_kinds import DiagonalBlocks, Patches
 from study.data.folds import (
     TABLE,
@@ -39,7 +40,6 @@ from study.data.prepared import (
 )
 from study.data.schema import validated
 from study.data.separation import check_separation
-from lsgs_core.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import rasterio
 from pydantic import ValidationError
 from rasterio.errors import RasterioError
 
+from lsgs_core.errors import InputError
 from study.data.alignment import ENVIRONMENT
 from study.data.manifest import Dataset
 from study.data.schema import Strict
 from study.data.separation import Place
-from lsgs_core.errors import InputError
 from study.files import written_beside
 
 RECORD = "prepared.json"

@@ -16,13 +16,13 @@ import rasterio
 from rasterio.windows import Window, intersection
 from tqdm.auto import tqdm
 
+from lsgs_core.errors import InputError
 from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of
 from study.data.folds import TABLE
 from study.data.labels import code_names, membership, open_labels
 from study.data.manifest import Dataset, Difference, FileBand, Slope
 from study.data.prepared import LABELS, Prepared, PreparedScene, load_prepared, write_record
 from study.data.raw_files import Scene, find_scenes
-from lsgs_core.errors import InputError
 from study.files import file_sha256, written_beside
 
 # A patch of 224 pixels reads half as much of small tiles; Zstandard is as small as deflate here and

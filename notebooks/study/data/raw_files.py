@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from lsgs_core.errors import InputError, MissingFileError
 from study.data.label_kinds import ScaledPolygonLabels
 from study.data.manifest import Dataset, ManualSource
 from study.data.schema import NAME, VARIABLE, Files, fill
-from lsgs_core.errors import InputError, MissingFileError
 
 # Attributes, index, reference system and place of a file, kept in files beside it.
 SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")

@@ -21,8 +21,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from study.artifacts import Record, save
 from lsgs_core.methods import METHODS
+from study.artifacts import Record, save
 
 # Okabe and Ito's colours, told apart by readers of every colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

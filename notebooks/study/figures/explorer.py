@@ -19,16 +19,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from lsgs_core.distributions import deployment_prior
 from lsgs_core.errors import InputError
+from lsgs_core.methods import Evidence
+from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
+from lsgs_core.scoring_file import read_evidence
 from study.figures import method_title
 from study.figures.prediction_maps import prediction_view
 from study.figures.predictions import Predictions, load_predictions
 from study.figures.scoring import probability_steps
-from lsgs_core.methods import Evidence
-from lsgs_core.scoring_file import read_evidence
-from lsgs_core.distributions import deployment_prior
 from study.sensitivity import smoothing_report
-from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 
 WIDE: dict[str, Any] = {
     "style": {"description_width": "12em"},

@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from lsgs_core.errors import InputError
+from lsgs_core.models import Backbone, build_backbone
+from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, save
 from study.data.patches import PatchDataset
-from lsgs_core.errors import InputError
 from study.evaluation import class_map
 from study.figures import composite
-from lsgs_core.models import Backbone, build_backbone
 from study.pretraining import load_checkpoint
-from lsgs_core.scenarios import ScenarioSet
 from study.tiers import StudyFolder
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from

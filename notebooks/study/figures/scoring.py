@@ -15,8 +15,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lsgs_core.distortion import ScenarioScores
-from study.figures import PALETTE
 from lsgs_core.probabilities import ScenarioProbabilities
+from study.figures import PALETTE
 
 SETTING_TITLES = {
     "inverse_temperature": "inverse temperature τ",

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from study.figures import PALETTE, method_colour, method_title
 from lsgs_core.methods import METHODS
+from study.figures import PALETTE, method_colour, method_title
 
 METRIC_TITLES = {
     "worst_iou": "worst scenario",

@@ -1,16 +1,16 @@
-"""The faster forms of the networks against the form that defines them, in float64."""
+"""The fast CPU forms against the published ones, in float64: outputs and gradients."""
 
 from typing import Any
 
 import pytest
 import torch
+from study.published_form import as_published
 from torch import Tensor, nn
 
-from lsgs_core.models import Backbone, build_backbone, volumes
-from lsgs_core.models.attention import _weights, attention_with_dropout
-from lsgs_core.models.cbc_layers import Decoder
+from lsgs_core.models import Backbone, build_backbone, cpu
+from lsgs_core.models.cbc import Decoder
+from lsgs_core.models.cpu import _weights, accelerate_on_cpu, attention_with_dropout
 from lsgs_core.models.lora import add_lora
-from study.published_form import has_fast_kernels, plain_form
 
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -53,17 +53,14 @@ def results(model: Backbone, images: list[Tensor], available: Tensor) -> dict[st
 def test_outputs_and_gradients(
     name: str, size: str, slab: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volumes, "SLAB", slab)
-    monkeypatch.setattr(volumes, "SMALLEST", 0)
+    monkeypatch.setattr(cpu, "SLAB", slab)
+    monkeypatch.setattr(cpu, "SMALLEST", 0)
     model = network(name, size, bands=(2, 3, 1), classes=2)
     shape = (64, 96) if size == "odd" else (64, 64)
     images = [torch.randn(batch, bands, *shape, dtype=torch.float64) for bands in (2, 3, 1)]
     available = torch.tensor([[True, True, True], [False, True, False]])[-batch:]
-    assert has_fast_kernels(images[0])
-    found = results(model, images, available)
-    with plain_form():
-        assert not has_fast_kernels(images[0])
-        expected = results(model, images, available)
+    found = results(accelerate_on_cpu(model), images, available)
+    expected = results(as_published(model), images, available)
     assert found.keys() == expected.keys()
     assert len(found) == 1 + len([*model.parameters()]) + 3
     for key, value in expected.items():
@@ -73,14 +70,13 @@ def test_outputs_and_gradients(
 
 
 def test_only_what_is_trained_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volumes, "SMALLEST", 0)
+    monkeypatch.setattr(cpu, "SMALLEST", 0)
     model = network("cbc_slp", "demo")
     add_lora(model, rank=2)
     images = [torch.randn(1, 3, 64, 64, dtype=torch.float64) for _ in range(3)]
     available = torch.tensor([[True, False, True]])
-    found = results(model, images, available)
-    with plain_form():
-        expected = results(model, images, available)
+    found = results(accelerate_on_cpu(model), images, available)
+    expected = results(as_published(model), images, available)
     assert found.keys() == expected.keys()
     assert not any(name.startswith("decoder") for name in found)
     for key, value in expected.items():
@@ -89,8 +85,8 @@ def test_only_what_is_trained_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own instance normalisation fails this for channels-last gradients."""
-    monkeypatch.setattr(volumes, "SMALLEST", 0)
-    model = network("cbc_slp", "demo").eval()
+    monkeypatch.setattr(cpu, "SMALLEST", 0)
+    model = accelerate_on_cpu(network("cbc_slp", "demo")).eval()
     images = [torch.randn(1, 3, 64, 64, dtype=torch.float64) for _ in range(3)]
     available = torch.tensor([[True, False, True]])
     found = []
@@ -151,16 +147,16 @@ def test_only_large_volumes_go_in_slabs() -> None:
         shape = model.configuration["latent_grid"]
         decoder = model.get_submodule("decoder")
         assert isinstance(decoder, Decoder)
-        assert volumes.is_worthwhile(decoder, torch.zeros(1, 1, *shape)) is expected
+        assert cpu.is_worthwhile(decoder, torch.zeros(1, 1, *shape)) is expected
 
 
 def test_training_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
-        "lsgs_core.models.cbc_layers.attention_with_dropout",
+        "lsgs_core.models.cpu.attention_with_dropout",
         lambda query, key, value, rate: calls.append(rate) or value,
     )
-    model = network("cbc", "demo", attention_dropout=0.3)
+    model = accelerate_on_cpu(network("cbc", "demo", attention_dropout=0.3))
     images = torch.randn(1, 3, 3, 64, 64, dtype=torch.float64)
     available = torch.ones(1, 3, dtype=torch.bool)
     model.train().heads(images, available)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lsgs_core import adaptive, distributions
 from lsgs_core.errors import InputError
-from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.probabilities import rbf_kernel, scenario_probabilities
+from lsgs_core.scenarios import ScenarioSet
 
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
 UNIFORM = np.full(7, 1 / 7)
@@ -21,8 +21,8 @@ SCORED = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabiliti
 
 
 def test_bernoulli() -> None:
-    np.testing.assert_allclose(samplers.bernoulli(THREE, 0.5), UNIFORM)
-    p = samplers.bernoulli(THREE, 0.8)
+    np.testing.assert_allclose(distributions.bernoulli(THREE, 0.5), UNIFORM)
+    p = distributions.bernoulli(THREE, 0.8)
     random = np.random.default_rng(0)
     kept = random.random((200_000, 3)) < 0.8
     kept = kept[kept.any(axis=1)]
@@ -30,20 +30,20 @@ def test_bernoulli() -> None:
     np.testing.assert_allclose(p, drawn, atol=0.004)
     for wrong in (0, 1, -0.1, float("nan")):
         with pytest.raises(InputError, match="keep"):
-            samplers.bernoulli(THREE, wrong)
+            distributions.bernoulli(THREE, wrong)
 
 
 def test_deployment_prior() -> None:
-    p = samplers.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
+    p = distributions.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
     np.testing.assert_allclose(p, [0.5, 0, 0, 0.5, 0, 0, 0])
-    np.testing.assert_allclose(samplers.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
+    np.testing.assert_allclose(distributions.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
     for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan]):
         with pytest.raises(InputError, match="failure_rates: expected 3"):
-            samplers.deployment_prior(THREE, wrong)
+            distributions.deployment_prior(THREE, wrong)
 
 
 def test_cardinality_is_the_nearest_that_knows_only_the_number_missing() -> None:
-    p = samplers.by_cardinality(THREE, SCORED)
+    p = distributions.by_cardinality(THREE, SCORED)
     for missing in range(3):
         assert np.ptp(p[THREE.missing == missing]) == pytest.approx(0, abs=1e-12)
     assert p @ THREE.missing == pytest.approx(SCORED @ THREE.missing)
@@ -54,16 +54,16 @@ def test_cardinality_is_the_nearest_that_knows_only_the_number_missing() -> None
 
     best = scipy.optimize.minimize_scalar(cross_entropy, bounds=(-5, 5), method="bounded").x
     np.testing.assert_allclose(np.diff(np.log(p[[6, 3, 0]])), best, atol=1e-4)
-    np.testing.assert_allclose(samplers.by_cardinality(THREE, UNIFORM), UNIFORM)
-    np.testing.assert_allclose(samplers.by_cardinality(THREE, np.eye(7)[6]), np.eye(7)[6])
+    np.testing.assert_allclose(distributions.by_cardinality(THREE, UNIFORM), UNIFORM)
+    np.testing.assert_allclose(distributions.by_cardinality(THREE, np.eye(7)[6]), np.eye(7)[6])
 
 
 @pytest.mark.parametrize("within", [True, False])
 def test_permuted(within: bool) -> None:
     seen = set()
     for seed in range(40):
-        p = samplers.permuted(THREE, SCORED, seed, within)
-        assert np.array_equal(p, samplers.permuted(THREE, SCORED, seed, within))
+        p = distributions.permuted(THREE, SCORED, seed, within)
+        assert np.array_equal(p, distributions.permuted(THREE, SCORED, seed, within))
         assert not np.array_equal(p, SCORED)
         np.testing.assert_array_equal(np.sort(p), np.sort(SCORED))
         if within:
@@ -75,7 +75,7 @@ def test_permuted(within: bool) -> None:
 
 
 def test_dirichlet() -> None:
-    draws = np.array([samplers.dirichlet(7, seed, 5.0) for seed in range(4000)])
+    draws = np.array([distributions.dirichlet(7, seed, 5.0) for seed in range(4000)])
     np.testing.assert_allclose(draws.sum(axis=1), 1)
     np.testing.assert_allclose(draws.mean(axis=0), UNIFORM, atol=0.006)
     np.testing.assert_allclose(draws.var(axis=0), (1 / 7) * (6 / 7) / 36, rtol=0.1)
@@ -84,20 +84,20 @@ def test_dirichlet() -> None:
 def test_coverage_without_relations_is_proportional_to_utility() -> None:
     utility = np.array([3.0, 1.0, 0.0, 2.0])
     np.testing.assert_allclose(
-        samplers.coverage(utility, np.eye(4), mixing=1), utility / 6, atol=2e-4
+        distributions.coverage(utility, np.eye(4), mixing=1), utility / 6, atol=2e-4
     )
-    p = samplers.coverage(utility, np.eye(4), mixing=0.5)
+    p = distributions.coverage(utility, np.eye(4), mixing=0.5)
     np.testing.assert_allclose(p, 0.125 + utility / 12, atol=1e-4)
-    np.testing.assert_allclose(samplers.coverage(np.zeros(4), np.eye(4), 1), 0.25)
+    np.testing.assert_allclose(distributions.coverage(np.zeros(4), np.eye(4), 1), 0.25)
     for wrong in ([1.0, -1, 0, 0], [1.0, np.nan, 0, 0], [1.0, 2, 3]):
         with pytest.raises(InputError, match="utility: expected 4"):
-            samplers.coverage(wrong, np.eye(4), 1)
+            distributions.coverage(wrong, np.eye(4), 1)
 
 
 def test_coverage_shares_the_mass_of_twins() -> None:
     """Two scenarios that are alike get together what one of them would get alone."""
     kernel = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    p = samplers.coverage([1.0, 1.0, 2.0], kernel, mixing=1)
+    p = distributions.coverage([1.0, 1.0, 2.0], kernel, mixing=1)
     np.testing.assert_allclose([p[0] + p[1], p[2]], [0.5, 0.5], atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_coverage_shares_the_mass_of_twins() -> None:
 )
 def test_coverage_is_the_maximum(utility: list[float], places: list[float]) -> None:
     kernel, _ = rbf_kernel(places, 1.0)
-    q = samplers.coverage(utility, kernel, mixing=1)
+    q = distributions.coverage(utility, kernel, mixing=1)
     assert q.sum() == pytest.approx(1)
     if max(utility) == 0:
         np.testing.assert_allclose(q, 0.2)
@@ -217,10 +217,10 @@ def test_online_measures_when_it_is_time() -> None:
 
 
 def test_failure_rates_from_text() -> None:
-    assert samplers.read_failure_rates("", THREE) is None
+    assert distributions.read_failure_rates("", THREE) is None
     np.testing.assert_allclose(
-        samplers.read_failure_rates("SWIR:0.5, RGB:0.2", THREE),
-        samplers.deployment_prior(THREE, [0.2, 0.0, 0.5]),
+        distributions.read_failure_rates("SWIR:0.5, RGB:0.2", THREE),
+        distributions.deployment_prior(THREE, [0.2, 0.0, 0.5]),
     )
     for wrong, message in (
         ("RGB", "name:number"),
@@ -229,7 +229,7 @@ def test_failure_rates_from_text() -> None:
         ("RGB:2", "0 to 1"),
     ):
         with pytest.raises(InputError, match=message):
-            samplers.read_failure_rates(wrong, THREE)
+            distributions.read_failure_rates(wrong, THREE)
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
@@ -257,5 +257,5 @@ def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> N
 
 def test_coverage_gives_nothing_to_what_never_happens() -> None:
     utility, prior = np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.5, 0.5])
-    p = samplers.coverage(utility, np.eye(3), mixing=1, prior=prior)
+    p = distributions.coverage(utility, np.eye(3), mixing=1, prior=prior)
     np.testing.assert_allclose(p, [0, 1 / 3, 2 / 3], atol=1e-4)
