@@ -58,7 +58,10 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr("study.commands.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
     folder = tmp_path / tier.folder.evaluation
-    save_table(folder / "summary.csv", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
+    figures = {"mean_iou": [0.4321], "worst_iou": [0.3], "full_iou": [0.5]}
+    summary = {"dataset": ["demo"], "backbone": ["cmx"], "method": ["lsgs"], "seed": [0]}
+    summary |= figures | {"worst_scenario": ["NIR"]}
+    save_table(folder / "summary.csv", pd.DataFrame(summary), Record({"fold": 0}))
     save_table(folder / "records.csv.xz", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
     (folder / "figure.png").write_bytes(b"png")
     (folder / "predictions_demo.npz").write_bytes(b"npz")
@@ -75,11 +78,13 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     stale.write_text("old")
     names = {path.relative_to(tmp_path / "results" / "smoke").as_posix() for path in publish(tier)}
     expected = {"summary.csv", "records.csv.xz", "figure.png", "predictions_demo.npz"}
-    own = {"provenance.json", "NOTICE.txt"}
+    own = {"provenance.json", "NOTICE.txt", "README.md"}
     assert names == {f"evaluation/{name}" for name in expected} | own
     notice = (tmp_path / "results" / "smoke" / "NOTICE.txt").read_text()
     assert "ODbL" in notice
     assert "© OpenStreetMap contributors" in notice
+    page = (tmp_path / "results" / "smoke" / "README.md").read_text()
+    assert "| demo | cmx | LSGS | 0.432 | 0.300 NIR | 0.500 |" in page
     assert not stale.exists()
     provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
     assert provenance["command"] == "make study TIER=smoke"
