@@ -1,28 +1,32 @@
 """Where a run computes: device, threads, precision, and the processes that share it.
 
-torchrun starts a run in several processes, one per GPU or several on a CPU; so does `accelerate
-launch`, on GPUs alone. The batch size stays that of the whole step: every process takes its share
-of each batch, and sums over pixels, gradients and normalisation statistics are those of the whole
-batch. So the result does not depend on the number of processes, but for rounding, and for dropout,
-which every process draws for itself.
+`in_processes` starts a function in several processes with accelerate's launcher, one per GPU. Every
+process takes its share of each batch. Draws, scoring and evaluation are equal in one process and in
+two. Training averages the gradients of the processes, each of which has the loss of its own share:
+another computation where a loss pools the batch, as the soft Jaccard loss does.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.randomness import Stage, generator
 
 Precision = Literal["float32", "bfloat16"]
+Launcher = Callable[..., None]
 
 
 def make_deterministic(threads: int) -> None:
@@ -74,165 +78,103 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-class Processes:
-    """The processes that share a run: here a single one, which computes in float32.
+def in_processes(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    processes: int,
+    launcher: Launcher | None = None,
+) -> Any:
+    """Run a function in several processes, and return what the first of them returns.
 
-    Attributes:
-        rank: Of this process, from 0.
-        count: How many there are.
+    Args:
+        function: Called in every process.
+        arguments: Of the function; they reach the processes by a fork.
+        processes: How many; 1 calls the function here.
+        launcher: Accelerate's `debug_launcher` starts CPU processes; None is `notebook_launcher`,
+            which starts one per GPU. It must be the first to touch a GPU.
+
+    Raises:
+        InputError: Fewer than one process.
     """
-
-    rank = 0
-    count = 1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
-        """A copy of a network that is trained in several processes runs in the same ones."""
-        return self
-
-    def mine(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The part of a batch's samples that this process takes, in order of rank."""
-        return np.array_split(batch, self.count)[self.rank]
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, through which gradients flow."""
-        return tensor
-
-    def gather(self, values: Any) -> list[Any]:
-        """What every process has, in order of rank."""
-        return [values]
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are averaged over the processes."""
-        return module
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context in which the forward pass runs in the precision of the run."""
-        return nullcontext()
-
-    def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Context of a backward pass; gradients are exchanged in the last of a step alone."""
-        return nullcontext()
+    if processes < 1:
+        raise InputError(f"processes: expected 1 or more, found {processes}")
+    if processes == 1:
+        return function(*arguments)
+    if launcher is None:
+        from accelerate import notebook_launcher as launcher  # seconds, which one process is spared
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result"
+        launcher(_keep_result, (result, function, *arguments), num_processes=processes)
+        return pickle.loads(result.read_bytes())  # written by our own process a moment ago
 
 
-class LaunchedProcesses(Processes):
-    """Processes started by torchrun or `accelerate launch`, or one with another precision.
+def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) -> None:
+    returned = function(*arguments)
+    if is_first_process():
+        result.write_bytes(pickle.dumps(returned))
+
+
+class Processes:
+    """The processes that share a run, as they were launched, and the precision of a forward pass.
 
     Args:
         device: Where this process computes.
-        precision: Of the forward pass.
-    """
+        precision: "float32", or "bfloat16" for mixed precision.
 
-    def __init__(self, device: torch.device, precision: Precision) -> None:
-        from accelerate import Accelerator  # 1.5 seconds, which most runs need not wait
-
-        # Its state is one for the whole process, so the precision is not left to it: evaluation
-        # computes in float32 beside a training in bfloat16.
-        self._accelerator = Accelerator(cpu=device.type == "cpu")
-        self._device, self._precision = device, precision
-        self.rank = self._accelerator.process_index
-        self.count = self._accelerator.num_processes
-
-    def total(self, tensor: Tensor) -> Tensor:
-        return _Sum.apply(tensor) if self.count > 1 else tensor
-
-    def gather(self, values: Any) -> list[Any]:
-        if self.count == 1:
-            return [values]
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, values)
-        return found
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        if self.count == 1:
-            return module
-        _share_batch_norm(module, self)
-        device = next(module.parameters()).device
-        # CBC has layers that its forward pass does not use; statistics are equal everywhere.
-        return nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=True,
-        )
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        mixed = self._precision == "bfloat16"
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=mixed)
-
-    def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self._accelerator.no_sync(module)
-
-
-def processes_of(device: torch.device, precision: Precision = "float32") -> Processes:
-    """The processes that share this run, as they were launched.
+    Attributes:
+        rank: Number of this process, from 0.
+        count: Number of processes.
 
     Raises:
         InputError: Another precision.
     """
-    if precision not in ("float32", "bfloat16"):
-        raise InputError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or precision != "float32":
-        return LaunchedProcesses(device, precision)
-    return Processes()
 
+    def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
+        if precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
+        self._device, self._mixed = device, precision == "bfloat16"
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1:
+            from accelerate import PartialState
 
-class _Sum(torch.autograd.Function):
-    """Sum over the processes; each of them has a part in what the others make of it."""
+            PartialState(cpu=device.type == "cpu")  # the process group, once
 
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        whole = tensor.clone()
-        torch.distributed.all_reduce(whole)
-        return whole
+    def mine(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the part of a batch's samples that this process takes, in order of rank."""
+        return np.array_split(batch, self.count)[self.rank]
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        whole = gradient.clone()
-        torch.distributed.all_reduce(whole)
-        return whole
+    def gather(self, values: Any) -> list[Any]:
+        """Return what every process has, in order of rank."""
+        found: list[Any] = [values] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, values)
+        return found
 
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module whose gradients are averaged over the processes.
 
-class _SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the samples of all processes.
+        On GPUs batch normalisation takes its statistics over all processes; on a CPU, where PyTorch
+        has no such layer, over the samples of each process.
+        """
+        if self.count == 1:
+            return module
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        # CBC has layers that its forward pass does not use.
+        return nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[self._device.index] if on_gpu else None,
+            find_unused_parameters=True,
+        )
 
-    PyTorch's SyncBatchNorm is the same for GPUs alone.
-    """
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the forward pass runs in the precision of the run."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed)
 
-    processes: Processes
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        given = input.dtype
-        input = input.to(torch.promote_types(given, torch.float32))  # sums need it
-        axes = [axis for axis in range(input.dim()) if axis != 1]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        count = input.numel() / input.shape[1]
-        sums = torch.stack((input.sum(axes), input.new_full((input.shape[1],), count)))
-        total = self.processes.total(sums)
-        samples = total[1]
-        mean = total[0] / samples
-        centred = input - mean.view(shape)
-        variance = self.processes.total(centred.square().sum(axes)) / samples
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked += 1
-            rate = self.momentum
-            if rate is None:  # the mean of all batches
-                rate = 1 / float(self.num_batches_tracked)
-            self.running_mean.lerp_(mean.detach(), rate)
-            self.running_var.lerp_((variance * samples / (samples - 1)).detach(), rate)
-        scaled = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.weight is not None:
-            scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
-        return scaled.to(given)
-
-
-def _share_batch_norm(module: nn.Module, processes: Processes) -> None:
-    """Let every BatchNorm layer take its statistics over all processes, in place."""
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.__class__ = _SharedBatchNorm
-            layer.processes = processes  # type: ignore[assignment]
+    def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of a backward pass: gradients are exchanged in the last of a step."""
+        if last or not isinstance(module, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return module.no_sync()

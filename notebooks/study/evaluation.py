@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
-from study.devices import processes_of
+from study.devices import Processes
 from study.losses import Protocol, TaskKind
 
 COUNTS = ["tp", "fp", "fn"]
@@ -101,7 +101,7 @@ def evaluate(
     masks = torch.tensor(scenarios.masks, device=device)
     names = list(scenarios.names)
     columns = COUNTS if protocol == "strict" else SOFT
-    processes = processes_of(device)
+    processes = Processes(device)
     rows: list[pd.DataFrame] = []
     given = False
     training = model.training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 
 TaskKind = Literal["binary", "multilabel", "multiclass"]
 Protocol = Literal["strict", "paper"]
-Total = Callable[[Tensor], Tensor]
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, valid: Tensor, kind: TaskKind, total: Total = Tensor.clone
+    logits: Tensor, target: Tensor, valid: Tensor, kind: TaskKind
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy plus soft Jaccard loss, over the pixels that count.
 
@@ -28,7 +26,6 @@ def segmentation_loss(
         target: [B, C, H, W] float in {0, 1}; multi-class: [B, H, W] int64 class index.
         valid: [B, H, W] bool; pixels that are not valid have no influence whatever they hold.
         kind: Kind of the target.
-        total: Sums over the processes that share the batch.
 
     Returns:
         The loss (a scalar; 0 where no pixel is valid), and the cross-entropy per sample, [B],
@@ -43,13 +40,11 @@ def segmentation_loss(
         truth = torch.where(valid[:, None], target, 0.0)
         per_pixel = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(dim=1)
         probability = logits.sigmoid()
-    entropy, per_sample = _mean_over_valid(per_pixel, valid, total)
-    return entropy + soft_jaccard_loss(probability, truth, valid, total), per_sample
+    entropy, per_sample = _mean_over_valid(per_pixel, valid)
+    return entropy + soft_jaccard_loss(probability, truth, valid), per_sample
 
 
-def soft_jaccard_loss(
-    probability: Tensor, truth: Tensor, valid: Tensor, total: Total = Tensor.clone
-) -> Tensor:
+def soft_jaccard_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """One minus the Jaccard index of probabilities, pooled over the batch, averaged over classes.
 
     With sums over all valid pixels of the batch, (sum p y + 1) / (sum p + sum y - sum p y + 1). The
@@ -59,17 +54,14 @@ def soft_jaccard_loss(
         probability: [B, C, H, W], from 0 to 1.
         truth: The same shape, 0 or 1.
         valid: [B, H, W] bool.
-        total: Sums over the processes that share the batch.
     """
     weight = valid[:, None].to(probability.dtype)
-    shared = total((probability * truth * weight).sum(dim=(0, 2, 3)))
-    union = total(((probability + truth) * weight).sum(dim=(0, 2, 3))) - shared
+    shared = (probability * truth * weight).sum(dim=(0, 2, 3))
+    union = ((probability + truth) * weight).sum(dim=(0, 2, 3)) - shared
     return (1 - (shared + 1) / (union + 1)).mean()
 
 
-def paper_loss(
-    heads: Tensor, target: Tensor, valid: Tensor, total: Total = Tensor.clone
-) -> tuple[Tensor, Tensor]:
+def paper_loss(heads: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """The published loss: binary cross-entropy with logits of what is already a probability.
 
     The authors apply a sigmoid in the network and another one in the loss, and average over the
@@ -80,20 +72,19 @@ def paper_loss(
         heads: Logits of every head, [B, heads, C, H, W].
         target: [B, C, H, W] float in {0, 1}.
         valid: [B, H, W] bool.
-        total: Sums over the processes that share the batch.
 
     Returns:
         As `segmentation_loss`.
     """
     known = torch.where(valid[:, None], target, 0.0)[:, None].expand_as(heads)
     per_pixel = F.binary_cross_entropy_with_logits(heads.sigmoid(), known, reduction="none")
-    return _mean_over_valid(per_pixel.mean(dim=(1, 2)), valid, total)
+    return _mean_over_valid(per_pixel.mean(dim=(1, 2)), valid)
 
 
-def _mean_over_valid(per_pixel: Tensor, valid: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def _mean_over_valid(per_pixel: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of [B, H, W] over valid pixels: of the batch, and of every sample."""
     weight = valid.to(per_pixel.dtype)
     sums = (per_pixel * weight).sum(dim=(1, 2))
     counts = weight.sum(dim=(1, 2))
-    mean = total(sums.sum()) / total(counts.sum()).clamp(min=1)
+    mean = sums.sum() / counts.sum().clamp(min=1)
     return mean, (sums / counts).detach()

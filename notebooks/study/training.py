@@ -30,7 +30,7 @@ from lsgs_core.randomness import Stage, generator, uniform_numbers
 from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
-from study.devices import Processes, is_first_process, processes_of
+from study.devices import Processes, is_first_process
 from study.files import written_beside
 from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
@@ -85,7 +85,7 @@ def train(
     if settings.protocol == "paper" and dataset.task_kind == "multiclass":
         raise InputError("protocol: 'paper' is for binary and multi-label tasks")
     device = next(model.parameters()).device
-    processes = processes_of(device, settings.precision)
+    processes = Processes(device, settings.precision)
     _check_shares(len(dataset), settings, processes.count)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
@@ -325,15 +325,15 @@ class _Objective(nn.Module):
         device = next(self.model.parameters()).device
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
-        counted, total = batch.counted(available), self.processes.total
+        counted = batch.counted(available)
         with self.processes.autocast():
             if self.protocol == "paper":
                 heads = self.model.heads(batch.images, available)
             else:
                 logits = self.model(batch.images, available)
         if self.protocol == "paper":
-            return paper_loss(_summable(heads), batch.target, counted, total)
-        return segmentation_loss(_summable(logits), batch.target, counted, self.kind, total)
+            return paper_loss(_summable(heads), batch.target, counted)
+        return segmentation_loss(_summable(logits), batch.target, counted, self.kind)
 
 
 def _summable(logits: Tensor) -> Tensor:
