@@ -100,11 +100,12 @@ def in_processes(
         raise InputError(f"processes: expected 1 or more, found {processes}")
     if processes == 1:
         return function(*arguments)
-    if launcher is None:
-        from accelerate import notebook_launcher as launcher  # seconds, which one process is spared
+    from accelerate import notebook_launcher  # seconds, which a single process is spared
+
+    launch = launcher or notebook_launcher
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
-        launcher(_keep_result, (result, function, *arguments), num_processes=processes)
+        launch(_keep_result, (result, function, *arguments), num_processes=processes)
         return pickle.loads(result.read_bytes())  # written by our own process a moment ago
 
 
