@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 from study.data.manifest import load_manifest
+from study.freshness import fingerprint
 from study.reproduction import only
-from study.tiers import NOTEBOOKS, load_tier
+from study.tiers import NOTEBOOKS, load_tier, notebook_code
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
 )
 if "only" in config:
     tier = only(tier, config["only"])
-# Parameters are inputs of the rules: an edited one runs again just what depends on it.
+# What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder
 manifest = load_manifest(Path(workflow.basedir, "data_manifest.yaml"))
@@ -27,38 +28,33 @@ gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
 processes = int(config.get("processes", 1))  # of a run, one per GPU
 resources_of_a_run = {"gpu": gpus_of_a_run * processes, "mem_mb": 16000, "runtime": 240}
 
-# So is the code: an edit must not leave figures of the old code behind.
-SOURCES = sorted(
-    str(path)
-    for folder in ("lsgs_core", "notebooks/study")
-    for path in Path(workflow.basedir, folder).rglob("*.py")
-)
 START = "{dataset}-{backbone}-fold{fold}"
 POINT = START + "-seed{seed}"
 
 # The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
 PAPERMILL = (
     shlex.quote(sys.executable) + " -m papermill notebooks/{params.notebook}.ipynb {log}"
-    " -f {input.parameters} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
+    " -f {params.file} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
     " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
 )
-# Several processes share a run, without an executed copy. Not `accelerate launch`, which on a CPU
-# starts a single process and says nothing.
-LAUNCH = (
-    shlex.quote(sys.executable) + " -m torch.distributed.run --standalone"
-    f" --nproc_per_node {processes} -m study.launch"
-    " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log}.txt 2> {log}.stderr"
-    " || {{ cat {log}.stderr >&2; exit 1; }}"
-)
-RUN = PAPERMILL if processes == 1 else LAUNCH
 
 
-def inputs(stage, job):
-    """What every rule of a stage depends on besides its data."""
+def parameters(stage, job):
+    """Parameters of a rule, whose jobs run again when one of them is another.
+
+    They are what papermill injects, the cells of the notebook, and the code of the stage.
+    """
+
+    def file(wildcards):
+        return str(study.parameter_file(job.format(**dict(wildcards.items()))))
+
+    notebook = NOTEBOOKS[stage]
     return {
-        "parameters": str(study.parameter_file(job)),
-        "notebook": f"notebooks/{NOTEBOOKS[stage]}.ipynb",
-        "sources": SOURCES,
+        "notebook": notebook,
+        "cells": notebook_code(Path(workflow.basedir, "notebooks", f"{notebook}.ipynb")),
+        "code": fingerprint(stage),
+        "file": file,
+        "values": lambda wildcards: Path(file(wildcards)).read_text(),
     }
 
 
@@ -72,7 +68,7 @@ def committed_weights(wildcards):
 
 wildcard_constraints:
     dataset="[^/]+",
-    backbone="[a-z_]+",
+    backbone="[^/]+",
     fold="[0-9]+",
     seed="[0-9]+",
 
@@ -88,22 +84,19 @@ rule all:
 
 
 rule data:
-    input:
-        **inputs("data", NOTEBOOKS["data"] + "-{dataset}"),
-        manifest="data_manifest.yaml",
     output:
         study.prepared("{dataset}") / "patches.csv",
     log:
         study.executed_notebook(NOTEBOOKS["data"] + "-{dataset}"),
     params:
-        notebook=NOTEBOOKS["data"],
+        **parameters("data", NOTEBOOKS["data"] + "-{dataset}"),
+        definition=lambda wildcards: manifest.dataset(wildcards.dataset).model_dump_json(),
     shell:
         PAPERMILL
 
 
 rule pretraining:
     input:
-        **inputs("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
         patches=rules.data.output,
         committed=committed_weights,
     output:
@@ -112,29 +105,28 @@ rule pretraining:
     log:
         study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + START),
     params:
-        notebook=NOTEBOOKS["pretraining"],
+        **parameters("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
     threads: threads_of_a_run
     resources:
         **resources_of_a_run,
     shell:
-        RUN
+        PAPERMILL
 
 
 rule scoring:
     input:
-        **inputs("scoring", NOTEBOOKS["scoring"] + "-" + START),
         weights=rules.pretraining.output,
     output:
         study.scores("{dataset}", "{backbone}", "{fold}", pretraining_seed) / "probabilities.json",
     log:
         study.executed_notebook(NOTEBOOKS["scoring"] + "-" + START),
     params:
-        notebook=NOTEBOOKS["scoring"],
+        **parameters("scoring", NOTEBOOKS["scoring"] + "-" + START),
     threads: threads_of_a_run
     resources:
         **resources_of_a_run,
     shell:
-        RUN
+        PAPERMILL
 
 
 # All methods of a seed in one notebook: they share data and initial weights, and starting a kernel
@@ -142,31 +134,29 @@ rule scoring:
 # delete it before going on with a notebook that was killed; `finetune` knows what is done.
 rule finetuning:
     input:
-        **inputs("finetuning", NOTEBOOKS["finetuning"] + "-" + POINT),
         probabilities=rules.scoring.output,
     output:
         study.runs("{dataset}", "{backbone}", "{fold}", "{seed}") / "scores.csv",
     log:
         study.executed_notebook(NOTEBOOKS["finetuning"] + "-" + POINT),
     params:
-        notebook=NOTEBOOKS["finetuning"],
+        **parameters("finetuning", NOTEBOOKS["finetuning"] + "-" + POINT),
     threads: threads_of_a_run
     resources:
         **resources_of_a_run,
     shell:
-        RUN
+        PAPERMILL
 
 
 rule evaluation:
     input:
-        **inputs("evaluation", NOTEBOOKS["evaluation"]),
         scores=[study.runs(*point) / "scores.csv" for point in tier.grid.points()],
     output:
         study.evaluation / "summary.csv",
     log:
         study.executed_notebook(NOTEBOOKS["evaluation"]),
     params:
-        notebook=NOTEBOOKS["evaluation"],
+        **parameters("evaluation", NOTEBOOKS["evaluation"]),
     threads: threads_of_a_run
     shell:
         PAPERMILL

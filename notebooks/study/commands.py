@@ -62,8 +62,8 @@ def run(
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
     with _only_one(ROOT):
         _clear_up(tier)
-        # By date and parameters: a comment edited in the Snakefile is no reason to train again.
-        options = ["--rerun-triggers", "mtime"]
+        # By the dates of inputs and by parameters, of which the code's fingerprint is one.
+        options = ["--rerun-triggers", "mtime", "params"]
         if profile:
             options += ["--workflow-profile", profile]
         else:
@@ -112,7 +112,14 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
         _clear_up(single)
         [point] = single.grid.points()
         target = str(single.folder.runs(*point) / "scores.csv")
-        options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--rerun-incomplete"]
+        options = [
+            "--cores",
+            str(cores),
+            "--rerun-triggers",
+            "mtime",
+            "params",
+            "--rerun-incomplete",
+        ]
         if _snakemake(single, [*options, "--quiet", "rules", "host"], [f"only={run}"], [target]):
             print(f"did not finish; executed notebooks: {single.folder.root}/notebooks")
             return 1
@@ -142,7 +149,14 @@ def make_networks(tier: Tier, cores: int) -> int:
     with _only_one(ROOT):
         _clear_up(tier)
         targets = [str(folder / "weights.safetensors") for folder in starts.values()]
-        options = ["--cores", str(cores), "--rerun-triggers", "mtime", "--rerun-incomplete"]
+        options = [
+            "--cores",
+            str(cores),
+            "--rerun-triggers",
+            "mtime",
+            "params",
+            "--rerun-incomplete",
+        ]
         if status := _snakemake(tier, [*options, "--quiet", "rules", "host"], (), targets):
             return status
     listed = {network.weights: network.sha256 for network in load_manifest(MANIFEST).networks}

@@ -22,7 +22,7 @@ from study.devices import seed_weights
 from study.evaluation import evaluate, validation_scores
 from study.model_card import CARD, save_model_card
 from study.settings import TrainingSettings
-from study.sources import source_sha256
+from study.freshness import fingerprint
 from study.training import discard_state, train
 
 
@@ -115,7 +115,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         "settings": asdict(settings),
         "lora_rank": start.lora_rank if method.low_rank else 0,
     }
-    record = Record(how, {**start.inputs, "code": source_sha256(__name__)}, device)
+    record = Record(how, {**start.inputs, "code": fingerprint("finetuning")}, device)
     paths = [folder / "history.csv", folder / "records.csv"]
     if keep_weights:
         paths += [folder / "weights.safetensors", folder / CARD]

@@ -278,6 +278,16 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     return tier
 
 
+def notebook_code(path: Path) -> list[str]:
+    """The source of a notebook's code cells but for its `parameters` cell."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [
+        "".join(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+    ]
+
+
 def notebook_parameters(path: Path) -> dict[str, Any]:
     """Names and default values in a notebook's `parameters` cell.
 

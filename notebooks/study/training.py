@@ -34,7 +34,7 @@ from study.devices import Processes, is_first_process
 from study.files import written_beside
 from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
-from study.sources import source_sha256
+from study.freshness import fingerprint
 
 Validation = Callable[[Backbone], Mapping[str, float]]
 STATE = "training_state.pt"
@@ -89,7 +89,7 @@ def train(
     _check_shares(len(dataset), settings, processes.count)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
-    whole |= {"stream": stream, "stage": stage, "code": source_sha256(__name__)}
+    whole |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
     run = _Run(
         model, dataset, scenarios, sampler, settings, seed, stream, stage,

@@ -1,6 +1,11 @@
-"""One fingerprint of the code that can have had a part in a result.
+"""The one rule of freshness: an output is kept while parameters, inputs and code are the same.
 
-What a module imports, directly or not, counts; comments, docstrings and layout do not.
+Notebooks ask `artifacts.is_made` with the parameters, the hashes of the inputs and the fingerprint
+of their stage's code, before they compute anything that takes long. Snakemake is given the same
+fingerprint as a parameter of each rule, so that it starts a notebook again for the same reasons.
+
+The code of a stage are the modules below with all that they import from this project, directly or
+not. Comments, docstrings and layout do not count, and neither does what only draws.
 """
 
 from __future__ import annotations
@@ -12,6 +17,19 @@ from pathlib import Path
 
 import lsgs_core
 
+# What computes the results of a stage; its notebook imports more, such as figures.
+STAGES = {
+    "data": ("study.data.rasters", "study.data.patches"),
+    "pretraining": ("study.training", "study.pretraining", "study.evaluation"),
+    "scoring": ("lsgs_core.distortion", "lsgs_core.probabilities", "study.pretraining"),
+    "finetuning": ("study.finetuning",),
+    "evaluation": (
+        "study.evaluation",
+        "study.statistics",
+        "study.agreement",
+        "study.figures.study",
+    ),
+}
 PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__).parent}
 
 
@@ -43,10 +61,16 @@ def imported(module: str) -> frozenset[str]:
     return frozenset(found - set(PACKAGES))
 
 
-def source_sha256(module: str) -> str:
-    """SHA-256 over the code of a module and of all that it imports from this project."""
+@lru_cache
+def fingerprint(stage: str) -> str:
+    """SHA-256 over the code that decides the results of a stage.
+
+    Args:
+        stage: One of `STAGES`.
+    """
     digest = hashlib.sha256()
-    for name in sorted(imported(module)):
+    modules = frozenset[str]().union(*map(imported, STAGES[stage]))
+    for name in sorted(modules):
         tree = ast.parse(_path(name).read_text(encoding="utf-8"))
         digest.update(name.encode() + b"\0" + _without_docstrings(tree).encode() + b"\0")
     return digest.hexdigest()
