@@ -8,7 +8,7 @@ from pathlib import Path
 from study.data.manifest import load_manifest
 from study.freshness import fingerprint
 from study.reproduction import only
-from study.tiers import NOTEBOOKS, load_tier, notebook_code
+from study.tiers import NOTEBOOKS, load_tier, notebook_sha256
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
@@ -51,7 +51,7 @@ def parameters(stage, job):
     notebook = NOTEBOOKS[stage]
     return {
         "notebook": notebook,
-        "cells": notebook_code(Path(workflow.basedir, "notebooks", f"{notebook}.ipynb")),
+        "cells": notebook_sha256(Path(workflow.basedir, "notebooks", f"{notebook}.ipynb")),
         "code": fingerprint(stage),
         "file": file,
         "values": lambda wildcards: Path(file(wildcards)).read_text(),

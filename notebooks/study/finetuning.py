@@ -20,9 +20,9 @@ from study.artifacts import Record, is_made, load_table, save_table, save_weight
 from study.data.patches import PatchDataset
 from study.devices import seed_weights
 from study.evaluation import evaluate, validation_scores
+from study.freshness import fingerprint
 from study.model_card import CARD, save_model_card
 from study.settings import TrainingSettings
-from study.freshness import fingerprint
 from study.training import discard_state, train
 
 

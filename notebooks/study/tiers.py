@@ -11,6 +11,7 @@ parameter that a notebook does not have.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -278,14 +279,15 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     return tier
 
 
-def notebook_code(path: Path) -> list[str]:
-    """The source of a notebook's code cells but for its `parameters` cell."""
+def notebook_sha256(path: Path) -> str:
+    """SHA-256 over a notebook's code cells but for its `parameters` cell."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [
-        "".join(cell["source"])
+    code = [
+        cell["source"]
         for cell in cells
         if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
     ]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:

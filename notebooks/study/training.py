@@ -32,9 +32,9 @@ from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
 from study.files import written_beside
+from study.freshness import fingerprint
 from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
-from study.freshness import fingerprint
 
 Validation = Callable[[Backbone], Mapping[str, float]]
 STATE = "training_state.pt"
