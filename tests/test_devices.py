@@ -17,13 +17,16 @@ from test_training import SETTINGS, run, small
 from lsgs_core import InputError
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+# Standalone: a free port of its own, where a fixed one may be taken.
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def launch(out: Path, port: int = 0, accumulation: int = 1, precision: str = "float32") -> Path:
-    """Train, score and evaluate in one process, or in two that meet at a port."""
+def launch(
+    out: Path, processes: int = 1, accumulation: int = 1, precision: str = "float32"
+) -> Path:
+    """Train, score and evaluate in one process, or in two."""
     out.mkdir()
-    start = [*TWO, str(port)] if port else []
+    start = TWO if processes == 2 else []
     subprocess.run(
         [sys.executable, *start, SCRIPT, out, str(accumulation), precision],
         check=True,
@@ -42,7 +45,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two") / "run", port=29641)
+    return launch(tmp_path_factory.mktemp("two") / "run", processes=2)
 
 
 def load(folder: Path, name: str):
@@ -73,15 +76,15 @@ def test_two_processes_score_and_evaluate_as_one(one, two):
 
 
 def test_accumulation_in_two_processes_runs(tmp_path):
-    history = pd.read_csv(launch(tmp_path / "run", port=29642, accumulation=2) / "history.csv")
+    history = pd.read_csv(launch(tmp_path / "run", processes=2, accumulation=2) / "history.csv")
     np.testing.assert_allclose(history.filter(like="drawn:").sum(axis=1), 1)
     assert history["loss"].iloc[1] < history["loss"].iloc[0]
 
 
-@pytest.mark.parametrize("port", [0, 29643])
-def test_bfloat16_trains(tmp_path, port):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bfloat16_trains(tmp_path, processes):
     """And evaluates in float32, in one process or two."""
-    folder = launch(tmp_path / "run", port=port, precision="bfloat16")
+    folder = launch(tmp_path / "run", processes=processes, precision="bfloat16")
     history = pd.read_csv(folder / "history.csv")
     assert history["loss"].iloc[1] < history["loss"].iloc[0]
     assert load(folder, "weights.pt")["decoder.head.bias"].dtype == torch.float32

@@ -26,7 +26,7 @@ METRIC_TITLES = {
     "worst_iou": "worst scenario",
     "mean_iou": "mean over scenarios",
     "full_iou": "all modalities",
-    "expected_iou": "expected",
+    "expected_iou": "expected in deployment",
 }
 
 

@@ -96,7 +96,7 @@ def load_pretrained(
         return Pretrained(path, "the authors' checkpoint", {}, None)
     trained_with = check(path)["parameters"].get("trained_with", {})
     history = path.with_name("history.csv")
-    seen = load_table(history) if history.is_file() else None
+    seen = load_table(history) if sidecar_path(history).is_file() else None
     return Pretrained(path, origin, trained_with, seen)
 
 

@@ -16,13 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
 from study.figures import PALETTE, method_colour, method_title
-
-METRIC_TITLES = {
-    "worst_iou": "worst scenario",
-    "mean_iou": "mean over scenarios",
-    "expected_iou": "expected in deployment",
-    "full_iou": "all modalities",
-}
+from study.pages import METRIC_TITLES
 
 MARKERS = "osD^vP*Xh"
 
