@@ -85,9 +85,9 @@ def score_scenarios(
             distortion is against the full scenario.
         scenarios: Which scenarios, for the modalities in the model's order.
         device: Where to compute; None: where the model's parameters are.
-        until: Asked after every batch, with d_k(x) and the blocks of the patches so far, whether
-            that is enough (`known_to`); None: all batches. The order of the patches must be random
-            then.
+        until: Stopping rule such as `diagnostics.stop_when_precise`, called after every batch with
+            d_k(x) and the blocks of the patches so far, which must come in random order. None:
+            score all batches.
         progress: Show a progress bar over the batches.
 
     Returns:

@@ -21,7 +21,12 @@ import lsgs_core
 STAGES = {
     "data": ("study.data.rasters", "study.data.patches"),
     "pretraining": ("study.training", "study.pretraining", "study.evaluation"),
-    "scoring": ("lsgs_core.distortion", "lsgs_core.probabilities", "study.pretraining"),
+    "scoring": (
+        "lsgs_core.distortion",
+        "lsgs_core.probabilities",
+        "lsgs_core.diagnostics",
+        "study.pretraining",
+    ),
     "finetuning": ("study.finetuning",),
     "evaluation": (
         "study.evaluation",
