@@ -101,7 +101,7 @@ def test_seeds_that_only_some_methods_have_are_not_compared():
     fewer = records[(records["method"] != "lsgs") | (records["seed"] < 3)]
     found = contrast(fewer, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=50)
     assert found["replicates"] == 3
-    with pytest.raises(InputError, match="no seed"):
+    with pytest.raises(InputError, match="a seed with all methods"):
         contrast(fewer, SCENARIOS, "lsgs", ["absent"], "mean_iou", resamples=50)
     one = records[records["seed"] == 0]
     with pytest.raises(InputError, match="at least 2 replicates"):
