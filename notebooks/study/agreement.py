@@ -108,7 +108,7 @@ def why_not_compared(tier: Tier, reference: Path) -> str:
 def compared_with_committed(
     summary: pd.DataFrame, by_scenario: pd.DataFrame, tier: Tier | None, work: Path, reference: str
 ) -> tuple[pd.DataFrame, str]:
-    """Compare a run with committed results, and say in a sentence what the comparison gave.
+    """Compare a run with committed results of the same settings and other seeds.
 
     Args:
         summary: Table of `evaluation.summary` per dataset, backbone, method and seed.
@@ -118,32 +118,19 @@ def compared_with_committed(
         reference: Folder of the published tier; "" for none.
 
     Returns:
-        The table of `compare_with_committed`, empty if nothing can be compared, and the sentence,
-        which then gives the reason.
-    """
-    if not reference or tier is None:
-        return pd.DataFrame(), f"{NOT_COMPARED}: {'no reference' if tier else 'no tier'} is named"
-    if reason := why_not_compared(tier, Path(reference)):
-        return pd.DataFrame(), f"{NOT_COMPARED}: {reason}"
-    table = compare_with_committed(summary, by_scenario, tier, work, Path(reference))
-    return table, agreement_sentence(table)
-
-
-def compare_with_committed(
-    summary: pd.DataFrame, by_scenario: pd.DataFrame, tier: Tier, work: Path, reference: Path
-) -> pd.DataFrame:
-    """Compare a run with committed results of the same settings and other seeds.
-
-    The arguments are those of `compared_with_committed`.
-
-    Returns:
-        One row per comparison that both sides allow: part ("distortion", "probabilities",
+        A table and a sentence that says what the comparison gave, or why the table is empty. The
+        table has one row per comparison that both sides allow: part ("distortion", "probabilities",
         "pretrained IoU", "fine-tuned"), dataset, backbone, method, metric, here, low, high and
         agrees. In the first three parts, `here` is the largest difference and `high` what rounding
         allows. For a fine-tuned metric, low and high are the ends of a prediction interval for one
         more seed (normal, from the committed seeds, on the same blocks); the intervals hold for all
         rows together with a probability of `CONFIDENCE` (Bonferroni).
     """
+    if not reference or tier is None:
+        return pd.DataFrame(), f"{NOT_COMPARED}: {'no reference' if tier else 'no tier'} is named"
+    if reason := why_not_compared(tier, Path(reference)):
+        return pd.DataFrame(), f"{NOT_COMPARED}: {reason}"
+    committed = Path(reference)
     keys = ["dataset", "backbone"]
     rows: list[dict[str, Any]] = []
 
@@ -156,25 +143,26 @@ def compare_with_committed(
     for dataset, backbone, fold in tier.grid.starts():
         path = Path("scores", dataset, backbone, f"fold{fold}", f"seed{tier.pretraining_seed}")
         path /= "probabilities.json"
-        if not (reference / path).is_file():
+        if not (committed / path).is_file():
             continue
         try:
-            d, p = scoring_difference(work / path, reference / path)
+            d, p = scoring_difference(work / path, committed / path)
         except InputError:  # the settings of the tiers are equal, so the data differ
             d = p = np.inf
         add("distortion", "D", (dataset, backbone), d, DISTORTION)
         add("probabilities", "p", (dataset, backbone), p, PROBABILITY)
-    tables = [by_scenario, pd.read_csv(reference / "evaluation" / "iou_per_scenario.csv")]
-    here, committed = (table[table["method"] == "pretrained"] for table in tables)
-    both = here.merge(committed, on=[*keys, "scenario"])
+    tables = [by_scenario, pd.read_csv(committed / "evaluation" / "iou_per_scenario.csv")]
+    pretrained = [table[table["method"] == "pretrained"] for table in tables]
+    both = pretrained[0].merge(pretrained[1], on=[*keys, "scenario"])
     both["difference"] = (both["iou_x"] - both["iou_y"]).abs()
     for place, part in both.groupby(keys):
         add("pretrained IoU", "IoU of every scenario", place, part["difference"].max(), IOU)
-    fine_tuned = _fine_tuned(summary, pd.read_csv(reference / "evaluation" / "summary.csv"))
+    fine_tuned = _fine_tuned(summary, pd.read_csv(committed / "evaluation" / "summary.csv"))
     columns = ["part", *keys, "method", "metric", "here", "low", "high"]
     tables = [pd.DataFrame(rows, columns=columns), fine_tuned[columns]]
     table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
-    return table.assign(agrees=table["here"].between(table["low"], table["high"]))
+    table = table.assign(agrees=table["here"].between(table["low"], table["high"]))
+    return table, _sentence(table)
 
 
 def _scoring(path: Path) -> dict[str, Any]:
@@ -206,8 +194,8 @@ def _fine_tuned(summary: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
     return table.assign(part="fine-tuned", low=table["mean"] - reach, high=table["mean"] + reach)
 
 
-def agreement_sentence(table: pd.DataFrame) -> str:
-    """Say in a sentence what `compare_with_committed` gave."""
+def _sentence(table: pd.DataFrame) -> str:
+    """Say in a sentence what the comparison gave."""
     if table.empty:
         return f"{NOT_COMPARED}: they have no run of these data sets and backbones"
     clauses = []

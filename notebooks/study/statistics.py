@@ -11,7 +11,7 @@ arms, and the difference between the arms is the noise floor.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,6 @@ from lsgs_core.scenarios import ScenarioSet
 from study.evaluation import COUNTS, expected
 
 Array = NDArray[np.float64]
-# The columns that name a contrast, the method, and its reference methods.
-Named = tuple[dict[str, str], str, list[str]]
 # Names of the metrics, and their titles in figures and tables.
 METRICS = {
     "worst_iou": "worst scenario",
@@ -229,8 +227,11 @@ def differences(
     metrics: Iterable[str] = METRICS,
     prior: Array | None = None,
     resamples: int = 2000,
+    contrasts: str | None = None,
 ) -> pd.DataFrame:
-    """Compute the difference of every method to uniform, per data set and backbone.
+    """Compute differences between methods, per data set, backbone and metric.
+
+    A difference of methods that share fewer than two replicates is left out.
 
     Args:
         records: The columns dataset, backbone, seed, fold, method, block, scenario, class, tp, fp
@@ -239,77 +240,26 @@ def differences(
         metrics: Some of `METRICS`.
         prior: As in `contrast`.
         resamples: Number of bootstrap resamples.
+        contrasts: Pairs of methods that were fixed beforehand, such as "lsgs-uniform, lora-lsgs";
+            uniform is the mean of its arms. None compares every method with uniform.
 
     Returns:
-        The columns dataset, backbone, metric, method, reference, those of `contrast`, and p_holm,
-        corrected over the methods of a data set, backbone and metric, except the second uniform
-        arm, whose row is the noise floor. A method that shares fewer than two replicates with its
-        reference is left out.
-    """
-
-    def wanted(present: list[str]) -> Iterator[Named]:
-        arms = [name for name in UNIFORM_ARMS if name in present]
-        for name in present:
-            reference = [arm for arm in arms[:1] if arm != name] if name in arms else arms
-            yield {"method": name, "reference": "+".join(reference)}, name, reference
-
-    return _contrasts(records, scenarios, wanted, metrics, prior, resamples)
-
-
-def planned(
-    records: pd.DataFrame,
-    scenarios: ScenarioSet,
-    contrasts: str,
-    metrics: Iterable[str],
-    prior: Array | None = None,
-    resamples: int = 2000,
-) -> pd.DataFrame:
-    """Compute the contrasts that were fixed beforehand, per data set and backbone.
-
-    The other arguments are those of `differences`.
-
-    Args:
-        contrasts: Such as "lsgs-uniform, lsgs-cardinality"; uniform is the mean of its arms.
-
-    Returns:
-        The columns dataset, backbone, metric, contrast, those of `contrast`, and p_holm, corrected
-        over the contrasts of a data set, backbone and metric.
+        The columns dataset, backbone, metric, contrast (or, without contrasts, method and
+        reference), those of the function `contrast`, and p_holm, corrected over the rows of a data
+        set, backbone and metric, except the second uniform arm, whose row is the noise floor.
 
     Raises:
         InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
-    pairs = [tuple(part.strip().split("-")) for part in contrasts.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
-    methods = {*METHODS, *records["method"]}
-    if unknown := sorted({name for pair in pairs for name in pair} - methods):
-        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(methods)}")
-
-    def wanted(present: list[str]) -> Iterator[Named]:
-        arms = [name for name in UNIFORM_ARMS if name in present]
-        for method, other in pairs:
-            reference = arms if other == "uniform" else [other]
-            yield {"contrast": f"{method} - {other}"}, method, reference
-
-    return _contrasts(records, scenarios, wanted, metrics, prior, resamples)
-
-
-def _contrasts(
-    records: pd.DataFrame,
-    scenarios: ScenarioSet,
-    wanted: Callable[[list[str]], Iterator[Named]],
-    metrics: Iterable[str],
-    prior: Array | None,
-    resamples: int,
-) -> pd.DataFrame:
-    """Compute the contrasts wanted of the methods present, where they share at least two seeds."""
+    pairs = None if contrasts is None else _pairs(contrasts, {*METHODS, *records["method"]})
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
         seeds = part.groupby("method", sort=False)["seed"].agg(set)
+        compared = list(_compared(list(seeds.index), pairs))
         for metric in metrics:
             keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
             table: list[dict[str, Any]] = []
-            for names, method, reference in wanted(list(seeds.index)):
+            for names, method, reference in compared:
                 shared = set.intersection(*(seeds.get(m, set()) for m in [method, *reference]))
                 if reference and len(shared) >= 2:
                     row = contrast(part, scenarios, method, reference, metric, prior, resamples)
@@ -319,6 +269,34 @@ def _contrasts(
                 row["p_holm"] = p
             rows += table
     return pd.DataFrame(rows)
+
+
+def _pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
+    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs"."""
+    pairs = []
+    for part in contrasts.split(","):
+        first, hyphen, second = part.strip().partition("-")
+        if not hyphen or "-" in second:
+            raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
+        pairs.append((first, second))
+    if unknown := sorted({name for pair in pairs for name in pair} - methods):
+        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(methods)}")
+    return pairs
+
+
+def _compared(
+    present: list[str], pairs: list[tuple[str, str]] | None
+) -> Iterator[tuple[dict[str, str], str, list[str]]]:
+    """Yield the columns that name a difference, its method, and its reference methods."""
+    arms = [name for name in UNIFORM_ARMS if name in present]
+    if pairs is not None:
+        for method, other in pairs:
+            names = {"contrast": f"{method} - {other}"}
+            yield names, method, arms if other == "uniform" else [other]
+        return
+    for method in present:
+        reference = [arm for arm in arms[:1] if arm != method] if method in arms else arms
+        yield {"method": method, "reference": "+".join(reference)}, method, reference
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
