@@ -21,8 +21,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
-		$(if $(PROCESSES),--processes $(PROCESSES))
+	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed
