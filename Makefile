@@ -72,12 +72,12 @@ outputs: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-count --extra-keys "metadata.language_info.version metadata.language_info" notebooks/*.ipynb
 
-# Resolve requirements.in anew. CUDA builds and local versions are the installer's choice, not ours.
+# Resolve the extras of pyproject.toml anew. CUDA builds and local versions are the installer's choice.
 lock:
 	rm -rf work/lock && $(PYTHON) -m venv work/lock
-	work/lock/bin/python -m pip install --quiet -r requirements.in
+	work/lock/bin/python -m pip install --quiet '.[study,dev]'
 	work/lock/bin/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' \
-		| grep -viE '^(nvidia-|cuda-|triton)' > requirements.lock
+		| grep -viE '^(lsgs-core|nvidia-|cuda-|triton)' > requirements.lock
 
 clean:
 	rm -rf work
