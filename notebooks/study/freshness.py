@@ -12,22 +12,27 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import lsgs_core
 
+NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation"]
+# A network and its patches, as `study.run` opens them.
+NETWORK = ("lsgs_core.models.cpu", "study.checkpoints", "study.data.patches")
 # What computes the results of a stage; its notebook imports more, such as figures.
-STAGES = {
+STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.rasters", "study.data.patches"),
-    "pretraining": ("study.training", "study.pretraining", "study.evaluation"),
+    "pretraining": ("study.pretraining", *NETWORK),
     "scoring": (
-        "lsgs_core.distortion",
+        "study.scoring",
         "lsgs_core.probabilities",
         "lsgs_core.diagnostics",
-        "study.pretraining",
+        *NETWORK,
     ),
-    "finetuning": ("study.finetuning",),
+    "finetuning": ("study.finetuning", *NETWORK),
     "evaluation": (
         "study.evaluation",
         "study.statistics",
@@ -56,7 +61,7 @@ def imported(module: str) -> frozenset[str]:
             continue
         # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
-        for node in ast.walk(ast.parse(_path(name).read_text(encoding="utf-8"))):
+        for node in _without_imports_of_types(_parsed(name)):
             if not isinstance(node, ast.ImportFrom):
                 continue
             source = node.module or ""
@@ -67,7 +72,7 @@ def imported(module: str) -> frozenset[str]:
 
 
 @lru_cache
-def fingerprint(stage: str) -> str:
+def fingerprint(stage: NotebookStage) -> str:
     """SHA-256 over the code that decides the results of a stage.
 
     Args:
@@ -76,13 +81,21 @@ def fingerprint(stage: str) -> str:
     digest = hashlib.sha256()
     modules = frozenset[str]().union(*map(imported, STAGES[stage]))
     for name in sorted(modules):
-        tree = ast.parse(_path(name).read_text(encoding="utf-8"))
-        digest.update(name.encode() + b"\0" + _without_docstrings(tree).encode() + b"\0")
+        digest.update(name.encode() + b"\0" + _without_docstrings(name).encode() + b"\0")
     return digest.hexdigest()
 
 
-def _without_docstrings(tree: ast.Module) -> str:
+def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node of a module but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from ast.walk(node)
+
+
+@lru_cache
+def _without_docstrings(module: str) -> str:
     """The code as Python would write it, without docstrings and comments."""
+    tree = _parsed(module)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             first = node.body[0] if node.body else None
@@ -93,6 +106,10 @@ def _without_docstrings(tree: ast.Module) -> str:
             ):
                 node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def _parsed(module: str) -> ast.Module:
+    return ast.parse(_path(module).read_text(encoding="utf-8"))
 
 
 def _path(module: str) -> Path:
