@@ -1,7 +1,7 @@
-"""The published JSON of a scoring: written with its field names, so that it can replace theirs.
+"""The JSON file of a scoring, with the published field names, written and read.
 
-The authors' trainer reads `final_probs` alone, in the order of the scenarios; a file of theirs can
-be given to our fine-tuning in the same way.
+The authors' trainer reads `final_probs` alone, in the order of the scenarios, so that our files can
+replace theirs and theirs can be used by our fine-tuning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
 from lsgs_core.scenarios import ScenarioSet
 
-# Published names of what a scoring was made with, and of what it found.
+# Our names of the settings and their published names.
 SETTINGS = {
     "direction": "alpha",
     "inverse_temperature": "tau",
@@ -28,9 +28,8 @@ SETTINGS = {
     "ridge": "lambda",
     "lengthscale": "rbf_sigma",
 }
-# Beyond the published ones, for the other samplers of this study.
-OWN_SETTINGS = ("smooth", "lengthscale")
-ARRAYS = ("D_sh", "latent_shift", "prior")
+# Fields that a method may need, and their names in `Evidence`.
+ARRAYS = {"D_sh": "distortion", "latent_shift": "latent_shift", "prior": "prior"}
 
 
 def published_scoring(
@@ -43,21 +42,19 @@ def published_scoring(
     output: str,
     meta_info: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put a scoring into the published fields.
+    """Return a scoring as a dictionary for JSON, with the published field names.
 
     Args:
         scores: Distortions.
-        result: What was made of them.
-        descriptor: What the kernel compared, see `scenario_descriptors`.
-        settings: direction, inverse_temperature, mixing and ridge, as they were used; also smooth
-            and lengthscale (a number or "median"), where other than the defaults may be.
+        result: Probabilities from these distortions.
+        descriptor: What the kernel compared; see `scenario_descriptors`.
+        settings: direction, inverse_temperature, mixing and ridge of the result; also smooth, and
+            lengthscale (a number or "median"), where they can differ from the defaults.
         model_type: Name of the backbone.
-        checkpoint: Path of the weights, as it is to be recorded.
-        output: Path of the JSON itself, as it is to be recorded.
-        meta_info: foldNo (counted from 1), inputType, num_training_samples and so on.
-
-    Returns:
-        A dictionary for JSON.
+        checkpoint: Path of the weights, as it should be recorded.
+        output: Path of the JSON file itself, as it should be recorded.
+        meta_info: Further values, such as foldNo (counted from 1), inputType and
+            num_training_samples.
     """
     scenarios = scores.scenarios
     features = scenario_descriptors(
@@ -83,24 +80,25 @@ def published_scoring(
         "normalized_kernel_scores": result.standardised.tolist(),
         "softmax_probs": result.softmax.tolist(),
         "final_probs": result.probabilities.tolist(),
-        # Beyond the published fields, for the other samplers of this study.
+        # Fields of this study, for its other samplers.
         "latent_shift": scores.latent_shift.tolist(),
         "prior": result.prior.tolist(),
         "descriptor": descriptor,
-        **{name: settings[name] for name in OWN_SETTINGS if name in settings},
+        **{name: settings[name] for name in ("smooth", "lengthscale") if name in settings},
     }
 
 
 def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
-    """Read a scoring, ours or the authors', for the methods that build on it.
+    """Read our or the authors' scoring file for the methods that build on it.
 
     Args:
-        path: A JSON file with `final_probs` and, where they are there, the fields of
-            `published_scoring`. What a file lacks is None, and methods that need it say so.
-        scenarios: Over which it must be, in this order; None takes those that the file names.
+        path: JSON file with `final_probs`, and with other fields of `published_scoring` where a
+            method needs them.
+        scenarios: Scenarios that the file must have, in this order; None takes those of the file.
 
     Raises:
-        InputError: Not such a file, not a distribution, or over other scenarios.
+        InputError: The file is no scoring, its probabilities are no distribution, or it has other
+            scenarios.
     """
     try:
         content = json.loads(path.read_text())
@@ -108,16 +106,18 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
         if scenarios is None:
             scenarios = ScenarioSet.of([n for n in content["scenario_names"] if "+" not in n])
         masks = np.asarray(content.get("mask_array", scenarios.masks.astype(int)))
-        given = {
-            name: np.asarray(content[name], dtype=np.float64) for name in ARRAYS if name in content
+        arrays: dict[str, Any] = {
+            ours: np.asarray(content[field], dtype=np.float64)
+            for field, ours in ARRAYS.items()
+            if field in content
         }
         descriptor = str(content.get("descriptor", "distortion"))
         settings: dict[str, Any] = {
-            name: float(content[key]) for name, key in SETTINGS.items() if key in content
+            ours: float(content[field]) for ours, field in SETTINGS.items() if field in content
         }
         if "smooth" in content:
             settings["smooth"] = bool(content["smooth"])
-        if content.get("lengthscale") == "median":  # asked for again where D is measured again
+        if content.get("lengthscale") == "median":  # used where D is measured again
             settings["lengthscale"] = "median"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
@@ -129,15 +129,8 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
         raise InputError(f"{path}: final_probs: {error}") from error
     if not np.array_equal(masks, scenarios.masks.astype(int)):
         raise InputError(f"{path}: mask_array: expected the scenarios {list(scenarios.names)}")
-    for name, values in given.items():
+    for field, ours in ARRAYS.items():
+        values = arrays.get(ours, final)
         if values.shape[:1] != final.shape or not np.isfinite(values).all():
-            raise InputError(f"{path}: {name}: expected finite numbers for every scenario")
-    return Evidence(
-        scenarios,
-        probabilities,
-        distortion=given.get("D_sh"),
-        latent_shift=given.get("latent_shift"),
-        prior=given.get("prior"),
-        settings=settings,
-        descriptor=descriptor,
-    )
+            raise InputError(f"{path}: {field}: expected finite numbers for every scenario")
+    return Evidence(scenarios, probabilities, settings=settings, descriptor=descriptor, **arrays)

@@ -1,4 +1,4 @@
-"""Scoring of a network that is not ours: its latent is the output of a module, read by a hook."""
+"""Scoring of any network: its latent is the output of one of its modules, read by a hook."""
 
 from __future__ import annotations
 
@@ -10,31 +10,22 @@ from torch import Tensor, nn
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import zero_absent
 
-Call = Callable[[nn.Module, list[Tensor]], Any]
 
-
-class _Read(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Carries the latent out of a forward pass, whose rest is not needed."""
-
-    def __init__(self, latent: Tensor) -> None:
-        self.latent = latent
-
-
-def _as_list(model: nn.Module, images: list[Tensor]) -> Any:
-    return model(images)
+class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass at the latent
+    """Carries the latent out of a forward pass."""
 
 
 class HookedModel(nn.Module):
-    """Gives any network the method `latent`, which is all that scoring asks for.
+    """Adds to any network the method `latent`, the only one that scoring needs.
 
-    Absent modalities are set to zero before the network sees them. The forward pass ends at the
-    hooked module, so a decoder after it costs nothing.
+    Absent modalities are set to zero before the network receives them. The forward pass ends at the
+    hooked module, so that a decoder after it costs nothing.
 
     Args:
         model: Any network.
         module: Name of the module whose output is the latent, as in `model.named_modules()`.
-        call: How the network is called with a list of M tensors [B, D_m, H, W]; by default
-            `model(images)`.
+        call: Function that calls the network with a list of M tensors [B, D_m, H, W]; the default
+            is `model(images)`.
 
     Raises:
         InputError: The network has no such module.
@@ -48,16 +39,20 @@ class HookedModel(nn.Module):
         torch.Size([2, 8, 6, 6])
     """
 
-    def __init__(self, model: nn.Module, module: str, call: Call = _as_list) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        module: str,
+        call: Callable[[nn.Module, list[Tensor]], Any] = lambda model, images: model(images),
+    ) -> None:
         super().__init__()
-        self.model, self.call = model, call
-        known = dict(model.named_modules())
-        if module not in known:
-            raise InputError(f"module: {module!r} is unknown; the model has {list(known)[1:20]}")
-        self._hooked = module
+        self.model, self.call, self._module = model, call, module
+        names = [name for name, _ in model.named_modules()]
+        if module not in names:
+            raise InputError(f"module: expected one of {names[1:20]}, found {module!r}")
 
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
-        """The output of the hooked module, [B, C, ...], with absent modalities set to zero.
+        """Return the output of the hooked module, [B, C, ...], with absent modalities at zero.
 
         Args:
             images: M tensors [B, D_m, H, W].
@@ -69,20 +64,22 @@ class HookedModel(nn.Module):
 
         def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
-                raise InputError(f"module: {self._hooked!r} gives a {type(output).__name__}")
-            raise _Read(output)
+                raise InputError(
+                    f"module: expected {self._module!r} to return a tensor, found "
+                    f"{type(output).__name__}"
+                )
+            raise _Reached(output)
 
-        seen = [zero_absent(i, a) for i, a in zip(images, available.unbind(dim=1), strict=True)]
-        handle = self.model.get_submodule(self._hooked).register_forward_hook(read)
+        handle = self.model.get_submodule(self._module).register_forward_hook(read)
         try:
-            self.call(self.model, seen)
-        except _Read as found:
-            return found.latent
+            self(images, available)
+        except _Reached as reached:
+            return reached.args[0]
         finally:
             handle.remove()
-        raise InputError(f"module: the forward pass does not reach {self._hooked!r}")
+        raise InputError(f"module: the forward pass does not reach {self._module!r}")
 
     def forward(self, images: Sequence[Tensor], available: Tensor) -> Any:
-        """What the network makes of the modalities that are there."""
-        seen = [zero_absent(i, a) for i, a in zip(images, available.unbind(dim=1), strict=True)]
-        return self.call(self.model, seen)
+        """Return the network's output for the available modalities."""
+        pairs = zip(images, available.unbind(dim=1), strict=True)
+        return self.call(self.model, [zero_absent(*pair) for pair in pairs])
