@@ -7,8 +7,10 @@ scenario scoring). The network is in evaluation mode, so that D of the full scen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,11 @@ from tqdm.auto import tqdm
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
+
+# Number of scenarios whose latents a backbone computes at a time: memory does not grow with K.
+SCENARIOS_AT_A_TIME = 32
+_in_use: set[nn.Module] = set()  # modules that a thread is scoring
+_lock = Lock()  # guards `_in_use`
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class ScenarioScores:
         patch_distortion: d_k(x), float64 [N, K].
         latent_shift: Mean of z(x, k) - z(x, full) over patches and positions, for each latent
             channel, float64 [K, C].
-        patch_ids: Identifiers of the patches, int64 [N]; 0 to N - 1 where batches carry none.
+        patch_ids: Identifiers of the patches, int64 [N]; where batches carry none, their position
+            among all patches, skipped ones included.
         block_ids: Spatial block of each patch, int64 [N]; `patch_ids` where batches carry none.
     """
 
@@ -42,6 +50,23 @@ class ScenarioScores:
     standard_error: NDArray[np.float64]
     patch_distortion: NDArray[np.float64]
     latent_shift: NDArray[np.float64]
+    patch_ids: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """The scores of one batch with B complete patches, for K scenarios.
+
+    Attributes:
+        distortion: d_k(x), float64 [B, K].
+        shift: Sum over the patches of their mean latent shift, float64 [K, C].
+        patch_ids: Identifiers of the patches, int64 [B].
+        block_ids: Spatial block of each patch, int64 [B].
+    """
+
+    distortion: NDArray[np.float64]
+    shift: NDArray[np.float64]
     patch_ids: NDArray[np.int64]
     block_ids: NDArray[np.int64]
 
@@ -58,8 +83,8 @@ def score_scenarios(
 
     The model needs a method `latent(images, available)`. Two more are used where a model has them:
     `scenario_latents(images, masks)`, by which a backbone shares work between scenarios, and
-    `for_scoring()`, which returns a faster copy. No decoder runs. Parameters and the training mode
-    of the model are left as they were.
+    `for_scoring()`, which returns a faster copy. No decoder runs. The network is scored in
+    evaluation mode; afterwards, also after an error, each module has its former mode again.
 
     Args:
         model: A backbone, or any module with the methods above.
@@ -67,7 +92,7 @@ def score_scenarios(
             A patch is skipped where a modality is not available or observes fewer pixels than
             another, because distortion is measured against the full scenario.
         scenarios: The scenarios, with modalities in the order of the images.
-        device: Device of the computation; None takes that of the model's parameters.
+        device: Device of the images, that of the model's parameters; None takes the latter.
         until: Stopping rule, called after each batch with d_k(x) [N, K] and the block ids [N] of
             all patches so far; True ends the scoring. Patches must then come in random order.
         progress: True shows a progress bar over the batches.
@@ -76,57 +101,82 @@ def score_scenarios(
         Distortions with clustered standard errors, and the values that later steps use.
 
     Raises:
-        InputError: No patch is complete, images have another number of modalities, or a latent is
-            not finite (the message names the patches).
+        InputError: No patch is complete, batches or latents have another form, a latent is not
+            finite (the message names the patches), or another thread is scoring the network.
     """
-    parameter = next(model.parameters(), None)
-    target = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+    parts: list[BatchScores] = []
+    with closing(score_batches(model, batches, scenarios, device, progress)) as scored:
+        for part in scored:
+            parts.append(part)
+            if until and until(
+                np.concatenate([one.distortion for one in parts]),
+                np.concatenate([one.block_ids for one in parts]),
+            ):
+                break
+    return joined_scores(parts, scenarios)
+
+
+def score_batches(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor | Sequence[Tensor]],
+    scenarios: ScenarioSet,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Generator[BatchScores, None, None]:
+    """Yield the scores of each batch with a complete patch, for callers that share batches out.
+
+    Arguments and errors are those of `score_scenarios`.
+    """
+    if not isinstance(scenarios, ScenarioSet):
+        raise InputError(f"scenarios: expected a ScenarioSet, found {type(scenarios).__name__}")
+    if isinstance(batches, Tensor | Batch | np.ndarray | Mapping) or not hasattr(
+        batches, "__iter__"
+    ):
+        raise InputError(f"batches: expected a list of batches, found {type(batches).__name__}")
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    devices = [tensor.device for tensor in tensors]
+    names = {str(place) for place in devices} | {place.type for place in devices}
+    if device is not None and names and str(device) not in names:
+        raise InputError(f"device: expected {sorted(names)}, as the model has, found {device}")
+    target = torch.device(device or next(iter(devices), "cpu"))
     masks = torch.tensor(scenarios.masks, device=target)
-    distortions: list[NDArray[np.float64]] = []
-    shifts: list[NDArray[np.float64]] = []
-    patch_ids: list[NDArray[np.int64]] = []
-    block_ids: list[NDArray[np.int64]] = []
     position = 0  # of the first patch of a batch
-    training = model.training
-    model.eval()
-    try:
-        scored: Any = model
-        if hasattr(scored, "for_scoring"):
-            scored = scored.for_scoring()
-        for batch in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
-            images, ids, blocks, count = _complete_patches(batch, position)
-            position += count
-            if len(images) != masks.shape[1]:
-                raise InputError(
-                    f"batches: expected images of {masks.shape[1]} modalities, found {len(images)}"
-                )
+    with _evaluation_mode(model) as scored:
+        for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
+            batch = _checked(item, masks.shape[1], dtypes)
+            images, ids, blocks = _complete_patches(batch, position)
+            position += len(batch.images[0])
             if not len(ids):
                 continue
-            with torch.inference_mode():
-                latents = _latents(scored, [image.to(target) for image in images], masks)
-                distortion, shift = _distortion(latents, scenarios.full)
+            with torch.inference_mode():  # not around the yield, where it would reach the caller
+                distortion, shift = _distortion(scored, [x.to(target) for x in images], masks)
             finite = np.isfinite(distortion).all(axis=1)
             if not finite.all():
                 raise InputError(f"latent: expected finite numbers in patches {ids[~finite]}")
-            distortions.append(distortion)
-            shifts.append(shift)
-            patch_ids.append(ids)
-            block_ids.append(blocks)
-            if until and until(np.concatenate(distortions), np.concatenate(block_ids)):
-                break
-    finally:
-        model.train(training)
-    if not distortions:
+            yield BatchScores(distortion, shift, ids, blocks)
+
+
+def joined_scores(parts: Sequence[BatchScores], scenarios: ScenarioSet) -> ScenarioScores:
+    """Return the scores of all batches, in their order.
+
+    Raises:
+        InputError: No batch had a complete patch, or the latents of batches differ in channels.
+    """
+    if not parts:
         raise InputError("batches: expected at least one patch with every modality, found none")
-    patch_distortion, clusters = np.concatenate(distortions), np.concatenate(block_ids)
+    if len({part.shift.shape for part in parts}) > 1:
+        raise InputError("latent: expected the same number of channels in every batch")
+    patch_distortion = np.concatenate([part.distortion for part in parts])
+    block_ids = np.concatenate([part.block_ids for part in parts])
     return ScenarioScores(
         scenarios=scenarios,
         distortion=patch_distortion.mean(axis=0),
-        standard_error=clustered_standard_error(patch_distortion, clusters),
+        standard_error=clustered_standard_error(patch_distortion, block_ids),
         patch_distortion=patch_distortion,
-        latent_shift=np.sum(shifts, axis=0) / len(patch_distortion),
-        patch_ids=np.concatenate(patch_ids),
-        block_ids=clusters,
+        latent_shift=np.sum([part.shift for part in parts], axis=0) / len(patch_distortion),
+        patch_ids=np.concatenate([part.patch_ids for part in parts]),
+        block_ids=block_ids,
     )
 
 
@@ -156,41 +206,119 @@ def clustered_standard_error(
     return np.sqrt(correction * np.square(sums).sum(axis=0)) / len(values)
 
 
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[Any]:
+    """Give the network, or its copy for scoring, in evaluation mode, and restore all modes.
+
+    Raises:
+        InputError: Another thread is scoring a network that shares a module with this one.
+    """
+    scored: Any = model
+    if hasattr(scored, "for_scoring"):
+        scored = scored.for_scoring()
+    with _lock:
+        modes = {module: module.training for module in scored.modules()}
+        if not _in_use.isdisjoint(modes):
+            raise InputError("model: expected a network that no other thread scores; score a copy")
+        _in_use.update(modes)
+    try:
+        scored.eval()
+        yield scored
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with _lock:
+            _in_use.difference_update(modes)
+
+
+def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
+    """Return an item of `batches` as a batch of `count` modalities in one of the model's dtypes.
+
+    Raises:
+        InputError: The item has another form, such as the images of a single batch have.
+    """
+    expected = f"expected {count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W]"
+    if isinstance(item, Tensor):
+        if item.ndim != 5:
+            raise InputError(f"batches: {expected} in each, found shape {list(item.shape)}")
+        images = item.unbind(dim=1)
+    elif isinstance(item, Batch | list | tuple):
+        images = tuple(item.images if isinstance(item, Batch) else item)
+    else:
+        raise InputError(f"batches: {expected} in each, found {type(item).__name__}")
+    if len(images) != count:
+        raise InputError(f"batches: expected images of {count} modalities, found {len(images)}")
+    for image in images:
+        if not isinstance(image, Tensor):
+            raise InputError(f"batches: {expected} in each, found {type(image).__name__}")
+        if image.ndim != 4 or len(image) != len(images[0]):
+            shapes = [list(other.shape) for other in images if isinstance(other, Tensor)]
+            raise InputError(f"batches: {expected} in each, found shapes {shapes}")
+        if not image.is_floating_point() or image.dtype not in (dtypes or {image.dtype}):
+            names = " or ".join(sorted(map(str, dtypes))) or "a floating dtype"
+            raise InputError(f"batches: expected images of {names}, found {image.dtype}")
+    shape = len(images[0]), count
+    if not isinstance(item, Batch):
+        return Batch(images, torch.ones(shape, dtype=torch.bool))
+    if item.available.shape != shape or item.available.dtype != torch.bool:
+        raise InputError(f"batches: expected `available` to be bool {list(shape)} in each")
+    return item
+
+
 def _complete_patches(
-    batch: Batch | Tensor | Sequence[Tensor], position: int
-) -> tuple[list[Tensor], NDArray[np.int64], NDArray[np.int64], int]:
-    """Return images, identifiers and blocks of the complete patches, and the number of patches."""
-    if not isinstance(batch, Batch):
-        images = tuple(batch.unbind(dim=1) if isinstance(batch, Tensor) else batch)
-        batch = Batch(images, torch.ones(len(images[0]), len(images), dtype=torch.bool))
+    batch: Batch, position: int
+) -> tuple[list[Tensor], NDArray[np.int64], NDArray[np.int64]]:
+    """Return images, identifiers and blocks of the complete patches."""
     keep = batch.complete.cpu()
-    images = tuple(image if bool(keep.all()) else image[keep] for image in batch.images)
+    images = [image if bool(keep.all()) else image[keep] for image in batch.images]
     ids = np.arange(position, position + len(keep))
     if batch.patch_ids is not None:
         ids = batch.patch_ids.cpu().numpy().astype(np.int64)
     blocks = ids if batch.block_ids is None else batch.block_ids.cpu().numpy().astype(np.int64)
-    return list(images), ids[keep.numpy()], blocks[keep.numpy()], len(keep)
+    return images, ids[keep.numpy()], blocks[keep.numpy()]
 
 
-def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Tensor:
-    """Return the latents of K scenarios, [K, B, C, ...]."""
+def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Iterator[Tensor]:
+    """Yield the latents [B, C, ...] of all scenarios from the last, which is the full one."""
     if hasattr(model, "scenario_latents"):
-        return model.scenario_latents(images, masks)
-    count = len(images[0])
-    return torch.stack([model.latent(images, mask.expand(count, -1)) for mask in masks])
+        for part in reversed(masks.split(SCENARIOS_AT_A_TIME)):
+            yield from reversed(model.scenario_latents(images, part).unbind())
+    else:
+        for mask in reversed(masks.unbind()):
+            yield model.latent(images, mask.expand(len(images[0]), -1))
 
 
-def _distortion(latents: Tensor, full: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _distortion(
+    model: Any, images: list[Tensor], masks: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return d_k(x), [B, K], and the sum over patches of their mean latent shift, [K, C].
 
-    Differences of the latents [K, B, C, ...] are taken in their own precision and accumulated in
-    float64, one scenario after the other, so that no float64 copy of all latents exists.
+    Differences are taken in the latent's own precision and accumulated in float64, one scenario
+    after the other, so that no float64 copy of all latents exists.
     """
-    reference = latents[full]
     distortion, shift = [], []
-    for latent in latents:
+    reference = None
+    for latent in _latents(model, images, masks):
+        _check_latent(latent, len(images[0]), reference)
+        reference = latent if reference is None else reference
         difference = (latent - reference).double()
         difference = difference.reshape(*difference.shape[:2], -1)  # (B, C, positions)
         distortion.append(difference.square().mean(dim=(1, 2)))
         shift.append(difference.mean(dim=2).sum(dim=0))
-    return torch.stack(distortion, dim=1).cpu().numpy(), torch.stack(shift).cpu().numpy()
+    columns, rows = torch.stack(distortion[::-1], dim=1), torch.stack(shift[::-1])
+    return columns.cpu().numpy(), rows.cpu().numpy()
+
+
+def _check_latent(latent: Any, batch: int, reference: Tensor | None) -> None:
+    if isinstance(latent, Tensor):
+        shape = latent.shape if reference is None else reference.shape
+        right = latent.shape == shape and latent.ndim > 1 and len(latent) == batch
+        if right and latent.is_floating_point() and latent.numel():
+            return
+        latent = f"{latent.dtype} of shape {list(latent.shape)}"
+    else:
+        latent = type(latent).__name__
+    raise InputError(
+        f"latent: expected a floating tensor [{batch}, C, ...] of the same shape in all scenarios, "
+        f"found {latent}"
+    )

@@ -127,7 +127,7 @@ def test_a_foreign_network_is_scored_by_hand():
             latent = network.encoder(torch.cat(seen, dim=1))
             expected = (latent - full).double().square().mean()
             assert scores.distortion[k] == pytest.approx(float(expected), rel=1e-5, abs=1e-12)
-    assert network.decoded == 0  # the forward pass ends at the latent
+    assert network.decoded == 1  # the first forward pass counts, the others end at the latent
     assert model(images, torch.ones(6, 3, dtype=torch.bool)).shape == (6, 1, 32, 32)
     assert not network.encoder._forward_hooks
 
@@ -149,8 +149,39 @@ def test_mistakes():
     images, available = images_of(1, 8), torch.ones(1, 3, dtype=torch.bool)
     recurrent = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 2))
     for network, module, call, message in (
-        (Foreign(), "decoder", lambda net, i: net.encoder(torch.cat(i, 1)), "does not reach"),
+        (Foreign(), "decoder", lambda net, i: net.encoder(torch.cat(i, 1)), "1 times .*found 0"),
         (recurrent, "1", concatenated, "found tuple"),
     ):
         with pytest.raises(InputError, match=message):
             HookedModel(network, module, call).latent(images, available)
+    for calls in (0, 1.5, "two"):
+        with pytest.raises(InputError, match="calls: expected a positive integer"):
+            HookedModel(Foreign(), "encoder", calls=calls)
+
+
+class Shared(nn.Module):
+    """One encoder for all modalities, under two names, and a layer after it that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 4, 3)
+        self.same = self.encoder
+        self.after = nn.ReLU(inplace=True)
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        return sum(self.after(self.encoder(image)) for image in images)
+
+
+def test_an_encoder_that_modalities_share():
+    """Its outputs are concatenated where the caller says how many there are."""
+    network, images = Shared(), images_of(2, 8)
+    available = torch.tensor([[True, False, True]] * 2)
+    with pytest.raises(InputError, match=r"'encoder' to run 1 times .* found 3"):
+        HookedModel(network, "encoder").latent(images, available)
+    model = HookedModel(network, "same", calls=3)  # the second name of a module is a name
+    images[1] = torch.zeros_like(images[1])
+    expected = torch.cat([network.encoder(image) for image in images], dim=1)
+    for _ in range(2):  # the complete pass and those that end early
+        assert torch.equal(model.latent(images, available), expected)
+    scores = score_scenarios(model, [images_of(2, 8)], SCENARIOS, progress=False)
+    assert scores.distortion[:6].min() > 0

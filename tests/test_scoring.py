@@ -1,14 +1,24 @@
 """Distortion scoring on networks whose answer is known, and the published JSON."""
 
 import json
+import weakref
 from dataclasses import replace
+from threading import Event, Thread
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core import (
+    Batch,
+    HookedModel,
+    InputError,
+    ScenarioSet,
+    build_backbone,
+    scenario_probabilities,
+    score_scenarios,
+)
 from lsgs_core.distortion import clustered_standard_error
 from lsgs_core.methods import find_method
 from lsgs_core.scoring_file import published_scoring, read_evidence
@@ -28,6 +38,10 @@ class SumOfMeans(nn.Module):
         self.calls += 1
         means = torch.stack([image.mean(dim=(2, 3)) for image in images], dim=1)  # (B, M, D)
         return (means * (self.weights * available)[..., None]).sum(dim=1)  # (B, D)
+
+
+def score(model, batches):
+    return score_scenarios(model, batches, SCENARIOS, progress=False)
 
 
 def ones(count: int) -> list[torch.Tensor]:
@@ -84,6 +98,157 @@ def test_a_latent_that_is_not_finite_names_the_patch():
     given.images[0][1, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match=r"\[11\]"):
         score_scenarios(SumOfMeans(), [given], SCENARIOS, progress=False)
+
+
+def test_patches_without_identifiers_are_counted_with_those_left_out():
+    images = [tuple(ones(2))] * 2
+    batches = [Batch(images[0], torch.tensor([[True, False, True], [True] * 3])), *images[1:]]
+    assert score(SumOfMeans(), batches).patch_ids.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_scoring_leaves_the_mode_of_every_module(hooked, error):
+    """A frozen batch normalisation stays frozen, a network in evaluation mode stays so."""
+    network = nn.Sequential(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    network.train()
+    network[1].eval()
+    if hooked:
+        network.eval()
+    modes, seen = [module.training for module in network.modules()], []
+
+    def call(net, images):
+        seen.extend(module.training for module in net.modules())
+        return net(torch.cat(images, 1) / (0 if error else 1))
+
+    scored = HookedModel(network, "2", call)
+    if error:
+        with pytest.raises(InputError, match="finite"):
+            score(scored, [ones(2)])
+    else:
+        first = score(scored, [ones(2)])
+        np.testing.assert_array_equal(first.distortion, score(scored, [ones(2)]).distortion)
+    assert [module.training for module in network.modules()] == modes
+    assert scored.training
+    assert not any(seen)
+
+
+def test_two_threads_on_one_network_are_refused_and_on_one_backbone_right():
+    class Waiting(SumOfMeans):
+        def latent(self, images, available):
+            started.set()
+            assert going_on.wait(60)
+            return super().latent(images, available)
+
+    started, going_on, results = Event(), Event(), []
+    model = Waiting()
+    thread = Thread(target=lambda: results.append(score(model, [ones(1)])))
+    thread.start()
+    assert started.wait(60)
+    with pytest.raises(InputError, match="no other thread"):
+        score(model, [ones(1)])
+    with pytest.raises(InputError, match="no other thread"):
+        score(nn.ModuleDict({"inner": model}), [ones(1)])
+    score(SumOfMeans(), [ones(1)])  # another network
+    going_on.set()
+    thread.join()
+    assert results[0].distortion[0] == 36
+    assert model.training
+    assert score(model, [ones(1)]).distortion[0] == 36
+
+    backbone, images = build_backbone("cmx", "demo"), torch.randn(2, 3, 3, 64, 64)
+    expected = score(backbone, [images])
+    threads = [Thread(target=lambda: results.append(score(backbone, [images]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scores in results[1:]:
+        np.testing.assert_array_equal(scores.distortion, expected.distortion)
+
+
+IMAGES = torch.ones(2, 3, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (IMAGES, "a list of batches, found Tensor"),  # the outer list is missing
+        (ones(2), r"in each, found shape \[2, 2, 4, 4\]"),  # here too
+        (Batch(tuple(ones(2)), torch.ones(2, 3, dtype=torch.bool)), "found Batch"),
+        ({"images": IMAGES}, "found dict"),
+        (None, "found NoneType"),
+        ([{"images": IMAGES}], "in each, found dict"),
+        ([IMAGES.numpy()], "in each, found ndarray"),
+        ([[image.numpy() for image in ones(2)]], "found ndarray"),
+        ([(IMAGES, torch.ones(2), None)], "found shapes|found NoneType"),  # images and target
+        ([[*ones(2)[:2], torch.ones(2, 2, 4)]], r"found shapes .*\[2, 2, 4\]"),
+        ([[*ones(2)[:2], *ones(3)[:1]]], r"found shapes .*\[3, 2, 4, 4\]"),
+        ([ones(2)[:2]], "of 3 modalities, found 2"),
+        ([IMAGES.double()], "of torch.float32, found torch.float64"),
+        ([IMAGES.to(torch.complex64)], "found torch.complex64"),
+        ([IMAGES.to(torch.uint8)], "found torch.uint8"),
+        ([Batch(tuple(ones(2)), torch.ones(2, 2, dtype=torch.bool))], "`available`"),
+        ([Batch(tuple(ones(2)), torch.ones(2, 3))], "`available`"),
+    ],
+)
+def test_batches_of_another_form_are_refused(batches, message):
+    with pytest.raises(InputError, match=f"batches: .*({message})"):
+        score(SumOfMeans(), batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda latent: latent[:, 0], r"found torch.float32 of shape \[2\]"),
+        (lambda latent: latent[:1], r"of shape \[1, 2\]"),
+        (lambda latent: latent.mean(), r"of shape \[\]"),
+        (lambda latent: (latent, latent), "found tuple"),
+        (lambda latent: latent.to(torch.complex64), "complex64"),
+        (lambda latent: latent.long(), "int64"),
+        (lambda latent: latent.repeat(1, 1 + int(latent[0, 0])), "in all scenarios"),
+    ],
+)
+def test_latents_of_another_form_are_refused(change, message):
+    model = SumOfMeans()
+    latent = model.latent
+    model.latent = lambda images, available: change(latent(images, available))
+    with pytest.raises(InputError, match=f"latent: .*{message}"):
+        score(model, [ones(2)])
+
+
+def test_another_device_and_another_kind_of_scenarios_are_refused():
+    with pytest.raises(InputError, match=r"device: expected .*'cpu'"):
+        score_scenarios(SumOfMeans(), [ones(1)], SCENARIOS, device="meta")
+    with pytest.raises(InputError, match="scenarios: expected a ScenarioSet, found list"):
+        score_scenarios(SumOfMeans(), [ones(1)], ["A", "B", "C"])
+
+
+def test_few_latents_exist_at_a_time():
+    many = ScenarioSet.of([*"ABCDEFG"])
+    images = torch.ones(1, 7, 1, 2, 2)
+    alive: set[int] = set()
+    most = []
+
+    class Latent(nn.Module):
+        def latent(self, images, available):
+            latent = available.float()
+            alive.add(id(latent))
+            weakref.finalize(latent, alive.discard, id(latent))
+            most.append(len(alive))
+            return latent
+
+    class Shared(Latent):
+        def scenario_latents(self, images, masks):
+            return torch.stack([self.latent(images, mask[None]) for mask in masks])
+
+    one, shared = (
+        score_scenarios(kind(), [images], many, progress=False) for kind in (Latent, Shared)
+    )
+    np.testing.assert_array_equal(one.distortion, shared.distortion)
+    np.testing.assert_allclose(one.distortion, many.missing / 7)
+    assert max(most[: len(many)]) <= 4
+    assert max(most) <= 40
 
 
 def test_standard_error_of_independent_values_is_the_usual_one():
