@@ -296,17 +296,20 @@ def _distortion(
     Differences are taken in the latent's own precision and accumulated in float64, one scenario
     after the other, so that no float64 copy of all latents exists.
     """
-    distortion, shift = [], []
+    batch, count = len(images[0]), len(masks)
+    # Filled in place: a small array that is kept for each large one that is freed would fragment
+    # the memory, which then grows as if all latents were kept.
+    distortion, shift = np.empty((batch, count)), np.empty((count, 0))
     reference = None
-    for latent in _latents(model, images, masks):
-        _check_latent(latent, len(images[0]), reference)
-        reference = latent if reference is None else reference
+    for k, latent in zip(reversed(range(count)), _latents(model, images, masks), strict=True):
+        _check_latent(latent, batch, reference)
+        if reference is None:
+            reference, shift = latent, np.empty((count, latent.shape[1]))
         difference = (latent - reference).double()
         difference = difference.reshape(*difference.shape[:2], -1)  # (B, C, positions)
-        distortion.append(difference.square().mean(dim=(1, 2)))
-        shift.append(difference.mean(dim=2).sum(dim=0))
-    columns, rows = torch.stack(distortion[::-1], dim=1), torch.stack(shift[::-1])
-    return columns.cpu().numpy(), rows.cpu().numpy()
+        distortion[:, k] = difference.square().mean(dim=(1, 2)).cpu()
+        shift[k] = difference.mean(dim=2).sum(dim=0).cpu()
+    return distortion, shift
 
 
 def _check_latent(latent: Any, batch: int, reference: Tensor | None) -> None:

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, real_numbers
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
@@ -28,8 +26,8 @@ SETTINGS = {
     "ridge": "lambda",
     "lengthscale": "rbf_sigma",
 }
-# Fields that a method may need, and their names in `Evidence`.
-ARRAYS = {"D_sh": "distortion", "latent_shift": "latent_shift", "prior": "prior"}
+# Fields that a method may need, with their name in `Evidence` and number of axes.
+ARRAYS = {"D_sh": ("distortion", 1), "latent_shift": ("latent_shift", 2), "prior": ("prior", 1)}
 
 
 def published_scoring(
@@ -101,36 +99,54 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
             scenarios.
     """
     try:
-        content = json.loads(path.read_text())
-        final = np.asarray(content["final_probs"], dtype=np.float64)
-        if scenarios is None:
-            scenarios = ScenarioSet.of([n for n in content["scenario_names"] if "+" not in n])
-        masks = np.asarray(content.get("mask_array", scenarios.masks.astype(int)))
-        arrays: dict[str, Any] = {
-            ours: np.asarray(content[field], dtype=np.float64)
-            for field, ours in ARRAYS.items()
-            if field in content
-        }
-        descriptor = str(content.get("descriptor", "distortion"))
-        settings: dict[str, Any] = {
-            ours: float(content[field]) for ours, field in SETTINGS.items() if field in content
-        }
-        if "smooth" in content:
-            settings["smooth"] = bool(content["smooth"])
-        if content.get("lengthscale") == "median":  # used where D is measured again
-            settings["lengthscale"] = "median"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(
-            f"{path}: expected the JSON of a scoring, with 'final_probs': {error}"
-        ) from error
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected the JSON of a scoring: {error}") from error
+    if not isinstance(content, dict) or "final_probs" not in content:
+        raise InputError(f"{path}: expected the JSON of a scoring, with 'final_probs'")
     try:
-        probabilities = check_probabilities(final, len(scenarios))
+        return _evidence(content, scenarios)
     except InputError as error:
-        raise InputError(f"{path}: final_probs: {error}") from error
-    if not np.array_equal(masks, scenarios.masks.astype(int)):
-        raise InputError(f"{path}: mask_array: expected the scenarios {list(scenarios.names)}")
-    for field, ours in ARRAYS.items():
-        values = arrays.get(ours, final)
-        if values.shape[:1] != final.shape or not np.isfinite(values).all():
-            raise InputError(f"{path}: {field}: expected finite numbers for every scenario")
+        raise InputError(f"{path}: {error}") from None
+
+
+def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evidence:
+    names = content.get("scenario_names")
+    if scenarios is None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"scenario_names: expected a list of names, found {names!r}")
+        scenarios = ScenarioSet.of([name for name in names if "+" not in name])
+    expected = {
+        "scenario_names": list(scenarios.names),
+        "mask_array": scenarios.masks.astype(int).tolist(),
+    }
+    for field, values in expected.items():
+        if content.get(field, values) != values:
+            raise InputError(
+                f"{field}: expected the scenarios {scenarios.names}, found {content[field]}"
+            )
+    final = real_numbers("final_probs", content["final_probs"])
+    arrays: dict[str, Any] = {}
+    for field, (ours, ndim) in ARRAYS.items():
+        if field in content:
+            arrays[ours] = values = real_numbers(field, content[field])
+            if values.ndim != ndim or len(values) != len(scenarios):
+                raise InputError(f"{field}: expected finite numbers for every scenario")
+    settings: dict[str, Any] = {}
+    for ours, field in SETTINGS.items():
+        if field in content:
+            value = real_numbers(field, content[field])
+            if value.ndim:
+                raise InputError(f"{field}: expected a number, found {content[field]!r}")
+            settings[ours] = float(value)
+    if "smooth" in content:
+        settings["smooth"] = content["smooth"]
+        if not isinstance(content["smooth"], bool):
+            raise InputError(f"smooth: expected true or false, found {content['smooth']!r}")
+    if content.get("lengthscale") == "median":  # used where D is measured again
+        settings["lengthscale"] = "median"
+    descriptor = content.get("descriptor", "distortion")
+    if not isinstance(descriptor, str):
+        raise InputError(f"descriptor: expected a name, found {descriptor!r}")
+    probabilities = check_probabilities(final, len(scenarios))
     return Evidence(scenarios, probabilities, settings=settings, descriptor=descriptor, **arrays)

@@ -332,7 +332,19 @@ def test_the_authors_file_needs_only_the_probabilities(published):
         ({"mask_array": [[1, 1, 1]] * 7}, "mask_array"),
         ({"D_sh": [1.0, 2.0]}, "D_sh: expected finite numbers for every scenario"),
         ({"latent_shift": [[float("nan")]] * 7}, "latent_shift"),
-        ({"tau": "x"}, "probabilities.json"),
+        ({"tau": "x"}, "probabilities.json: tau"),
+        ({"tau": True}, "tau"),
+        ({"tau": 10**400}, "tau"),
+        ({"tau": [0.5]}, "tau: expected a number"),
+        ({"final_probs": ["0.1"] * 7}, "final_probs"),
+        ({"final_probs": None}, "final_probs"),
+        ({"prior": [[1.0] * 7]}, "prior"),
+        ({"smooth": "false"}, "smooth: expected true or false, found 'false'"),
+        ({"descriptor": ["distortion"]}, "descriptor"),
+        ({"scenario_names": list(ScenarioSet.of(["C", "A", "B"]).names)}, "scenario_names: .*'A'"),
+        ({"scenario_names": list(ScenarioSet.of(["A", "C", "B"]).names)}, "scenario_names"),
+        ({"scenario_names": SCENARIOS.names[:3]}, "scenario_names"),
+        ({"scenario_names": None}, "scenario_names"),
     ],
 )
 def test_foreign_probabilities_are_checked(published, change, message):
@@ -342,8 +354,22 @@ def test_foreign_probabilities_are_checked(published, change, message):
         read_evidence(path, SCENARIOS)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{}", "no json"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "{}", "no json", "[" * 100_000, '{"final_probs": ' + "9" * 5000 + "}", "\xff"],
+)
 def test_not_a_scoring(tmp_path, text):
-    (tmp_path / "other.json").write_text(text)
-    with pytest.raises(InputError, match=r"other\.json"):
-        read_evidence(tmp_path / "other.json", SCENARIOS)
+    path = tmp_path / "other.json"
+    path.write_bytes(text.encode("latin-1"))
+    for place in (path, str(path), tmp_path / "none.json", tmp_path):
+        with pytest.raises(InputError, match=f"{place}: expected the JSON of a scoring"):
+            read_evidence(place, SCENARIOS)
+
+
+def test_a_file_without_expected_scenarios_has_its_own(published):
+    path, content, _ = published
+    assert read_evidence(path).scenarios == SCENARIOS
+    for names in (None, ["A", 1], ["A"], ["A", "B", "C", "A+B"]):
+        path.write_text(json.dumps({**content, "scenario_names": names}))
+        with pytest.raises(InputError, match=r"probabilities\.json: (scenario_names|modalities)"):
+            read_evidence(path)
