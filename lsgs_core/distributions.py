@@ -38,7 +38,7 @@ def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probab
     Raises:
         InputError: The failure rates are not one number from 0 to 1 per modality, or all are 1.
     """
-    rates = np.asarray(failure_rates, dtype=np.float64)
+    rates = real_numbers("failure_rates", failure_rates)
     count = len(scenarios.modalities)
     if rates.shape != (count,) or not ((rates >= 0) & (rates <= 1)).all() or (rates == 1).all():
         raise InputError(
@@ -55,20 +55,23 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
     A sensor without a rate never fails. The prior of an empty text is None.
 
     Raises:
-        InputError: A name is not that of a modality, or a rate is no number from 0 to 1.
+        InputError: A name is repeated or unknown, or a rate is no number from 0 to 1.
     """
     if not text:
         return None
-    rates = dict.fromkeys(scenarios.modalities, 0.0)
+    rates: dict[str, float] = {}
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.partition(":"))
-        if name not in rates:
-            raise InputError(f"failure_rates: expected some of {[*rates]}, found {name!r}")
+        if name not in scenarios.modalities or name in rates:
+            raise InputError(
+                f"failure_rates: expected some of {list(scenarios.modalities)}, each once, "
+                f"found {name!r}"
+            )
         try:
             rates[name] = float(number)
         except ValueError:
             raise InputError(f"failure_rates: expected name:number, found {part!r}") from None
-    return deployment_prior(scenarios, list(rates.values()))
+    return deployment_prior(scenarios, [rates.get(name, 0.0) for name in scenarios.modalities])
 
 
 def by_cardinality(scenarios: ScenarioSet, target: ArrayLike) -> Probabilities:

@@ -7,8 +7,11 @@ distortion, the median heuristic, and a cutoff relative to the size of the score
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import numpy as np
 import scipy.linalg
@@ -22,6 +25,7 @@ Lengthscale = float | Literal["median"]
 
 # A spread of scores below this fraction of their size is rounding error, not preference.
 RELATIVE_SPREAD_CUTOFF = 1e-12
+LARGE_RIDGE = 1e3  # from here on, the usual formula of the smoothing loses digits
 
 
 @dataclass(frozen=True)
@@ -88,24 +92,32 @@ def scenario_probabilities(
     """
     D = _scenario_numbers("distortion", distortion)
     count = D.size
-    _check("direction", direction, direction != 0, "a number other than 0")
-    _check("ridge", ridge, ridge > 0, "a positive number")
-    _check("inverse_temperature", inverse_temperature, inverse_temperature >= 0, "0 or more")
-    _check("mixing", mixing, 0 <= mixing <= 1, "a number from 0 to 1")
+    _check("direction", direction, lambda x: x != 0, "a number other than 0")
+    _check("ridge", ridge, lambda x: x > 0, "a positive number")
+    _check("inverse_temperature", inverse_temperature, lambda x: x >= 0, "0 or more")
+    _check("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    if not isinstance(smooth, bool | np.bool_):
+        raise InputError(f"smooth: expected True or False, found {smooth!r}")
     weights = np.ones(count) if prior is None else _scenario_numbers("prior", prior)
-    if weights.size != count or weights.sum() <= 0:
+    if weights.size != count or not weights.any():
         raise InputError(f"prior: expected {count} numbers, not all 0, found {weights.tolist()}")
+    weights = weights / _unit(weights)
     base = weights / weights.sum()
 
-    utility = float(direction) * D
+    with np.errstate(over="ignore"):
+        utility = float(direction) * D
+    if not np.isfinite(utility).all() or ((utility == 0) != (D == 0)).any():
+        raise InputError(f"direction: its product with the distortion is out of range: {direction}")
     kernel, width = rbf_kernel(D if descriptors is None else descriptors, lengthscale)
     if kernel.shape[0] != count:
         raise InputError(f"descriptors: expected {count} rows, found {kernel.shape[0]}")
     smoothed = smooth_scores(kernel, utility, ridge) if smooth else utility.copy()
     standardised = standardise(smoothed)
-    with np.errstate(divide="ignore"):  # the logarithm of a prior of 0
+    with np.errstate(divide="ignore", over="ignore"):  # the logarithm of a prior of 0
         logits = np.log(base) + inverse_temperature * standardised
-    softmax = scipy.special.softmax(logits)
+        if not (logits < np.inf).all():
+            raise InputError(f"inverse_temperature: expected less than {inverse_temperature!r}")
+        softmax = scipy.special.softmax(logits)
     return ScenarioProbabilities(
         utility=utility,
         kernel=kernel,
@@ -167,18 +179,19 @@ def rbf_kernel(
     rows = rows[:, None] if rows.ndim == 1 else rows
     if rows.ndim != 2:
         raise InputError(f"descriptors: expected shape [K] or [K, F], found {list(rows.shape)}")
-    distances = scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(rows))
-    if lengthscale == "median":
+    unit = _unit(rows)
+    distances = scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(rows / unit))
+    if isinstance(lengthscale, str) and lengthscale == "median":
         apart = distances[distances > 0]
         # Where all scenarios are alike, every lengthscale gives the same kernel of ones.
-        width = float(np.median(apart)) if apart.size else 1.0
-    elif isinstance(lengthscale, str):
-        raise InputError(f"lengthscale: expected a number or 'median', found {lengthscale!r}")
+        width = float(np.median(apart)) * unit if apart.size else 1.0
     else:
-        _check("lengthscale", lengthscale, lengthscale > 0, "a positive number or 'median'")
-        width = float(lengthscale)
-    # The division comes first, because the square of a tiny lengthscale is 0.
-    return np.exp(-0.5 * np.square(distances / width)), width
+        width = lengthscale
+    _check("lengthscale", width, lambda x: x > 0, "a positive number or 'median'")
+    with np.errstate(over="ignore", under="ignore"):
+        # The division comes first, because the square of a tiny lengthscale is 0.
+        scaled = distances / max(width / unit, np.finfo(np.float64).smallest_subnormal)
+        return np.exp(-0.5 * np.square(scaled)), float(width)
 
 
 def smooth_scores(
@@ -196,9 +209,22 @@ def smooth_scores(
 
     Returns:
         r, float64 [K].
+
+    Raises:
+        InputError: The ridge is too small for a singular kernel.
     """
     regularised = kernel + ridge * np.eye(len(kernel))
-    return utility - ridge * scipy.linalg.cho_solve(scipy.linalg.cho_factor(regularised), utility)
+    unit = _unit(utility)
+    scaled = utility / unit
+    try:
+        solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(regularised), scaled)
+    except np.linalg.LinAlgError as error:
+        raise InputError(f"ridge: expected more than {ridge!r} for this kernel: {error}") from error
+    # The difference of a large ridge would consist of rounding errors alone.
+    smoothed = kernel @ solved if ridge > LARGE_RIDGE else scaled - ridge * solved
+    if not np.isfinite(smoothed * unit).all():
+        raise InputError("distortion: expected smaller numbers, found some that overflow smoothed")
+    return smoothed * unit
 
 
 def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -209,9 +235,10 @@ def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     scores. Distortions below about 1e-7 of the lengthscale still give a nearly uniform p, because
     their kernel is 1 everywhere but for rounding.
     """
-    centred = scores - scores.mean()
+    scaled = scores / _unit(scores)
+    centred = scaled - scaled.mean()
     spread = centred.std()
-    if spread <= RELATIVE_SPREAD_CUTOFF * np.abs(scores).max(initial=0.0):
+    if spread <= RELATIVE_SPREAD_CUTOFF * np.abs(scaled).max(initial=0.0):
         return np.zeros_like(scores)
     return centred / spread
 
@@ -230,6 +257,16 @@ def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return numbers
 
 
-def _check(name: str, value: float, right: bool, expected: str) -> None:
-    if not (np.isfinite(value) and right):
+def _unit(values: NDArray[np.float64]) -> float:
+    """Return the power of two below the largest absolute value.
+
+    Values divided by it neither overflow nor underflow in squares and sums, and the division is
+    exact, so that it changes no digit of a result.
+    """
+    return float(np.ldexp(1.0, np.frexp(np.abs(values).max(initial=0.0))[1] - 1))
+
+
+def _check(name: str, value: Any, right: Callable[[float], bool], expected: str) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max or not right(value):
         raise InputError(f"{name}: expected {expected}, found {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -42,12 +43,23 @@ def generator(
         stage: The stage of training that uses the numbers.
 
     Raises:
-        InputError: The seed, epoch or index is negative, or the seed is too large.
+        InputError: The seed, epoch or index is no integer, negative or too large, or the stream or
+            stage is unknown.
     """
-    if min(seed, epoch, index) < 0 or seed >= 2**64:
+    try:
+        seed, epoch, index = map(operator.index, (seed, epoch, index))
+        right = min(seed, epoch, index) >= 0 and max(seed, epoch, index) < 2**64
+    except TypeError:
+        right = False
+    if not right:
         raise InputError(
-            "seed, epoch, index: expected 0 or more and a seed below 2^64, "
+            "seed, epoch, index: expected integers from 0 to 2^64 - 1, "
             f"found {(seed, epoch, index)}"
+        )
+    if stream not in STREAMS or stage not in STAGES:
+        raise InputError(
+            f"stream, stage: expected one of {[*STREAMS]} and of {[*STAGES]}, "
+            f"found {(stream, stage)}"
         )
     # The lowest word of the counter counts the blocks that are drawn; the others separate streams.
     counter = [0, index, epoch, STREAMS[stream]]
@@ -64,6 +76,4 @@ def uniform_numbers(
     stage: Stage = "finetuning",
 ) -> NDArray[np.float64]:
     """Return one number in [0, 1) for each of B sample indices, float64 [B]; see `generator`."""
-    return np.array(
-        [generator(stream, seed, epoch, int(index), stage).random() for index in indices]
-    )
+    return np.array([generator(stream, seed, epoch, index, stage).random() for index in indices])

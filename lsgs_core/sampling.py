@@ -53,6 +53,10 @@ def draw_scenarios(
     numbers = uniform_numbers(stream, seed, epoch, indices, stage)
     rows = np.broadcast_to(p, (len(numbers), p.size))
     if servable is not None:
+        if np.shape(servable) != rows.shape:
+            raise InputError(
+                f"servable: expected shape {list(rows.shape)}, found {list(np.shape(servable))}"
+            )
         rows = np.where(servable, p, 0.0)
         impossible = rows.sum(axis=1) <= 0
         if impossible.any():

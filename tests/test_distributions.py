@@ -37,8 +37,8 @@ def test_deployment_prior() -> None:
     p = distributions.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
     np.testing.assert_allclose(p, [0.5, 0, 0, 0.5, 0, 0, 0])
     np.testing.assert_allclose(distributions.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
-    for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan]):
-        with pytest.raises(InputError, match="failure_rates: expected 3"):
+    for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan], ["a"] * 3):
+        with pytest.raises(InputError, match="failure_rates: expected"):
             distributions.deployment_prior(THREE, wrong)
 
 
@@ -225,6 +225,8 @@ def test_failure_rates_from_text() -> None:
         ("RGB:often", "name:number"),
         ("UV:0.1", "UV"),
         ("RGB:2", "0 to 1"),
+        ("RGB:nan", "failure_rates"),
+        ("RGB:0.1,RGB:0.3", "each once, found 'RGB'"),
     ):
         with pytest.raises(InputError, match=message):
             distributions.read_failure_rates(wrong, THREE)
