@@ -237,32 +237,38 @@ def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
     Raises:
         InputError: The item has another form, such as the images of a single batch have.
     """
-    expected = f"expected {count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W]"
-    if isinstance(item, Tensor):
-        if item.ndim != 5:
-            raise InputError(f"batches: {expected} in each, found shape {list(item.shape)}")
-        images = item.unbind(dim=1)
-    elif isinstance(item, Batch | list | tuple):
-        images = tuple(item.images if isinstance(item, Batch) else item)
-    else:
-        raise InputError(f"batches: {expected} in each, found {type(item).__name__}")
-    if len(images) != count:
-        raise InputError(f"batches: expected images of {count} modalities, found {len(images)}")
-    for image in images:
-        if not isinstance(image, Tensor):
-            raise InputError(f"batches: {expected} in each, found {type(image).__name__}")
-        if image.ndim != 4 or len(image) != len(images[0]):
-            shapes = [list(other.shape) for other in images if isinstance(other, Tensor)]
-            raise InputError(f"batches: {expected} in each, found shapes {shapes}")
-        if not image.is_floating_point() or image.dtype not in (dtypes or {image.dtype}):
-            names = " or ".join(sorted(map(str, dtypes))) or "a floating dtype"
-            raise InputError(f"batches: expected images of {names}, found {image.dtype}")
+    images: Any = item.images if isinstance(item, Batch) else item
+    if isinstance(images, Tensor) and images.ndim == 5:
+        images = images.unbind(dim=1)
+    right = isinstance(images, list | tuple) and len(images) == count
+    if not right or not all(
+        isinstance(image, Tensor)
+        and image.ndim == 4
+        and len(image) == len(images[0])
+        and image.is_floating_point()
+        and (not dtypes or image.dtype in dtypes)
+        for image in images
+    ):
+        names = " or ".join(sorted(map(str, dtypes))) or "a floating dtype"
+        raise InputError(
+            f"batches: expected {count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W] of "
+            f"{names} in each, found {_form(images)}"
+        )
     shape = len(images[0]), count
     if not isinstance(item, Batch):
-        return Batch(images, torch.ones(shape, dtype=torch.bool))
+        return Batch(tuple(images), torch.ones(shape, dtype=torch.bool))
     if item.available.shape != shape or item.available.dtype != torch.bool:
         raise InputError(f"batches: expected `available` to be bool {list(shape)} in each")
     return item
+
+
+def _form(value: Any) -> str:
+    """Return type, dtype and shape of a value for a message."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(map(_form, value[:4]))}"
+    return f"a {type(value).__name__}"
 
 
 def _complete_patches(
@@ -313,15 +319,11 @@ def _distortion(
 
 
 def _check_latent(latent: Any, batch: int, reference: Tensor | None) -> None:
-    if isinstance(latent, Tensor):
+    if isinstance(latent, Tensor) and latent.is_floating_point() and latent.numel():
         shape = latent.shape if reference is None else reference.shape
-        right = latent.shape == shape and latent.ndim > 1 and len(latent) == batch
-        if right and latent.is_floating_point() and latent.numel():
+        if latent.shape == shape and latent.ndim > 1 and len(latent) == batch:
             return
-        latent = f"{latent.dtype} of shape {list(latent.shape)}"
-    else:
-        latent = type(latent).__name__
     raise InputError(
         f"latent: expected a floating tensor [{batch}, C, ...] of the same shape in all scenarios, "
-        f"found {latent}"
+        f"found {_form(latent)}"
     )

@@ -245,6 +245,15 @@ def test_learns(name: str) -> None:
         ({"name": "cbc", "decoder_depths": ()}, "decoder_depths"),
         ({"name": "cbc", "decoder_depths": (2, 2, 2, 2)}, "decoder_channels"),
         ({"name": "cbc", "attention_heads": 7}, "token_width"),
+        ({"name": "cmx", "dropout": 1.0}, "dropout.*a rate below 1"),
+        ({"name": "cmx", "dropout": float("nan")}, "dropout"),
+        ({"name": "cmx", "decoder_width": 0}, "decoder_width.*counts from 1"),
+        ({"name": "cmx", "decoder_width": 10**400}, "decoder_width"),
+        ({"name": "cmx", "stage_widths": (24, 32, 64, "96")}, "stage_widths"),
+        ({"name": "cmx", "bands": (3, 3.5)}, "bands: expected two or more"),
+        ({"name": "cmx", "bands": 3}, "bands: expected two or more"),
+        ({"name": "cmx", "classes": 10**400}, "classes"),
+        ({"name": "cmx", "classes": "one"}, "classes"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
@@ -341,6 +350,9 @@ def test_author_weights_that_do_not_fit(cmx: Backbone, state: dict[str, Tensor])
         ({bias: torch.zeros(2)}, r"linear_pred.bias has shape \[2\]"),
         ({bias: torch.tensor([float("nan")])}, "linear_pred.bias is not finite"),
         ({bias: "zero"}, "linear_pred.bias is a str"),
+        ({bias: torch.tensor([1e300], dtype=torch.float64)}, "linear_pred.bias is not finite"),
+        ({bias: torch.tensor([1j])}, "linear_pred.bias has dtype torch.complex64"),
+        ({bias: torch.tensor([1])}, "linear_pred.bias has dtype torch.int64"),
         ({"core.extra.weight": torch.zeros(1)}, "core.extra.weight is unexpected"),
         ({f"core.extra{i}": torch.zeros(1) for i in range(9)}, "core.extra4 is.* and 4 more"),
     ):

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from reprlib import repr as shortened
 from typing import Any
 
 from lsgs_core.errors import InputError
 from lsgs_core.models.author_weights import load_author_weights
-from lsgs_core.models.backbone import Backbone
+from lsgs_core.models.backbone import LARGEST_COUNT, Backbone, is_count
 from lsgs_core.models.cbc import CBC, CBC_PRESETS, CBC_SLP_PRESETS
 from lsgs_core.models.cmx import CMX, CMX_PRESETS
 
@@ -55,9 +56,22 @@ def build_backbone(
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise InputError(f"setting {key!r}: expected one like {default!r}, found {value!r}")
+        value = float(value) if isinstance(default, float) and value in (0, 1) else value
+        if not all(map(_fits, value if isinstance(value, tuple) else (value,))):
+            raise InputError(
+                f"setting {key!r}: expected counts from 1 to {LARGEST_COUNT} or a rate below 1, "
+                f"found {shortened(value)}"
+            )
     chosen = replace(presets[preset], **settings)
     model = kind(bands, classes, chosen)
     model.configuration = {"name": name, "preset": preset, "bands": list(bands), "classes": classes}
     for key, value in asdict(chosen).items():
         model.configuration[key] = list(value) if isinstance(value, tuple) else value
     return model
+
+
+def _fits(value: Any) -> bool:
+    """Return True for True and False, a count, or a rate from 0 to below 1."""
+    if isinstance(value, float):
+        return 0 <= value < 1
+    return isinstance(value, bool) or is_count(value)

@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
+from reprlib import repr as shortened
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lsgs_core.errors import InputError
 
 Images = Tensor | Sequence[Tensor]
+
+
+LARGEST_COUNT = 2**16  # of bands, classes, channels and so on
+
+
+def is_count(value: Any) -> bool:
+    """Return True for an integer from 1 to `LARGEST_COUNT`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
 def zero_absent(features: Tensor, available: Tensor) -> Tensor:
@@ -46,10 +55,11 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, bands: Sequence[int], classes: int, settings: Any = None) -> None:
         super().__init__()
-        if len(bands) < 2 or min(bands) < 1:
-            raise InputError(f"bands: expected two or more counts of at least 1, found {bands}")
-        if classes < 1:
-            raise InputError(f"classes: expected at least 1, found {classes}")
+        right = isinstance(bands, Sequence) and len(bands) >= 2 and all(map(is_count, bands))
+        if not right:
+            raise InputError(f"bands: expected two or more counts of at least 1, found {bands!r}")
+        if not is_count(classes):
+            raise InputError(f"classes: expected a count of at least 1, found {shortened(classes)}")
         self.bands, self.classes, self.settings = tuple(bands), classes, settings
         self.configuration: dict[str, Any] = {}  # `build_backbone` fills it
 
