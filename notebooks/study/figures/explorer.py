@@ -127,7 +127,7 @@ def probability_view(evidence: Evidence) -> View:
     Args:
         evidence: With distortions.
     """
-    distortion = evidence.known("distortion")
+    distortion = evidence.required("distortion")
     scenarios, given = evidence.scenarios, evidence.settings
     rows = scenario_descriptors(
         evidence.descriptor, scenarios.masks, distortion, evidence.latent_shift
