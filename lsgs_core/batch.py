@@ -1,4 +1,4 @@
-"""A batch of patches: what networks, losses, scoring and evaluation take."""
+"""A batch of patches: the input of networks, losses, scoring and evaluation."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -12,13 +12,14 @@ class Batch:
 
     Attributes:
         images: M tensors [B, D_m, H, W] float32, normalised; 0 where a modality has no data.
-        available: [B, M] bool, whether a modality has data in the patch.
-        target: binary [B, 1, H, W] float32, multilabel [B, C, H, W] float32, both 0 or 1;
-            multiclass [B, H, W] int64, the index of the class. 0 where `valid` is False.
-        valid: [B, H, W] bool, the pixels that have a label; see `counted`.
-        patch_ids: [B] int64, as in the patch table.
-        block_ids: [B] int64, the spatial block of each patch.
-        seen: [B, M, H, W] bool, the pixels that each modality sees; None: available ones see all.
+        available: bool [B, M], True where a modality has data in the patch.
+        target: Binary or multilabel [B, C, H, W] float32 of 0 and 1 (C is 1 in the binary case), or
+            the class indices of a multiclass task, [B, H, W] int64. It is 0 where `valid` is False.
+        valid: bool [B, H, W], True for pixels that have a label; see also `counted`.
+        patch_ids: int64 [B], identifiers of the patches in the patch table.
+        block_ids: int64 [B], the spatial block of each patch.
+        seen: bool [B, M, H, W], True for pixels that a modality observes. None means that an
+            available modality observes every pixel.
     """
 
     images: tuple[torch.Tensor, ...]
@@ -30,13 +31,13 @@ class Batch:
     seen: torch.Tensor | None = None
 
     def counted(self, present: torch.Tensor) -> torch.Tensor:
-        """Return the pixels that loss and metrics count, [B, H, W] bool.
+        """Return the pixels that count in losses and metrics, bool [B, H, W].
 
-        They have a label, and a modality that is present sees them: what clouds hide from all of
-        these is nobody's mistake.
+        These have a label and are observed by at least one modality that the network receives: no
+        network can be blamed for a pixel that clouds hide from all its inputs.
 
         Args:
-            present: [B, M] bool, the modalities that the network is given.
+            present: bool [B, M], the modalities that the network receives.
         """
         assert self.valid is not None
         if self.seen is None:
@@ -45,11 +46,11 @@ class Batch:
 
     @property
     def complete(self) -> torch.Tensor:
-        """Return the patches in which all modalities see the same pixels, [B] bool."""
-        whole = self.available.all(dim=1)
+        """Return the patches in which all modalities observe the same pixels, bool [B]."""
+        all_available = self.available.all(dim=1)
         if self.seen is None:
-            return whole
-        return whole & (self.seen.all(dim=1) == self.seen.any(dim=1)).flatten(1).all(dim=1)
+            return all_available
+        return all_available & (self.seen.all(dim=1) == self.seen.any(dim=1)).flatten(1).all(dim=1)
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with all its tensors on `device`."""

@@ -1,14 +1,17 @@
-"""From distortions to scenario probabilities: the mathematics of the method, numpy and scipy alone.
+"""From distortions to scenario probabilities: the mathematics of the method, in numpy and scipy.
 
-Source of the formulas: arXiv 2605.20372, section on scenario scoring. What is added to the paper
-is named where it stands: a prior over the scenarios, other descriptors than the distortion, the
-median heuristic, and a cutoff relative to the size of the scores.
+The formulas are those of arXiv 2605.20372, section on scenario scoring. The additions to the paper
+are documented where they appear: a prior over the scenarios, descriptors other than the
+distortion, the median heuristic, and a cutoff relative to the size of the scores.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import numpy as np
 import scipy.linalg
@@ -16,17 +19,18 @@ import scipy.spatial.distance
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, real_numbers
 
 Lengthscale = float | Literal["median"]
 
-# A spread of the scores below this fraction of their size is rounding, not preference.
+# A spread of scores below this fraction of their size is rounding error, not preference.
 RELATIVE_SPREAD_CUTOFF = 1e-12
+LARGE_RIDGE = 1e3  # from here on, the usual formula of the smoothing loses digits
 
 
 @dataclass(frozen=True)
 class ScenarioProbabilities:
-    """The steps from distortion to probability, each float64 over the K scenarios.
+    """Every step from distortion to probability, float64 arrays over the K scenarios.
 
     Attributes:
         utility: U = direction * D, [K].
@@ -35,8 +39,8 @@ class ScenarioProbabilities:
         standardised: r with mean 0 and population standard deviation 1, [K].
         softmax: q, proportional to prior * exp(inverse_temperature * standardised), [K].
         probabilities: p = (1 - mixing) * prior + mixing * q, [K].
-        prior: The distribution that p is mixed with, [K]; uniform in the paper.
-        lengthscale: The lengthscale used, after the median heuristic if that was asked for.
+        prior: Distribution that is mixed with q, [K]; uniform in the paper.
+        lengthscale: Lengthscale of the kernel, also where the median heuristic determined it.
     """
 
     utility: NDArray[np.float64]
@@ -60,51 +64,60 @@ def scenario_probabilities(
     descriptors: ArrayLike | None = None,
     smooth: bool = True,
 ) -> ScenarioProbabilities:
-    """Turn the distortion of every scenario into the probability of drawing it.
+    """Turn the distortion of each scenario into the probability of drawing it.
 
-    With the defaults these are the paper's values: alpha = 1, sigma = 1, lambda = 1e-3, tau = 0.5,
+    The defaults are the paper's values: alpha = 1, sigma = 1, lambda = 1e-3, tau = 0.5,
     gamma = 0.5, and the distortion itself as the descriptor that the kernel compares.
 
     Args:
         distortion: D, one finite non-negative number per scenario, [K].
-        direction: The paper's alpha. Only its sign matters, since the standardisation cancels its
-            size: positive prefers scenarios of high distortion, negative those of low.
-        lengthscale: Of the RBF kernel, in units of the descriptors; "median" takes the median of
-            the non-zero distances between scenarios.
-        ridge: Lambda of the kernel ridge regression, positive.
-        inverse_temperature: Tau, non-negative: 0 gives q = prior, larger values sharpen q.
-        mixing: Gamma in [0, 1]: weight of q against the prior.
-        prior: Probability of every scenario in deployment, [K], normalised here; None is uniform,
-            the paper's case. A scenario of prior 0 is never drawn.
-        descriptors: What the kernel compares, [K] or [K, F]; None takes the distortion (the paper).
-        smooth: False skips the smoothing (r = U).
+        direction: The paper's alpha. Its size cancels in the standardisation; a positive sign
+            prefers scenarios of high distortion, a negative sign those of low distortion.
+        lengthscale: Lengthscale of the RBF kernel in units of the descriptors, or "median" for the
+            median of the non-zero distances between scenarios.
+        ridge: The paper's lambda, the ridge of the kernel regression; positive.
+        inverse_temperature: The paper's tau, non-negative. It is 0 for q = prior, and larger
+            values concentrate q.
+        mixing: The paper's gamma, the weight of q against the prior, from 0 to 1.
+        prior: Probability of each scenario in deployment, [K], normalised here; None is the
+            paper's uniform prior. A scenario of prior 0 is never drawn.
+        descriptors: Features that the kernel compares, [K] or [K, F]; None takes the distortion.
+        smooth: False skips the smoothing, so that r = U.
 
     Returns:
-        Every step of the computation; `probabilities` sums to 1.
+        Every step of the computation; `probabilities` has a sum of 1.
 
     Raises:
-        InputError: An argument of the wrong shape, not finite, or out of its range.
+        InputError: An argument has the wrong shape, is not finite, or is out of its range.
     """
-    distances_from = _vector("distortion", distortion)
-    if (distances_from < 0).any():
-        raise InputError("distortion: expected no negative number, a mean of squares has none")
-    count = distances_from.size
-    _check("direction", direction, direction != 0, "a number other than 0")
-    _check("ridge", ridge, ridge > 0, "a positive number")
-    _check("inverse_temperature", inverse_temperature, inverse_temperature >= 0, "0 or more")
-    _check("mixing", mixing, 0 <= mixing <= 1, "a number from 0 to 1")
-    base = _distribution(prior, count)
+    D = _scenario_numbers("distortion", distortion)
+    count = D.size
+    _check("direction", direction, lambda x: x != 0, "a number other than 0")
+    _check("ridge", ridge, lambda x: x > 0, "a positive number")
+    _check("inverse_temperature", inverse_temperature, lambda x: x >= 0, "0 or more")
+    _check("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    if not isinstance(smooth, bool | np.bool_):
+        raise InputError(f"smooth: expected True or False, found {smooth!r}")
+    weights = np.ones(count) if prior is None else _scenario_numbers("prior", prior)
+    if weights.size != count or not weights.any():
+        raise InputError(f"prior: expected {count} numbers, not all 0, found {weights.tolist()}")
+    weights = weights / _unit(weights)
+    base = weights / weights.sum()
 
-    utility = float(direction) * distances_from
-    kernel, width = rbf_kernel(distances_from if descriptors is None else descriptors, lengthscale)
+    with np.errstate(over="ignore"):
+        utility = float(direction) * D
+    if not np.isfinite(utility).all() or ((utility == 0) != (D == 0)).any():
+        raise InputError(f"direction: its product with the distortion is out of range: {direction}")
+    kernel, width = rbf_kernel(D if descriptors is None else descriptors, lengthscale)
     if kernel.shape[0] != count:
         raise InputError(f"descriptors: expected {count} rows, found {kernel.shape[0]}")
     smoothed = smooth_scores(kernel, utility, ridge) if smooth else utility.copy()
     standardised = standardise(smoothed)
-    # exp() of a shifted logit, so that a large inverse temperature cannot overflow
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):  # the logarithm of a prior of 0
         logits = np.log(base) + inverse_temperature * standardised
-    softmax = scipy.special.softmax(logits)
+        if not (logits < np.inf).all():
+            raise InputError(f"inverse_temperature: expected less than {inverse_temperature!r}")
+        softmax = scipy.special.softmax(logits)
     return ScenarioProbabilities(
         utility=utility,
         kernel=kernel,
@@ -123,124 +136,137 @@ def scenario_descriptors(
     distortion: ArrayLike,
     latent_shift: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
-    """What the kernel compares, by name.
+    """Return the features that the kernel compares, by name.
 
     Args:
-        kind: "distortion" (the paper), "latent_shift" or "availability".
-        masks: Availability mask of every scenario, [K, M].
+        kind: "distortion" (as in the paper), "latent_shift" or "availability".
+        masks: Availability mask of each scenario, [K, M].
         distortion: D, [K].
-        latent_shift: Mean shift of the latent per channel, [K, C].
+        latent_shift: Mean shift of the latent per channel, [K, C]; None where it is unknown.
 
     Returns:
         float64 [K, F].
 
     Raises:
-        InputError: Another kind, or the latent shifts are wanted and not known.
+        InputError: The name is unknown, or it asks for latent shifts that are None.
     """
-    known = {
-        "distortion": np.asarray(distortion, dtype=np.float64)[:, None],
-        "availability": masks.astype(np.float64),
-    }
+    features: dict[str, ArrayLike] = {"distortion": distortion, "availability": masks}
     if latent_shift is not None:
-        known["latent_shift"] = np.asarray(latent_shift, dtype=np.float64)
-    if kind not in known:
-        raise InputError(f"descriptor: expected one of {sorted(known)}, found {kind!r}")
-    return known[kind]
+        features["latent_shift"] = latent_shift
+    if kind not in features:
+        raise InputError(f"descriptor: expected one of {sorted(features)}, found {kind!r}")
+    rows = np.asarray(features[kind], dtype=np.float64)
+    return rows[:, None] if rows.ndim == 1 else rows
 
 
 def rbf_kernel(
     descriptors: ArrayLike, lengthscale: Lengthscale
 ) -> tuple[NDArray[np.float64], float]:
-    """RBF kernel between scenarios, exp(-|x_i - x_j|^2 / (2 lengthscale^2)).
+    """Return the RBF kernel between scenarios, exp(-|x_i - x_j|^2 / (2 lengthscale^2)).
 
     Args:
         descriptors: One row per scenario, [K] or [K, F].
         lengthscale: A positive number, or "median" for the median of the non-zero distances.
 
     Returns:
-        The kernel, float64 [K, K], and the lengthscale that was used.
+        The kernel, float64 [K, K], and its lengthscale as a number.
 
     Raises:
-        InputError: Descriptors that are not finite, or a lengthscale that is neither.
+        InputError: The descriptors are not finite or have another shape, or the lengthscale is
+            neither a positive number nor "median".
     """
-    rows = np.asarray(descriptors, dtype=np.float64)
+    rows = real_numbers("descriptors", descriptors)
     rows = rows[:, None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not np.isfinite(rows).all():
-        raise InputError(f"descriptors: expected finite [K] or [K, F], found shape {rows.shape}")
-    distances = scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(rows))
-    if lengthscale == "median":
+    if rows.ndim != 2:
+        raise InputError(f"descriptors: expected shape [K] or [K, F], found {list(rows.shape)}")
+    unit = _unit(rows)
+    distances = scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(rows / unit))
+    if isinstance(lengthscale, str) and lengthscale == "median":
         apart = distances[distances > 0]
-        # All scenarios alike: every lengthscale gives the same kernel of ones.
-        width = float(np.median(apart)) if apart.size else 1.0
-    elif isinstance(lengthscale, str):
-        raise InputError(f"lengthscale: expected a number or 'median', found {lengthscale!r}")
+        # Where all scenarios are alike, every lengthscale gives the same kernel of ones.
+        width = float(np.median(apart)) * unit if apart.size else 1.0
     else:
-        _check("lengthscale", lengthscale, lengthscale > 0, "a positive number or 'median'")
-        width = float(lengthscale)
-    # Divided before squaring: tiny lengthscales would underflow when squared first.
-    return np.exp(-0.5 * np.square(distances / width)), width
+        width = lengthscale
+    _check("lengthscale", width, lambda x: x > 0, "a positive number or 'median'")
+    with np.errstate(over="ignore", under="ignore"):
+        # The division comes first, because the square of a tiny lengthscale is 0.
+        scaled = distances / max(width / unit, np.finfo(np.float64).smallest_subnormal)
+        return np.exp(-0.5 * np.square(scaled)), float(width)
 
 
 def smooth_scores(
     kernel: NDArray[np.float64], utility: NDArray[np.float64], ridge: float
 ) -> NDArray[np.float64]:
-    """Kernel ridge regression at its own inputs, r = K (K + ridge I)^-1 U.
+    """Return the kernel ridge regression at its own inputs, r = K (K + ridge I)^-1 U.
 
-    Solved by Cholesky as r = U - ridge (K + ridge I)^-1 U, the same by algebra and without the
-    product that loses digits when K is nearly singular.
+    It is computed by Cholesky decomposition as r = U - ridge (K + ridge I)^-1 U, which is equal and
+    avoids a product that loses digits when K is nearly singular.
 
     Args:
-        kernel: Positive semi-definite, [K, K].
+        kernel: Positive semi-definite K, [K, K].
         utility: U, [K].
-        ridge: Positive.
+        ridge: Positive number.
 
     Returns:
         r, float64 [K].
+
+    Raises:
+        InputError: The ridge is too small for a singular kernel.
     """
     regularised = kernel + ridge * np.eye(len(kernel))
-    return utility - ridge * scipy.linalg.cho_solve(scipy.linalg.cho_factor(regularised), utility)
+    unit = _unit(utility)
+    scaled = utility / unit
+    try:
+        solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(regularised), scaled)
+    except np.linalg.LinAlgError as error:
+        raise InputError(f"ridge: expected more than {ridge!r} for this kernel: {error}") from error
+    # The difference of a large ridge would consist of rounding errors alone.
+    smoothed = kernel @ solved if ridge > LARGE_RIDGE else scaled - ridge * solved
+    if not np.isfinite(smoothed * unit).all():
+        raise InputError("distortion: expected smaller numbers, found some that overflow smoothed")
+    return smoothed * unit
 
 
 def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Zero mean and unit population standard deviation over the scenarios.
+    """Return scores [K] with mean 0 and population standard deviation 1.
 
-    All zeros when the spread vanishes. The published cutoff is an absolute 1e-12, which makes p
-    uniform for every distortion below about 2e-5; this one is relative to the size of the scores.
-    Distortions below about 1e-7 of the lengthscale still end near uniform: their kernel is all ones
-    but for rounding.
+    The result is 0 where the spread vanishes. The published cutoff is an absolute 1e-12, which
+    makes p uniform for all distortions below about 2e-5; this one is relative to the size of the
+    scores. Distortions below about 1e-7 of the lengthscale still give a nearly uniform p, because
+    their kernel is 1 everywhere but for rounding.
     """
-    centred = scores - scores.mean()
+    scaled = scores / _unit(scores)
+    centred = scaled - scaled.mean()
     spread = centred.std()
-    if spread <= RELATIVE_SPREAD_CUTOFF * np.abs(scores).max(initial=0.0):
+    if spread <= RELATIVE_SPREAD_CUTOFF * np.abs(scaled).max(initial=0.0):
         return np.zeros_like(scores)
     return centred / spread
 
 
 def total_variation(first: ArrayLike, second: ArrayLike) -> float:
-    """Total variation between two distributions over the scenarios, 0 to 1."""
+    """Return the total variation distance of two distributions over the scenarios, 0 to 1."""
     return 0.5 * float(np.abs(np.asarray(first) - np.asarray(second)).sum())
 
 
-def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or vector.size < 2:
-        raise InputError(f"{name}: expected one number per scenario, found shape {vector.shape}")
-    if not np.isfinite(vector).all():
-        raise InputError(f"{name}: expected finite numbers, found {vector.tolist()}")
-    return vector
-
-
-def _distribution(prior: ArrayLike | None, count: int) -> NDArray[np.float64]:
-    if prior is None:
-        return np.full(count, 1 / count)
-    weights = _vector("prior", prior)
-    if weights.size != count or (weights < 0).any() or weights.sum() <= 0:
+def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    numbers = real_numbers(name, values)
+    if numbers.ndim != 1 or numbers.size < 2 or (numbers < 0).any():
         raise InputError(
-            f"prior: expected {count} non-negative numbers, not all 0, found {weights.tolist()}"
+            f"{name}: expected one non-negative number per scenario, found {numbers.tolist()}"
         )
-    return weights / weights.sum()
+    return numbers
 
 
-def _check(name: str, value: float, right: bool, expected: str) -> None:
-    if not (np.isfinite(value) and right):
+def _unit(values: NDArray[np.float64]) -> float:
+    """Return the power of two below the largest absolute value.
+
+    Values divided by it neither overflow nor underflow in squares and sums, and the division is
+    exact, so that it changes no digit of a result.
+    """
+    return float(np.ldexp(1.0, np.frexp(np.abs(values).max(initial=0.0))[1] - 1))
+
+
+def _check(name: str, value: Any, right: Callable[[float], bool], expected: str) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max or not right(value):
         raise InputError(f"{name}: expected {expected}, found {value!r}")

@@ -1,7 +1,7 @@
-"""The published JSON of a scoring: written with its field names, so that it can replace theirs.
+"""The JSON file of a scoring, with the published field names, written and read.
 
-The authors' trainer reads `final_probs` alone, in the order of the scenarios; a file of theirs can
-be given to our fine-tuning in the same way.
+The authors' trainer reads `final_probs` alone, in the order of the scenarios, so that our files can
+replace theirs and theirs can be used by our fine-tuning.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, real_numbers
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
 from lsgs_core.scenarios import ScenarioSet
 
-# Published names of what a scoring was made with, and of what it found.
+# Our names of the settings and their published names.
 SETTINGS = {
     "direction": "alpha",
     "inverse_temperature": "tau",
@@ -28,9 +26,8 @@ SETTINGS = {
     "ridge": "lambda",
     "lengthscale": "rbf_sigma",
 }
-# Beyond the published ones, for the other samplers of this study.
-OWN_SETTINGS = ("smooth", "lengthscale")
-ARRAYS = ("D_sh", "latent_shift", "prior")
+# Fields that a method may need, with their name in `Evidence` and number of axes.
+ARRAYS = {"D_sh": ("distortion", 1), "latent_shift": ("latent_shift", 2), "prior": ("prior", 1)}
 
 
 def published_scoring(
@@ -43,21 +40,19 @@ def published_scoring(
     output: str,
     meta_info: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put a scoring into the published fields.
+    """Return a scoring as a dictionary for JSON, with the published field names.
 
     Args:
         scores: Distortions.
-        result: What was made of them.
-        descriptor: What the kernel compared, see `scenario_descriptors`.
-        settings: direction, inverse_temperature, mixing and ridge, as they were used; also smooth
-            and lengthscale (a number or "median"), where other than the defaults may be.
+        result: Probabilities from these distortions.
+        descriptor: What the kernel compared; see `scenario_descriptors`.
+        settings: direction, inverse_temperature, mixing and ridge of the result; also smooth, and
+            lengthscale (a number or "median"), where they can differ from the defaults.
         model_type: Name of the backbone.
-        checkpoint: Path of the weights, as it is to be recorded.
-        output: Path of the JSON itself, as it is to be recorded.
-        meta_info: foldNo (counted from 1), inputType, num_training_samples and so on.
-
-    Returns:
-        A dictionary for JSON.
+        checkpoint: Path of the weights, as it should be recorded.
+        output: Path of the JSON file itself, as it should be recorded.
+        meta_info: Further values, such as foldNo (counted from 1), inputType and
+            num_training_samples.
     """
     scenarios = scores.scenarios
     features = scenario_descriptors(
@@ -83,61 +78,75 @@ def published_scoring(
         "normalized_kernel_scores": result.standardised.tolist(),
         "softmax_probs": result.softmax.tolist(),
         "final_probs": result.probabilities.tolist(),
-        # Beyond the published fields, for the other samplers of this study.
+        # Fields of this study, for its other samplers.
         "latent_shift": scores.latent_shift.tolist(),
         "prior": result.prior.tolist(),
         "descriptor": descriptor,
-        **{name: settings[name] for name in OWN_SETTINGS if name in settings},
+        **{name: settings[name] for name in ("smooth", "lengthscale") if name in settings},
     }
 
 
 def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
-    """Read a scoring, ours or the authors', for the methods that build on it.
+    """Read our or the authors' scoring file for the methods that build on it.
 
     Args:
-        path: A JSON file with `final_probs` and, where they are there, the fields of
-            `published_scoring`. What a file lacks is None, and methods that need it say so.
-        scenarios: Over which it must be, in this order; None takes those that the file names.
+        path: JSON file with `final_probs`, and with other fields of `published_scoring` where a
+            method needs them.
+        scenarios: Scenarios that the file must have, in this order; None takes those of the file.
 
     Raises:
-        InputError: Not such a file, not a distribution, or over other scenarios.
+        InputError: The file is no scoring, its probabilities are no distribution, or it has other
+            scenarios.
     """
     try:
-        content = json.loads(path.read_text())
-        final = np.asarray(content["final_probs"], dtype=np.float64)
-        if scenarios is None:
-            scenarios = ScenarioSet.of([n for n in content["scenario_names"] if "+" not in n])
-        masks = np.asarray(content.get("mask_array", scenarios.masks.astype(int)))
-        given = {
-            name: np.asarray(content[name], dtype=np.float64) for name in ARRAYS if name in content
-        }
-        descriptor = str(content.get("descriptor", "distortion"))
-        settings: dict[str, Any] = {
-            name: float(content[key]) for name, key in SETTINGS.items() if key in content
-        }
-        if "smooth" in content:
-            settings["smooth"] = bool(content["smooth"])
-        if content.get("lengthscale") == "median":  # asked for again where D is measured again
-            settings["lengthscale"] = "median"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise InputError(
-            f"{path}: expected the JSON of a scoring, with 'final_probs': {error}"
-        ) from error
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected the JSON of a scoring: {error}") from error
+    if not isinstance(content, dict) or "final_probs" not in content:
+        raise InputError(f"{path}: expected the JSON of a scoring, with 'final_probs'")
     try:
-        probabilities = check_probabilities(final, len(scenarios))
+        return _evidence(content, scenarios)
     except InputError as error:
-        raise InputError(f"{path}: final_probs: {error}") from error
-    if not np.array_equal(masks, scenarios.masks.astype(int)):
-        raise InputError(f"{path}: mask_array: expected the scenarios {list(scenarios.names)}")
-    for name, values in given.items():
-        if values.shape[:1] != final.shape or not np.isfinite(values).all():
-            raise InputError(f"{path}: {name}: expected finite numbers for every scenario")
-    return Evidence(
-        scenarios,
-        probabilities,
-        distortion=given.get("D_sh"),
-        latent_shift=given.get("latent_shift"),
-        prior=given.get("prior"),
-        settings=settings,
-        descriptor=descriptor,
-    )
+        raise InputError(f"{path}: {error}") from None
+
+
+def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evidence:
+    names = content.get("scenario_names")
+    if scenarios is None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"scenario_names: expected a list of names, found {names!r}")
+        scenarios = ScenarioSet.of([name for name in names if "+" not in name])
+    expected = {
+        "scenario_names": list(scenarios.names),
+        "mask_array": scenarios.masks.astype(int).tolist(),
+    }
+    for field, values in expected.items():
+        if content.get(field, values) != values:
+            raise InputError(
+                f"{field}: expected the scenarios {scenarios.names}, found {content[field]}"
+            )
+    final = real_numbers("final_probs", content["final_probs"])
+    arrays: dict[str, Any] = {}
+    for field, (ours, ndim) in ARRAYS.items():
+        if field in content:
+            arrays[ours] = values = real_numbers(field, content[field])
+            if values.ndim != ndim or len(values) != len(scenarios):
+                raise InputError(f"{field}: expected finite numbers for every scenario")
+    settings: dict[str, Any] = {}
+    for ours, field in SETTINGS.items():
+        if field in content:
+            value = real_numbers(field, content[field])
+            if value.ndim:
+                raise InputError(f"{field}: expected a number, found {content[field]!r}")
+            settings[ours] = float(value)
+    if "smooth" in content:
+        settings["smooth"] = content["smooth"]
+        if not isinstance(content["smooth"], bool):
+            raise InputError(f"smooth: expected true or false, found {content['smooth']!r}")
+    if content.get("lengthscale") == "median":  # used where D is measured again
+        settings["lengthscale"] = "median"
+    descriptor = content.get("descriptor", "distortion")
+    if not isinstance(descriptor, str):
+        raise InputError(f"descriptor: expected a name, found {descriptor!r}")
+    probabilities = check_probabilities(final, len(scenarios))
+    return Evidence(scenarios, probabilities, settings=settings, descriptor=descriptor, **arrays)

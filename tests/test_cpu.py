@@ -8,7 +8,6 @@ from study.published_form import as_published
 from torch import Tensor, nn
 
 from lsgs_core.models import Backbone, build_backbone, cpu
-from lsgs_core.models.cbc import Decoder
 from lsgs_core.models.cpu import _weights, accelerate_on_cpu, attention_with_dropout
 from lsgs_core.models.lora import add_lora
 
@@ -145,9 +144,9 @@ def test_only_large_volumes_go_in_slabs() -> None:
     for preset, expected in (("paper", True), ("demo", False)):
         model = build_backbone("cbc", preset)
         shape = model.configuration["latent_grid"]
-        decoder = model.get_submodule("decoder")
-        assert isinstance(decoder, Decoder)
-        assert cpu.is_worthwhile(decoder, torch.zeros(1, 1, *shape)) is expected
+        decoder = accelerate_on_cpu(model).get_submodule("decoder")
+        assert isinstance(decoder, cpu.SlabDecoder)
+        assert decoder.is_worthwhile(torch.zeros(1, 1, *shape)) is expected
 
 
 def test_training_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The samplers of the study: their distributions, what they learn, and that their state goes on."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from lsgs_core import adaptive, distributions
 from lsgs_core.errors import InputError
 from lsgs_core.probabilities import rbf_kernel, scenario_probabilities
+from lsgs_core.sampling import ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
 
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
@@ -37,8 +37,8 @@ def test_deployment_prior() -> None:
     p = distributions.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
     np.testing.assert_allclose(p, [0.5, 0, 0, 0.5, 0, 0, 0])
     np.testing.assert_allclose(distributions.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
-    for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan]):
-        with pytest.raises(InputError, match="failure_rates: expected 3"):
+    for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan], ["a"] * 3):
+        with pytest.raises(InputError, match="failure_rates: expected"):
             distributions.deployment_prior(THREE, wrong)
 
 
@@ -90,7 +90,7 @@ def test_coverage_without_relations_is_proportional_to_utility() -> None:
     np.testing.assert_allclose(p, 0.125 + utility / 12, atol=1e-4)
     np.testing.assert_allclose(distributions.coverage(np.zeros(4), np.eye(4), 1), 0.25)
     for wrong in ([1.0, -1, 0, 0], [1.0, np.nan, 0, 0], [1.0, 2, 3]):
-        with pytest.raises(InputError, match="utility: expected 4"):
+        with pytest.raises(InputError, match="utility: expected"):
             distributions.coverage(wrong, np.eye(4), 1)
 
 
@@ -120,18 +120,18 @@ def test_coverage_is_the_maximum(utility: list[float], places: list[float]) -> N
     assert gain.max() < 1 + 2e-6
 
 
-def adapting() -> dict[str, Callable[[], Any]]:
-    return {
-        "loss": lambda: adaptive.LossProportional(UNIFORM, 2.0, 0.8),
-        "group_dro": lambda: adaptive.GroupDRO(UNIFORM, step=0.05),
-        "exp3s": lambda: adaptive.Exp3S(UNIFORM, step=0.02, window=32),
-    }
+def adapting(name: str, prior: np.ndarray = UNIFORM) -> ScenarioSampler:
+    if name == "loss":
+        return adaptive.LossProportional(prior, 2.0, 0.8)
+    if name == "group_dro":
+        return adaptive.GroupDRO(prior, step=0.05)
+    return adaptive.Exp3S(prior, step=0.02, window=32)
 
 
-@pytest.mark.parametrize("name", adapting())
+@pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
 def test_state_goes_on(name: str) -> None:
     random = np.random.default_rng(1)
-    first, second = adapting()[name](), adapting()[name]()
+    first, second = adapting(name), adapting(name)
     np.testing.assert_allclose(first.probabilities(0), UNIFORM)
 
     def step(sampler: Any, k: np.ndarray, loss: np.ndarray) -> None:
@@ -151,13 +151,13 @@ def test_state_goes_on(name: str) -> None:
         step(second, k, loss)
         np.testing.assert_array_equal(first.probabilities(1), second.probabilities(1))
     for wrong in ({}, {"log_weights": [0.0], "average": [0.0], "count": [0.0]}):
-        with pytest.raises(InputError, match="not of this sampler"):
+        with pytest.raises(InputError, match="of this sampler"):
             second.load_state_dict(wrong)
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro"])
 def test_high_losses_are_drawn_more_often(name: str) -> None:
-    sampler, random = adapting()[name](), np.random.default_rng(2)
+    sampler, random = adapting(name), np.random.default_rng(2)
     for _ in range(200):
         k = random.choice(7, size=8, p=sampler.probabilities(0))
         sampler.observe(k, 0.2 * k + 0.05 * random.random(8))
@@ -165,7 +165,7 @@ def test_high_losses_are_drawn_more_often(name: str) -> None:
 
 
 def test_exp3s_draws_where_the_loss_falls() -> None:
-    sampler, random = adapting()["exp3s"](), np.random.default_rng(3)
+    sampler, random = adapting("exp3s"), np.random.default_rng(3)
     level = np.full(7, 2.0)
     for _ in range(400):
         k = random.choice(7, size=4, p=sampler.probabilities(0))
@@ -192,8 +192,6 @@ def test_curriculum() -> None:
     assert sampler.probabilities(0).argmax() == 6
     np.testing.assert_allclose(sampler.probabilities(4), UNIFORM)
     np.testing.assert_allclose(sampler.probabilities(9), UNIFORM)
-    assert sampler.state_dict() == {}
-    sampler.load_state_dict({})
 
 
 def test_online_measures_when_it_is_time() -> None:
@@ -227,6 +225,8 @@ def test_failure_rates_from_text() -> None:
         ("RGB:often", "name:number"),
         ("UV:0.1", "UV"),
         ("RGB:2", "0 to 1"),
+        ("RGB:nan", "failure_rates"),
+        ("RGB:0.1,RGB:0.3", "each once, found 'RGB'"),
     ):
         with pytest.raises(InputError, match=message):
             distributions.read_failure_rates(wrong, THREE)
@@ -236,12 +236,7 @@ def test_failure_rates_from_text() -> None:
 def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> None:
     """A scenario that deployment never has is never drawn, whatever the losses."""
     prior = np.array([0.0, 0.4, 0.0, 0.1, 0.2, 0.0, 0.3])
-    makers = {
-        "loss": lambda: adaptive.LossProportional(prior, 2.0, 0.8),
-        "group_dro": lambda: adaptive.GroupDRO(prior, step=0.05),
-        "exp3s": lambda: adaptive.Exp3S(prior, step=0.02, window=32),
-    }
-    sampler, random = makers[name](), np.random.default_rng(4)
+    sampler, random = adapting(name, prior), np.random.default_rng(4)
     np.testing.assert_allclose(sampler.probabilities(0), prior)
     for _ in range(100):
         k = random.choice(7, size=8, p=sampler.probabilities(0))
@@ -250,9 +245,6 @@ def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> N
         assert p.sum() == pytest.approx(1)
         assert (p[prior == 0] == 0).all()
         assert (p[prior > 0] > 0).all()
-    again = makers[name]()
-    again.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
-    np.testing.assert_array_equal(again.probabilities(0), sampler.probabilities(0))
 
 
 def test_coverage_gives_nothing_to_what_never_happens() -> None:

@@ -48,7 +48,7 @@ OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
         ("study/training.py", "momentum=0.9", "momentum=0.8", TRAINS),
         ("study/training.py", '"""Train a model in place.', '"""Fit a model in place.', set()),
         ("lsgs_core/models/cmx.py", "from ", "# Why.\nfrom ", set()),
-        ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring"}),
+        ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring", "evaluation"}),
         ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring"}),
         ("study/figures/scoring.py", *OTHER, set()),
         ("study/tiers.py", "10_000", "20_000", {"evaluation"}),

@@ -1,6 +1,6 @@
 """What test_devices.py runs in one process or in two, in an interpreter of its own.
 
-`python two_processes.py OUT PROCESSES ACCUMULATION PRECISION PROTOCOL`
+`python two_processes.py OUT PROCESSES ACCUMULATION PROTOCOL`
 """
 
 import sys
@@ -18,16 +18,13 @@ from test_training import SCENARIOS, SETTINGS, Blobs, small
 from lsgs_core.adaptive import LossProportional
 from lsgs_core.models.lora import add_lora
 
-out, count, accumulation, precision, protocol = sys.argv[1:]
+out, count, accumulation, protocol = sys.argv[1:]
 torch.set_num_threads(1)
-settings = replace(
-    SETTINGS, epochs=2, accumulation=int(accumulation), precision=precision, protocol=protocol
-)
+settings = replace(SETTINGS, epochs=2, accumulation=int(accumulation), protocol=protocol)
 # In float64, where nothing but a mistake can make a difference: in float32 the gradients of this
 # network differ by 1e-3 when sums change their order. It has no dropout, which every process draws
 # for itself; and with low-rank updates its batch normalisation, whose statistics on a CPU are those
 # of each process, is frozen.
-double = precision == "float32"
 
 
 class Patches(Blobs):
@@ -35,14 +32,12 @@ class Patches(Blobs):
 
     def batches_of(self, parts):
         for batch in super().batches_of(parts):
-            if double:
-                images = tuple(image.double() for image in batch.images)
-                batch = replace(batch, images=images, target=batch.target.double())
-            yield batch
+            images = tuple(image.double() for image in batch.images)
+            yield replace(batch, images=images, target=batch.target.double())
 
 
 def train_score_evaluate(folder: Path) -> dict:
-    model = small("cbc_slp").double() if double else small("cbc_slp")
+    model = small("cbc_slp").double()
     if protocol == "paper":
         add_lora(model)
     patches = Patches(10)

@@ -1,43 +1,38 @@
-"""Scoring of a network that is not ours: its latent is the output of a module, read by a hook."""
+"""Scoring of any network: its latent is the output of one of its modules, read by a hook."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import zero_absent
 
-Call = Callable[[nn.Module, list[Tensor]], Any]
 
-
-class _Read(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Carries the latent out of a forward pass, whose rest is not needed."""
-
-    def __init__(self, latent: Tensor) -> None:
-        self.latent = latent
-
-
-def _as_list(model: nn.Module, images: list[Tensor]) -> Any:
-    return model(images)
+class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass at the latent
+    """Ends a forward pass."""
 
 
 class HookedModel(nn.Module):
-    """Gives any network the method `latent`, which is all that scoring asks for.
+    """Adds to any network the method `latent`, the only one that scoring needs.
 
-    Absent modalities are set to zero before the network sees them. The forward pass ends at the
-    hooked module, so a decoder after it costs nothing.
+    Absent modalities are set to zero before the network receives them. The first forward pass is
+    complete, which counts the calls of the module; the others end at its last call, so that a
+    decoder after it costs nothing.
 
     Args:
         model: Any network.
         module: Name of the module whose output is the latent, as in `model.named_modules()`.
-        call: How the network is called with a list of M tensors [B, D_m, H, W]; by default
-            `model(images)`.
+        call: Function that calls the network with a list of M tensors [B, D_m, H, W]; the default
+            is `model(images)`.
+        calls: How often the module runs in a forward pass, such as M times for an encoder that all
+            modalities share. The outputs are concatenated along the channels.
 
     Raises:
-        InputError: The network has no such module.
+        InputError: The network has no such module, or `calls` is no positive integer.
 
     Example:
         >>> import torch
@@ -48,41 +43,66 @@ class HookedModel(nn.Module):
         torch.Size([2, 8, 6, 6])
     """
 
-    def __init__(self, model: nn.Module, module: str, call: Call = _as_list) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        module: str,
+        call: Callable[[nn.Module, list[Tensor]], Any] = lambda model, images: model(images),
+        calls: int = 1,
+    ) -> None:
         super().__init__()
-        self.model, self.call = model, call
-        known = dict(model.named_modules())
-        if module not in known:
-            raise InputError(f"module: {module!r} is unknown; the model has {list(known)[1:20]}")
-        self._hooked = module
+        self.model, self.call, self.calls, self._module = model, call, calls, module
+        self._counted = False
+        # A module that is shared has several names, and each of them is right.
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        if module not in names:
+            raise InputError(f"module: expected one of {names[1:20]}, found {module!r}")
+        if not isinstance(calls, int) or calls < 1:
+            raise InputError(f"calls: expected a positive integer, found {calls!r}")
 
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
-        """The output of the hooked module, [B, C, ...], with absent modalities set to zero.
+        """Return the output of the hooked module, [B, C, ...], with absent modalities at zero.
 
         Args:
             images: M tensors [B, D_m, H, W].
             available: bool [B, M].
 
         Raises:
-            InputError: The forward pass does not reach the module, or its output is no tensor.
+            InputError: The module runs more or less often than `calls` says, or its outputs are no
+                tensors, or cannot be concatenated.
         """
+        outputs: list[Tensor] = []
 
         def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
-                raise InputError(f"module: {self._hooked!r} gives a {type(output).__name__}")
-            raise _Read(output)
+                raise InputError(
+                    f"module: expected {self._module!r} to return a tensor, found "
+                    f"{type(output).__name__}"
+                )
+            outputs.append(output)
+            if self._counted and len(outputs) == self.calls:
+                raise _Reached
+            outputs[-1] = output.clone()  # a later layer may work in place
 
-        seen = [zero_absent(i, a) for i, a in zip(images, available.unbind(dim=1), strict=True)]
-        handle = self.model.get_submodule(self._hooked).register_forward_hook(read)
+        handle = self.model.get_submodule(self._module).register_forward_hook(read)
         try:
-            self.call(self.model, seen)
-        except _Read as found:
-            return found.latent
+            self(images, available)
+        except _Reached:
+            pass
         finally:
             handle.remove()
-        raise InputError(f"module: the forward pass does not reach {self._hooked!r}")
+        if len(outputs) != self.calls:
+            raise InputError(
+                f"calls: expected {self._module!r} to run {self.calls} times in a forward pass, "
+                f"found {len(outputs)}"
+            )
+        self._counted = True
+        if len({(output.ndim, output.shape[:1], output.shape[2:]) for output in outputs}) > 1:
+            shapes = [list(output.shape) for output in outputs]
+            raise InputError(f"module: expected outputs that differ in channels, found {shapes}")
+        return outputs[0] if self.calls == 1 else torch.cat(outputs, dim=1)
 
     def forward(self, images: Sequence[Tensor], available: Tensor) -> Any:
-        """What the network makes of the modalities that are there."""
-        seen = [zero_absent(i, a) for i, a in zip(images, available.unbind(dim=1), strict=True)]
-        return self.call(self.model, seen)
+        """Return the network's output for the available modalities."""
+        pairs = zip(images, available.unbind(dim=1), strict=True)
+        return self.call(self.model, [zero_absent(*pair) for pair in pairs])

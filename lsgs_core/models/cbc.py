@@ -19,7 +19,7 @@ class CBCSettings:
     """Sizes of CBC and CBC-SLP; the defaults are the paper's.
 
     Raises:
-        InputError: When the entries do not fit together.
+        InputError: The values do not fit together.
     """
 
     private_branches: bool = True  # CBC-SLP has them, CBC not
@@ -39,24 +39,24 @@ class CBCSettings:
 
     def __post_init__(self) -> None:
         levels = len(self.decoder_depths)
-        fits = {
-            "stage_widths": len(self.stage_widths) == 4,
-            "stage_blocks": len(self.stage_blocks) == 4,
-            "reduced_channels": len(self.reduced_channels) == 5,
-            "latent_channels": self.latent_channels % 2 == 0,
-            "latent_grid": len(self.latent_grid) == 3,
-            "token_width": self.token_width % self.attention_heads == 0,
-            "decoder_depths": 1 <= levels <= 4,
-            "decoder_channels": len(self.decoder_channels) > levels,
+        rules = {
+            "stage_widths": (len(self.stage_widths) == 4, "four numbers"),
+            "stage_blocks": (len(self.stage_blocks) == 4, "four numbers"),
+            "reduced_channels": (len(self.reduced_channels) == 5, "five numbers"),
+            "latent_channels": (self.latent_channels % 2 == 0, "an even number"),
+            "latent_grid": (len(self.latent_grid) == 3, "three numbers"),
+            "token_width": (self.token_width % self.attention_heads == 0, "a multiple of heads"),
+            "decoder_depths": (1 <= levels <= 4, "one to four numbers"),
+            "decoder_channels": (len(self.decoder_channels) > levels, f"over {levels} numbers"),
         }
-        for field, right in fits.items():
+        for field, (right, expected) in rules.items():
             if not right:
-                raise InputError(f"{field}: found {getattr(self, field)}; see CBCSettings for it")
+                raise InputError(f"{field}: expected {expected}, found {getattr(self, field)}")
 
 
-# For 64×64 patches on a CPU; the decoder's volume stops at half the patch. Its depth is never 1:
-# the last instance normalisation gives every channel mean zero over the volume, and only with a
-# second slice can the one that is read differ from it, so that a patch can be all forest or none.
+# "demo" is for patches of 64×64 pixels on a CPU; its decoder's volume stops at half the patch. The
+# depth is never 1: the last instance normalisation gives every channel a mean of 0 over the volume,
+# so that only a second slice lets the slice that is read be all forest or none.
 CBC_SLP_PRESETS = {
     "paper": CBCSettings(),
     "demo": CBCSettings(
@@ -81,7 +81,7 @@ CBC_PRESETS = {
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Return a convolution without bias, which keeps the size at stride 1, and its BatchNorm."""
+    """Return a convolution without bias that keeps the size at stride 1, and its BatchNorm."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
@@ -106,9 +106,9 @@ class Bottleneck(nn.Module):
 class Encoder(nn.Module):
     """Features x1…x4 and x6 of the D bands of one modality.
 
-    The bands are the depth of a one-channel volume. Only the stem's kernel spans depth, and only
-    by one band to each side, so every layer is a 2-D convolution over B·D images: the stem reads
-    each band with its two neighbours as three channels, which is its 3×7×7 kernel exactly.
+    The bands are the depth of a volume with one channel. Only the stem's kernel spans depth, by one
+    band to each side. Every layer is therefore a 2-D convolution over B·D images: the stem reads
+    each band and its two neighbours as three channels, which equals its 3×7×7 kernel.
     """
 
     def __init__(self, settings: CBCSettings) -> None:
@@ -196,7 +196,7 @@ class Unit(nn.Module):
         """Apply the unit."""
         out = self.norm(F.relu(self.conv(x)))
         if out.requires_grad:
-            # PyTorch (2.13, CPU) reads a channels-last gradient of a single sample wrongly here.
+            # PyTorch (2.13, CPU) misreads the channels-last gradient of a single sample here.
             out.register_hook(lambda gradient: gradient.contiguous())
         return out
 
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
         x = self.reduce(self.refine(latent))
         for level, skip, depth in zip(self.levels.values(), skips, self.depths, strict=True):
             x = level(x, skip, depth)
-        # With aligned corners a depth of 1 reads slice 0 alone; the paper has it so.
+        # With aligned corners, a depth of 1 reads slice 0 alone, as in the paper.
         x = F.interpolate(x, (1, *size), mode="trilinear", align_corners=True)
         return self.head(x).squeeze(2)
 
@@ -267,9 +267,9 @@ def _tokens(volume: Tensor) -> Tensor:
 
 
 class CBC(Backbone):
-    """CBC, and CBC-SLP with its private branches; the paper's shape at M = D = 3.
+    """CBC, and CBC-SLP with its private branches; the paper has M = D = 3.
 
-    The bands of a modality are repeated cyclically up to the largest band count.
+    The bands of a modality are repeated cyclically up to the largest number of bands.
     """
 
     def __init__(self, bands: Sequence[int], classes: int, settings: CBCSettings) -> None:
@@ -277,14 +277,14 @@ class CBC(Backbone):
         count, width = len(bands), settings.token_width
         channels = (*settings.reduced_channels, settings.latent_channels)  # of levels 1…6
         latent = channels[-1] * count
-        # Level 5 is never used, and the lowest levels only by a decoder that goes so far.
+        # Level 5 is never used, and the lowest levels only by a decoder with as many levels.
         self.skip_levels = (4, 3, 2, 1)[: len(settings.decoder_depths)]
         self.encoders = nn.ModuleList(Encoder(settings) for _ in bands)
         self.fusions = nn.ModuleDict()
         for level in (*self.skip_levels, 6):
             fused = channels[level - 1] * count
             self.fusions[f"level{level}"] = Unit(fused, fused, 1)
-        # One for each modality, and the last for the fused level 6.
+        # One per modality, and the last one for the fused level 6.
         self.tokenizers = nn.ModuleList(
             PointConv(inputs, width) for inputs in [channels[-1]] * count + [latent]
         )
@@ -331,8 +331,8 @@ class CBC(Backbone):
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C·M, d, h, w] of K scenarios, masks bool [K, M].
 
-        Each modality is encoded once, and goes through its transformer block once for each of
-        its two states; the absent state is the same for every image.
+        Each modality is encoded once and passes its transformer block once for each of its two
+        states; the absent state is equal for all images.
         """
         x6 = self._encode(self.check(images, masks, scenarios=True))[-1]
         present = self._states(x6)
@@ -374,7 +374,7 @@ class CBC(Backbone):
     ) -> tuple[Tensor, Tensor]:
         """Return the shared latent [B, N, C·M] and the correlated tokens [B, M, N, T]."""
         query, key, value = qkv.chunk(3, dim=-1)
-        # Absent in every sample: zero in the end, so it need not be computed.
+        # What is absent in every sample is set to zero in the end and not computed.
         present = available.any(dim=0).nonzero().flatten()
         # Element by element: modality m (axis 1) weighs every modality j (axis 2).
         logits = query[:, present, None] * (key[:, None] / math.sqrt(len(self.bands)))
@@ -384,7 +384,7 @@ class CBC(Backbone):
         fused = self.tokenizers[-1](_tokens(self.fusions["level6"](x6.flatten(1, 2))))
         sequence = torch.cat(((tokens + correlated).flatten(1, 2), fused), dim=1)
         out = self.multimodal(sequence + torch.cat(tuple(self.positions), dim=1))
-        # M + 1 consecutive tokens fall in one cell: mmFormer's view, kept for its checkpoints.
+        # M + 1 consecutive tokens form one cell: mmFormer's order, kept for the checkpoints.
         cells = out.reshape(len(out), -1, self.to_latent.in_features)
         return self.to_latent(cells), correlated
 

@@ -1,21 +1,21 @@
-"""CBC and CBC-SLP on a CPU: the same numbers up to rounding, in a fraction of time and memory.
+"""CBC and CBC-SLP on a CPU: the same results up to rounding, with less time and memory.
 
-`accelerate_on_cpu` gives a network these forms; `lsgs_core.models.cbc` has those that define it.
+`lsgs_core.models.cbc` has the forms that define the networks; `accelerate_on_cpu` replaces them.
 
-The decoder works without its large volumes. Three facts make it cheap. A convolution over
-concatenated volumes is the sum of one over each. A 3×3×3 convolution is three 2-D ones, one per
-depth tap, over slices whose results are added up; and where the volume was resized along depth,
-resizing and adding up are one small matrix, so that the 2-D convolutions run on the slices from
-before. And a unit (convolution, ReLU, instance normalisation) needs nothing but its input and its
-output to be differentiated; what lies between is computed in slabs that stay in the processor's
-cache, and again in the backward pass. Volumes are [B, d, h, w, C] here, the memory order in which
-the convolutions are fastest.
+The decoder works without its large volumes, for three reasons. A convolution over concatenated
+volumes is the sum of one convolution over each. A 3×3×3 convolution is three 2-D convolutions, one
+per depth tap, over slices whose results are added; where the volume was resized along depth,
+resizing and adding are one small matrix, so that the 2-D convolutions run on the slices before
+resizing. And the gradient of a unit (convolution, ReLU, instance normalisation) needs nothing but
+its input and its output; everything between is computed in slabs that fit in the processor's cache,
+and computed again in the backward pass. Volumes are [B, d, h, w, C] here, the memory order in which
+convolutions are fastest.
 
-Attention with dropout on its weights is fused by PyTorch on a GPU alone; on a CPU all weights of
-all heads and their random numbers are kept for the backward pass, and drawing them takes longer
-than the attention. Here one head is worked on at a time, its weights are computed again in the
-backward pass, and a dropout decision takes 16 random bits. The rate is therefore rounded to a
-multiple of 2^-16.
+PyTorch fuses attention with dropout on its weights on a GPU alone. On a CPU it keeps all weights of
+all heads and their random numbers for the backward pass, and drawing them takes longer than the
+attention. Here, one head is computed at a time, its weights are computed again in the backward
+pass, and a dropout decision takes 16 random bits, so that the rate is rounded to a multiple of
+2^-16.
 """
 
 from __future__ import annotations
@@ -34,20 +34,17 @@ from torch.autograd.function import once_differentiable
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.cbc import Decoder, DecoderLevel, Refinement, TransformerBlock, Unit
 
-SLAB = 2**20  # numbers that are worked on at a time: 4 MiB of float32
-SMALLEST = 2**20  # numbers in the last volume; smaller ones stay in the cache by themselves
+SLAB = 2**20  # size of a slab in numbers: 4 MiB of float32
+SMALLEST = 2**20  # size of the last volume in numbers; smaller volumes fit in the cache anyway
 Size = tuple[int, int, int]
 
 
 def accelerate_on_cpu(model: Backbone) -> Backbone:
     """Return a copy of a network that computes faster on a CPU, in training and in evaluation.
 
-    Its parameters have the same names and shapes, and its results and gradients are the same up to
+    Its parameters have the same names and shapes, and its results and gradients are equal up to
     rounding. On other devices and under autocast it computes as the network does. A network
     without a part that has a faster form, such as CMX, is only copied.
-
-    Args:
-        model: Left as it is.
     """
     fast = copy.deepcopy(model)
     for module in fast.modules():
@@ -56,54 +53,48 @@ def accelerate_on_cpu(model: Backbone) -> Backbone:
 
 
 def _applies(x: Tensor) -> bool:
-    """True where the faster forms were written for the tensor."""
+    """Return True for tensors that the faster forms are written for."""
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-class _SlabDecoder(Decoder):
-    """The decoder in slabs, where its volumes are large enough for that to pay."""
+class SlabDecoder(Decoder):
+    """The decoder in slabs, where its volumes are so large that this is faster."""
 
     def forward(self, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        if _applies(latent) and is_worthwhile(self, latent):
-            return decode(self, latent, skips, size)
-        return super().forward(latent, skips, size)
+        """Return the logits of the decoder, [B, outputs, H, W]."""
+        if not (_applies(latent) and self.is_worthwhile(latent)):
+            return super().forward(latent, skips, size)
+        x = _refined(self.refine, latent)
+        x = F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias)
+        levels = cast("list[DecoderLevel]", [*self.levels.values()])
+        for level, skip, depth in zip(levels, skips, self.depths, strict=True):
+            volume = (depth, 2 * x.shape[2], 2 * x.shape[3])
+            x = unit(level.enlarge, volume, (x, "linear"))
+            x = unit(level.join, volume, (_refined(level.refine, skip), "nearest"), (x, "nearest"))
+            x = unit(level.out, volume, (x, "nearest"))
+        first = x[:, 0].movedim(3, 1)
+        first = F.interpolate(first, size, mode="bilinear", align_corners=True)
+        return F.conv2d(first, self.head.weight[:, :, 0], self.head.bias)
+
+    def is_worthwhile(self, latent: Tensor) -> bool:
+        """Return True if slabs are faster for a latent [B, C, d, h, w]."""
+        growth = 2 ** len(self.depths)
+        plane = latent.shape[3] * growth * latent.shape[4] * growth
+        return self.depths[-1] * plane * self.head.in_channels >= SMALLEST
 
 
-class _HeadByHead(TransformerBlock):
-    """The transformer block whose attention drops weights head by head."""
+class HeadByHead(TransformerBlock):
+    """The transformer block with a dropout of attention weights that runs head by head."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the attention of the block."""
         rate = self.attention_dropout if self.training else 0.0
         if rate and _applies(query):
             return attention_with_dropout(query, key, value, rate)
         return super().attend(query, key, value)
 
 
-_FASTER: dict[type, type] = {Decoder: _SlabDecoder, TransformerBlock: _HeadByHead}
-
-
-def is_worthwhile(decoder: Decoder, latent: Tensor) -> bool:
-    """Whether `decode` is faster than the modules for a latent [B, C, d, h, w]."""
-    growth = 2 ** len(decoder.depths)
-    plane = latent.shape[3] * growth * latent.shape[4] * growth
-    return decoder.depths[-1] * plane * decoder.head.in_channels >= SMALLEST
-
-
-def decode(
-    decoder: Decoder, latent: Tensor, skips: Sequence[Tensor], size: tuple[int, int]
-) -> Tensor:
-    """Return what the decoder's own modules give, [B, outputs, H, W], with its gradients."""
-    x = _refined(decoder.refine, latent)
-    x = F.linear(x, decoder.reduce.weight.flatten(1), decoder.reduce.bias)
-    levels = cast("list[DecoderLevel]", [*decoder.levels.values()])
-    for level, skip, depth in zip(levels, skips, decoder.depths, strict=True):
-        volume = (depth, 2 * x.shape[2], 2 * x.shape[3])
-        x = unit(level.enlarge, volume, (x, "linear"))
-        x = unit(level.join, volume, (_refined(level.refine, skip), "nearest"), (x, "nearest"))
-        x = unit(level.out, volume, (x, "nearest"))
-    first = x[:, 0].movedim(3, 1)
-    first = F.interpolate(first, size, mode="bilinear", align_corners=True)
-    return F.conv2d(first, decoder.head.weight[:, :, 0], decoder.head.bias)
+_FASTER: dict[type, type] = {Decoder: SlabDecoder, TransformerBlock: HeadByHead}
 
 
 def _refined(refinement: Refinement, volume: Tensor) -> Tensor:
@@ -115,12 +106,13 @@ def _refined(refinement: Refinement, volume: Tensor) -> Tensor:
 
 
 def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
-    """Return the unit of the resized and concatenated inputs, [B, *size, outputs].
+    """Return a unit's output for the resized and concatenated inputs, [B, *size, outputs].
 
     Args:
-        module: Of kernel 3, or of kernel 1 and with one input that has the size.
+        module: Unit of kernel 3, or of kernel 1 with a single input of the final size.
         size: Depth, height and width of the result.
-        *inputs: Volumes [B, d, h, w, C_i], each with "linear" (aligned corners) or "nearest".
+        *inputs: Volumes [B, d, h, w, C_i], each with its way of resizing, "linear" (with aligned
+            corners) or "nearest".
     """
     weights = module.conv.weight.split([volume.shape[4] for volume, _ in inputs], dim=1)
     pairs = [part for (volume, _), weight in zip(inputs, weights, strict=True)
@@ -131,7 +123,7 @@ def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rule:
-    """What a unit does besides its tensors."""
+    """The parameters of a unit that are not tensors."""
 
     size: Size
     modes: tuple[str, ...]
@@ -143,9 +135,9 @@ class _Rule:
 def _resizing(
     before: int, after: int, mode: str, width: int, padding: str, dtype: torch.dtype
 ) -> Tensor:
-    """Resizing along one axis and padding, as a matrix [after + 2 · width, before]."""
+    """Return resizing along one axis and padding as a matrix [after + 2 · width, before]."""
     aligned = True if mode == "linear" else None
-    with torch.inference_mode(False):  # the cached matrix outlives the mode that it was made in
+    with torch.inference_mode(False):  # the cached matrix is also used outside of that mode
         unit_vectors = torch.eye(before, dtype=dtype)[None]
         matrix = F.interpolate(unit_vectors, after, mode=mode, align_corners=aligned)[0].T
         first, last = matrix[:1].expand(width, -1), matrix[-1:].expand(width, -1)
@@ -154,7 +146,7 @@ def _resizing(
 
 
 class _Slices:
-    """The slices of one input of a unit, resized in the plane and padded, a chunk at a time."""
+    """The slices of one input of a unit, resized in the plane and padded, in chunks."""
 
     def __init__(self, volume: Tensor, weight: Tensor, rule: _Rule, index: int) -> None:
         self.volume, self.size, taps = volume, rule.size, weight.shape[2]
@@ -170,15 +162,15 @@ class _Slices:
         self.step = max(1, SLAB // (len(volume) * pixels * max(weight.shape[:2])))
 
     def chunks(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-        """Yield slices of the input, the slices of the result that they add to, and by how much.
+        """Yield slices of the input, the slices of the result that they add to, and their weights.
 
-        The last is one matrix [result slices, input slices] for every depth tap.
+        The weights are one matrix [result slices, input slices] for each depth tap.
         """
         taps = len(self.kernels)
         for start in range(0, self.volume.shape[1], self.step):
             chunk = slice(start, min(start + self.step, self.volume.shape[1]))
             used = self.depth[:, chunk].any(dim=1).nonzero()
-            if not len(used):  # a smaller depth passes over some slices
+            if not len(used):  # resizing to a smaller depth skips some slices
                 continue
             # Tap t of result slice z reads the padded slice z + t.
             first = max(0, int(used[0]) - taps + 1)
@@ -198,7 +190,7 @@ class _Slices:
         return F.pad(x, (self.border,) * 4, mode=mode) if self.border else x
 
     def write_gradient(self, gradient: Tensor, out: Tensor) -> None:
-        """Put the gradient of what `read` returned into `out`, a chunk [B, s, h, w, C]."""
+        """Write the gradient of the result of `read` into `out`, a chunk [B, s, h, w, C]."""
         x = gradient.movedim(1, 3).unflatten(0, out.shape[:2])
         if not self.same_plane:
             x = (self.height.T @ x.flatten(3)).unflatten(3, (len(self.width), -1))
@@ -214,11 +206,11 @@ class _Slices:
 
 
 class _Unit(torch.autograd.Function):
-    """Convolution, ReLU and instance normalisation, with only input and output kept."""
+    """Convolution, ReLU and instance normalisation that keep only their input and output."""
 
     @staticmethod
     def forward(ctx: Any, rule: _Rule, bias: Tensor, *pairs: Tensor) -> Tensor:
-        """Take volume, weight, volume, weight and so on as pairs."""
+        """Return the output; `pairs` are volume, weight, volume, weight and so on."""
         batch, width = len(pairs[0]), rule.size[2]
         out = pairs[0].new_zeros(batch, *rule.size, len(bias))
         slices = out.flatten(2)  # (B, D, H · W · outputs)
@@ -228,7 +220,7 @@ class _Unit(torch.autograd.Function):
             for chunk, rows, shares in inputs.chunks():
                 images = inputs.read(chunk)
                 for tap, (kernel, share) in enumerate(zip(inputs.kernels, shares, strict=True)):
-                    # The rows of the middle tap add up to 1, so that it brings the whole bias.
+                    # The rows of the middle tap have a sum of 1, so that it adds the bias once.
                     once = bias if index == 0 and tap == centre else None
                     maps = F.conv2d(images, kernel, once).movedim(1, 3)
                     maps = maps.reshape(batch, share.shape[1], -1)
@@ -250,7 +242,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the bias and of every pair."""
+        """Return the gradients of the bias and of each volume and weight."""
         out, mean, scale, *pairs = ctx.saved_tensors
         gradient = gradient.contiguous()
         before = _before_normalisation(gradient, out, mean, scale)
@@ -268,7 +260,7 @@ class _Unit(torch.autograd.Function):
 
 
 def _before_normalisation(gradient: Tensor, out: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return the gradient of what went into the ReLU, from that of the normalised result.
+    """Return the gradient of the ReLU's input from that of the normalised result.
 
     With x̂ the result, instance normalisation gives scale · (g - mean(g) - x̂ · mean(g · x̂)).
     """
@@ -283,7 +275,7 @@ def _before_normalisation(gradient: Tensor, out: Tensor, mean: Tensor, scale: Te
     before = torch.empty_like(out)
     for result, slab, normalised in zip(*map(_slabs, (before, gradient, out)), strict=True):
         torch.mul(slab, by, out=result)
-        # What the ReLU set to 0 has become `zero`, and everything else is larger.
+        # A 0 after the ReLU is `zero` after the normalisation, and all other values are larger.
         result.sub_(shift).addcmul_(normalised, slope).mul_(normalised > zero)
     return before
 
@@ -291,7 +283,7 @@ def _before_normalisation(gradient: Tensor, out: Tensor, mean: Tensor, scale: Te
 def _gradients(
     inputs: _Slices, before: Tensor, of_volume: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of one input and its weight, where wanted."""
+    """Return the gradients of one input and of its weight, or None where not needed."""
     _, _, *plane, outputs = before.shape
     volume = torch.zeros_like(inputs.volume) if of_volume else None
     weights = [torch.zeros_like(kernel) for kernel in inputs.kernels]
@@ -316,13 +308,13 @@ def _gradients(
 
 
 def _slabs(volume: Tensor) -> list[Tensor]:
-    """Return a volume [B, D, H, W, C] as views [B, slices, H, W · C] that fit in the cache."""
+    """Return a volume [B, D, H, W, C] as slabs, views [B, slices, H, W · C]."""
     step = max(1, SLAB // volume[:, 0].numel())
     return list(volume.flatten(3).split(step, dim=1))
 
 
 def _channel_means(volume: Tensor, function: Any) -> Tensor:
-    """Return the mean of a function of every slab, by sample and channel, [B, C]."""
+    """Return the mean of a function of the slabs for each sample and channel, [B, C]."""
     total = sum(function(slab).sum(dim=(1, 2)) for slab in _slabs(volume))  # (B, W · C)
     assert isinstance(total, Tensor)
     _, depth, height, *columns = volume.shape
@@ -335,28 +327,28 @@ def _columns(values: Tensor, width: int) -> Tensor:
 
 
 def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
-    """Return softmax(Q Kᵀ / √width) with a share of its elements dropped, times V.
+    """Return softmax(Q Kᵀ / √width) V with dropout on the weights of the softmax.
 
     Args:
         query: [B, heads, N, width], on the CPU.
-        key: Likewise.
-        value: Likewise.
+        key: Tensor of the same shape.
+        value: Tensor of the same shape.
         rate: Probability that a weight is set to 0; the others are divided by 1 - rate.
     """
-    seed = int(torch.randint(2**62, ()))  # the global generator decides, as for other dropout
+    seed = int(torch.randint(2**62, ()))  # from the global generator, as in other dropout
     batch = query.shape[:2]
     heads = (tensor.flatten(0, 1) for tensor in (query, key, value))
     return _Attention.apply(*heads, round(rate * 2**16), seed).unflatten(0, batch)
 
 
 class _Attention(torch.autograd.Function):
-    """Over heads [heads, N, width]."""
+    """Attention with dropout over heads [heads, N, width]."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropped: int, seed: int
     ) -> Tensor:
-        """Drop `dropped` of 65,536 weights on average."""
+        """Return the output; `dropped` of 65,536 weights are dropped on average."""
         out = torch.empty_like(query)
         remaining = 1 - dropped / 2**16
         for head, (weights, keep) in enumerate(_weights(query, key, dropped, seed)):
@@ -372,7 +364,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, out = ctx.saved_tensors
         of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
         scale, remaining = query.shape[2] ** -0.5, 1 - ctx.dropped / 2**16
-        # Of the softmax: weight · (g - sum of weight · g), and that sum is gradient · out.
+        # The softmax has the gradient weight · (g - sum of weight · g); that sum is gradient · out.
         sums = (gradient * out).sum(dim=2, keepdim=True)
         for head, (weights, keep) in enumerate(_weights(query, key, ctx.dropped, ctx.seed)):
             scaled = gradient[head] / remaining
@@ -386,9 +378,9 @@ class _Attention(torch.autograd.Function):
 def _weights(
     query: Tensor, key: Tensor, dropped: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the softmax of every head, [N, N], and 1 where it is kept, the same for a seed.
+    """Yield the softmax of each head and its dropout mask, [N, N] each; the mask is 1 where kept.
 
-    The two tensors are reused from head to head.
+    The mask depends on the seed alone. Both tensors are reused for the next head.
     """
     tokens, scale = query.shape[1], query.shape[2] ** -0.5
     logits, weights, keep = (query.new_empty(tokens, tokens) for _ in range(3))

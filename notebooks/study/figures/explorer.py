@@ -114,7 +114,7 @@ def probability_view(evidence: Evidence) -> View:
     Raises:
         InputError: The scoring has no distortions.
     """
-    distortion = evidence.known("distortion")
+    distortion = evidence.required("distortion")
     scenarios, settings = evidence.scenarios, evidence.settings
     descriptors = scenario_descriptors(
         evidence.descriptor, scenarios.masks, distortion, evidence.latent_shift
