@@ -19,8 +19,9 @@ from study.artifacts import (
     save_weights,
     sidecar_path,
 )
-from study.figures import composite, save_figure, use_style
+from study.figures import save_figure, use_style
 from study.files import file_sha256, written_beside
+from study.predictions import composite
 
 from lsgs_core import InputError
 

@@ -1,8 +1,8 @@
-"""A run at hand beside the committed results: what has to be equal, and what may vary.
+"""Compare a run with the committed results: what must be equal, and what may vary.
 
-From the same pretrained networks distortions, probabilities and pretrained IoUs are deterministic:
-another processor rounds otherwise, and that is all. Fine-tuning amplifies rounding as it does a
-seed, so a fine-tuned IoU is compared with what further seeds give.
+With the same pretrained networks, distortions, probabilities and pretrained IoUs are deterministic:
+another processor changes them at rounding level only. Fine-tuning amplifies rounding as it does a
+change of seed, so a fine-tuned IoU is compared with the range of further seeds.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ import pandas as pd
 import scipy.stats
 
 from lsgs_core.errors import InputError
-from study.pages import NOT_COMPARED
 from study.tiers import NOTEBOOKS, Tier
 
-# Largest differences that rounding makes in float32: of D relative to itself, of p, and of an IoU.
+AGREEMENT = "agreement.txt"  # the sentence of notebook 05 ...
+NOT_COMPARED = "not compared with the committed results"  # ... which may start like this
+# Largest differences due to rounding in float32: of D (relative), of p, and of an IoU.
 DISTORTION, PROBABILITY, IOU = 1e-4, 1e-4, 1e-3
 METRICS = ("mean_iou", "worst_iou", "full_iou")
-CONFIDENCE = 0.95  # that all fine-tuned figures together lie within their ranges
-# Of a scoring: what decides its numbers, besides the network and the data.
+CONFIDENCE = 0.95  # that all fine-tuned metrics together lie within their ranges
+# Entries of a scoring that decide its numbers, besides the network and the data.
 DECISIVE = [
     *("scenario_names", "mask_array", "alpha", "tau", "gamma_floor", "lambda"),
     *("smooth", "lengthscale", "descriptor", "prior"),
 ]
-# Parameters of a tier that change no figure that is compared.
+# Parameters of a tier that change no number that is compared.
 INDIFFERENT = {"manifest", "downloads", "raw", "shown_fold", "workers", "device", "threads"}
 INDIFFERENT |= {"keep_weights", "explored", "reference", "primary_metric", "contrasts"}
 INDIFFERENT |= {"resamples", "shown_patches"}
 
 
 def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
-    """How far a scoring is from the committed one of the same settings.
+    """Compare a scoring with the committed one of the same settings.
 
     Args:
         here: A probabilities.json.
-        committed: Another.
+        committed: The committed one.
 
     Returns:
         The largest difference of D, relative to the committed D, and that of p.
 
     Raises:
-        InputError: A file that is no scoring, or other scenarios, settings or numbers of patches.
+        InputError: A file is no scoring; or the scenarios, settings or numbers of patches differ.
     """
-    first, second = (_scoring(path) for path in (here, committed))
+    first, second = _scoring(here), _scoring(committed)
     for name in DECISIVE:
         if first.get(name) != second.get(name):
             raise InputError(f"{here}: {name} is {first.get(name)}, {second.get(name)} committed")
@@ -64,7 +65,11 @@ def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
 
 
 def scoring_sentence(here: Path, committed: Path) -> str:
-    """Say in a sentence how far a scoring is from the committed one of the same network."""
+    """Say in a sentence how far a scoring is from the committed one of the same network.
+
+    Raises:
+        InputError: A file is no scoring.
+    """
     if not committed.is_file():
         return f"{NOT_COMPARED}, which have no such scoring"
     networks = [_scoring(path)["meta_info"].get("weights_sha256") for path in (here, committed)]
@@ -82,10 +87,10 @@ def scoring_sentence(here: Path, committed: Path) -> str:
 
 
 def why_not_compared(tier: Tier, reference: Path) -> str:
-    """Why a tier cannot be set against committed results; "" where it can.
+    """Say why a tier cannot be compared with committed results; "" if it can.
 
     Args:
-        tier: Of the run at hand.
+        tier: Tier of this run.
         reference: Folder of a published tier.
     """
     try:
@@ -101,131 +106,105 @@ def why_not_compared(tier: Tier, reference: Path) -> str:
 
 
 def compared_with_committed(
-    whole: pd.DataFrame, by_scenario: pd.DataFrame, tier: Tier | None, work: Path, reference: str
+    summary: pd.DataFrame, by_scenario: pd.DataFrame, tier: Tier | None, work: Path, reference: str
 ) -> tuple[pd.DataFrame, str]:
-    """Set a run beside committed results, and say in a sentence what was found.
+    """Compare a run with committed results of the same settings and other seeds.
 
     Args:
-        whole: As in `compare_with_committed`, like `by_scenario` and `work`.
-        by_scenario: Likewise.
-        tier: Of the run at hand; None where notebooks were run one by one.
+        summary: Table of `evaluation.summary` per dataset, backbone, method and seed.
+        by_scenario: The columns dataset, backbone, method, scenario and iou.
+        tier: Tier of this run; None if notebooks were run one by one.
         work: Folder of the tier.
-        reference: Folder of the published tier; "" compares with nothing.
+        reference: Folder of the published tier; "" for none.
 
     Returns:
-        The table of `compare_with_committed`, empty where nothing can be compared, and the
-        sentence, which then says why.
+        A table and a sentence that says what the comparison gave, or why the table is empty. The
+        table has one row per comparison that both sides allow: part ("distortion", "probabilities",
+        "pretrained IoU", "fine-tuned"), dataset, backbone, method, metric, here, low, high and
+        agrees. In the first three parts, `here` is the largest difference and `high` what rounding
+        allows. For a fine-tuned metric, low and high are the ends of a prediction interval for one
+        more seed (normal, from the committed seeds, on the same blocks); the intervals hold for all
+        rows together with a probability of `CONFIDENCE` (Bonferroni).
     """
     if not reference or tier is None:
         return pd.DataFrame(), f"{NOT_COMPARED}: {'no reference' if tier else 'no tier'} is named"
     if reason := why_not_compared(tier, Path(reference)):
         return pd.DataFrame(), f"{NOT_COMPARED}: {reason}"
-    table = compare_with_committed(whole, by_scenario, tier, work, Path(reference))
-    return table, agreement_sentence(table)
-
-
-def compare_with_committed(
-    whole: pd.DataFrame, by_scenario: pd.DataFrame, tier: Tier, work: Path, reference: Path
-) -> pd.DataFrame:
-    """Set a run against committed results of the same tier settings and other seeds.
-
-    Args:
-        whole: Figures per dataset, backbone, method and seed, as `evaluation.summary` gives them.
-        by_scenario: dataset, backbone, method, scenario, iou.
-        tier: Of the run at hand.
-        work: Its folder.
-        reference: Folder of the published tier.
-
-    Returns:
-        One row per comparison that both sides allow: part ("distortion", "probabilities",
-        "pretrained IoU", "fine-tuned"), dataset, backbone, method, metric, here, low, high and
-        agrees. Of the first three parts `here` is the largest difference and `high` what rounding
-        may make of it. Of a fine-tuned figure, low and high are the ends of prediction intervals
-        for one more seed (normal, from the committed seeds; the blocks are the same in both), which
-        hold for all rows together with a probability of `CONFIDENCE` (Bonferroni).
-    """
+    committed = Path(reference)
     keys = ["dataset", "backbone"]
-    known = pd.read_csv(reference / "evaluation" / "summary.csv")
-    fixed: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+
+    def add(part: str, metric: str, place: tuple[Any, ...], here: float, high: float) -> None:
+        names = {"dataset": place[0], "backbone": place[1], "method": "pretrained"}
+        rows.append(
+            {"part": part, **names, "metric": metric, "here": here, "low": 0.0, "high": high}
+        )
+
     for dataset, backbone, fold in tier.grid.starts():
-        place = Path("scores", dataset, backbone, f"fold{fold}", f"seed{tier.pretraining_seed}")
-        committed = reference / place / "probabilities.json"
-        if not committed.is_file():
+        path = Path("scores", dataset, backbone, f"fold{fold}", f"seed{tier.pretraining_seed}")
+        path /= "probabilities.json"
+        if not (committed / path).is_file():
             continue
         try:
-            found = scoring_difference(work / place / "probabilities.json", committed)
-        except InputError:  # the tiers' settings are the same, so these are other data
-            found = np.inf, np.inf
-        row = {"dataset": dataset, "backbone": backbone, "method": "pretrained", "low": 0.0}
-        fixed += [
-            {**row, "part": "distortion", "metric": "D", "here": found[0], "high": DISTORTION},
-            {**row, "part": "probabilities", "metric": "p", "here": found[1], "high": PROBABILITY},
-        ]
-    pretrained = [
-        table[table["method"] == "pretrained"]
-        for table in (by_scenario, pd.read_csv(reference / "evaluation" / "iou_per_scenario.csv"))
-    ]
-    both = pretrained[0].merge(pretrained[1], on=[*keys, "method", "scenario"])
-    largest = both.assign(difference=(both["iou_x"] - both["iou_y"]).abs()).groupby(keys)
-    for dataset, backbone, difference in largest["difference"].max().reset_index().to_numpy():
-        row = {"dataset": dataset, "backbone": backbone, "method": "pretrained", "low": 0.0}
-        row |= {"metric": "IoU of every scenario", "here": difference, "high": IOU}
-        fixed.append({**row, "part": "pretrained IoU"})
-    rows = [*fixed, *_fine_tuned(whole, known)]
+            d, p = scoring_difference(work / path, committed / path)
+        except InputError:  # the settings of the tiers are equal, so the data differ
+            d = p = np.inf
+        add("distortion", "D", (dataset, backbone), d, DISTORTION)
+        add("probabilities", "p", (dataset, backbone), p, PROBABILITY)
+    tables = [by_scenario, pd.read_csv(committed / "evaluation" / "iou_per_scenario.csv")]
+    pretrained = [table[table["method"] == "pretrained"] for table in tables]
+    both = pretrained[0].merge(pretrained[1], on=[*keys, "scenario"])
+    both["difference"] = (both["iou_x"] - both["iou_y"]).abs()
+    for place, part in both.groupby(keys):
+        add("pretrained IoU", "IoU of every scenario", place, part["difference"].max(), IOU)
+    fine_tuned = _fine_tuned(summary, pd.read_csv(committed / "evaluation" / "summary.csv"))
     columns = ["part", *keys, "method", "metric", "here", "low", "high"]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.assign(agrees=table["here"].between(table["low"], table["high"]))
+    tables = [pd.DataFrame(rows, columns=columns), fine_tuned[columns]]
+    table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    table = table.assign(agrees=table["here"].between(table["low"], table["high"]))
+    return table, _sentence(table)
 
 
 def _scoring(path: Path) -> dict[str, Any]:
-    """The content of a probabilities.json of this study."""
+    """Return the content of a probabilities.json of this study."""
     try:
         content = json.loads(path.read_text())
         if {"D_sh", "final_probs", "meta_info"} <= content.keys():
             return content
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: expected the JSON of a scoring: {error}") from error
-    raise InputError(f"{path}: expected the JSON of a scoring, with D_sh and final_probs")
+        error: Exception | str = "no D_sh, final_probs or meta_info"
+    except (OSError, ValueError, AttributeError) as problem:
+        error = problem
+    raise InputError(f"{path}: expected the JSON of a scoring: {error}")
 
 
-def _fine_tuned(whole: pd.DataFrame, known: pd.DataFrame) -> list[dict[str, Any]]:
-    """Figures of the fine-tuned arms, each with the range that further seeds predict for it."""
+def _fine_tuned(summary: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
+    """Compare the metrics of fine-tuned methods with the ranges of further seeds."""
     keys = ["dataset", "backbone", "method"]
-    seeds = known[known["method"] != "pretrained"].groupby(keys)
-    ranges = seeds[list(METRICS)].agg(["mean", "std", "count"])
-    here = [
-        (tuple(row), row, metric)
-        for row in whole[[*keys, *METRICS]].itertuples(index=False)
-        for metric in METRICS
-    ]
-    compared = [(part[:3], row, metric) for part, row, metric in here if part[:3] in ranges.index]
-    rows = []
-    for point, row, metric in compared:
-        mean, deviation, count = ranges.loc[point, metric]
-        chance = (1 - CONFIDENCE) / len(compared)
-        quantile = scipy.stats.t.ppf(1 - chance / 2, count - 1) if count > 1 else np.inf
-        reach = quantile * deviation * np.sqrt(1 + 1 / count)
-        ends = {"low": mean - reach, "high": mean + reach}
-        rows.append(
-            {**dict(zip(keys, point, strict=True)), "part": "fine-tuned", "metric": metric}
-            | {"here": getattr(row, metric), **ends}
-        )
-    return rows
+    seeds = committed[committed["method"] != "pretrained"].melt(
+        keys, METRICS, "metric", "committed"
+    )
+    ranges = seeds.groupby([*keys, "metric"])["committed"].agg(["mean", "std", "count"])
+    here = (
+        summary[[*keys, *METRICS]].reset_index().melt(["index", *keys], METRICS, "metric", "here")
+    )
+    table = here.sort_values("index", kind="stable").join(ranges, [*keys, "metric"], how="inner")
+    chance = (1 - CONFIDENCE) / max(1, len(table))
+    quantile = scipy.stats.t.ppf(1 - chance / 2, table["count"] - 1)
+    reach = quantile * table["std"] * np.sqrt(1 + 1 / table["count"])
+    return table.assign(part="fine-tuned", low=table["mean"] - reach, high=table["mean"] + reach)
 
 
-def agreement_sentence(table: pd.DataFrame) -> str:
-    """What `compare_with_committed` found, in one sentence."""
+def _sentence(table: pd.DataFrame) -> str:
+    """Say in a sentence what the comparison gave."""
     if table.empty:
         return f"{NOT_COMPARED}: they have no run of these data sets and backbones"
-    said = []
-    parts = {str(name): rows for name, rows in table.groupby("part", sort=False)}
-    for name in ("distortion", "probabilities", "pretrained IoU"):
-        if name in parts:
-            largest, equal = parts[name]["here"].max(), bool(parts[name]["agrees"].all())
-            digits = " to 4 digits" if name == "probabilities" else ""
-            verdict = f"equal{digits}" if equal else "DIFFERENT"
-            said.append(f"{name}: {verdict} (largest difference {largest:.1e})")
-    if "fine-tuned" in parts:
-        agrees = parts["fine-tuned"]["agrees"]
-        said.append(f"fine-tuned: {agrees.sum()} of {len(agrees)} within the committed range")
-    return "; ".join(said)
+    clauses = []
+    for part, rows in table.groupby("part", sort=False):
+        if part == "fine-tuned":
+            agreeing = f"{rows['agrees'].sum()} of {len(rows)}"
+            clauses.append(f"fine-tuned: {agreeing} within the committed range")
+        else:
+            digits = " to 4 digits" if part == "probabilities" else ""
+            verdict = f"equal{digits}" if rows["agrees"].all() else "DIFFERENT"
+            clauses.append(f"{part}: {verdict} (largest difference {rows['here'].max():.1e})")
+    return "; ".join(clauses)

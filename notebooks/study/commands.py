@@ -22,10 +22,11 @@ from typing import Any
 import psutil
 
 from lsgs_core.errors import InputError
+from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
 from study.data.manifest import Dataset, load_manifest
 from study.files import file_sha256, written_beside
-from study.pages import AGREEMENT, tier_page
+from study.pages import tier_page
 from study.reproduction import compare, only
 from study.tiers import StudyFolder, Tier, load_tier
 

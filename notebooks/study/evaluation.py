@@ -1,12 +1,12 @@
-"""Evaluation of every scenario: the records of a run, and the figures made of them.
+"""Evaluation of every scenario: the records of a run, and the metrics computed from them.
 
-Protocol "strict": one row per block, scenario and class with its counts of pixels tp, fp, fn. Every
-metric is computed from pooled counts, so rows of several folds are simply put together. An IoU or
-F1 whose pooled counts are all zero (no positive pixel in truth or prediction) is not defined: it is
-NaN here and left out of means, where others count it as 0 or as 1.
+Protocol "strict": one row per block, scenario and class with its pixel counts tp, fp, fn. Every
+metric is computed from pooled counts, so the rows of several folds are simply concatenated. An IoU
+or F1 whose pooled counts are all zero (no positive pixel in truth or prediction) is undefined: here
+it is NaN and left out of means, where others count it as 0 or as 1.
 
-Protocol "paper": one row per patch, scenario and class with the soft Jaccard index and F1 that the
-authors report, which are then averaged over patches.
+Protocol "paper": one row per patch, scenario and class with the soft Jaccard index and F1 of the
+authors, which are then averaged over patches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ THRESHOLD = 0.5  # on probabilities, of binary and multi-label targets
 
 
 class AlwaysPositive(nn.Module):
-    """The trivial predictor: every class at every pixel, whatever it sees.
+    """The trivial predictor, which predicts every class at every pixel.
 
     Args:
         classes: Number of classes C.
@@ -42,27 +42,24 @@ class AlwaysPositive(nn.Module):
         self.classes = classes
 
     def forward(self, images: list[Tensor], available: Tensor) -> Tensor:
-        """Logits [B, C, H, W], all positive."""
+        """Return positive logits, [B, C, H, W]."""
         batch, _, height, width = images[0].shape
         return images[0].new_ones(batch, self.classes, height, width)
 
 
 def predict(logits: Tensor, kind: TaskKind) -> Tensor:
-    """Binary masks per class from logits, bool [B, C, H, W].
+    """Return the predicted mask of every class, bool [B, C, H, W], from logits of that shape.
 
     Binary and multi-label: probability of at least `THRESHOLD`. Multi-class: the largest logit.
     """
     if kind == "multiclass":
-        chosen = logits.argmax(dim=1, keepdim=True)
-        return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
+        return nn.functional.one_hot(logits.argmax(dim=1), logits.shape[1]).movedim(-1, 1).bool()
     return logits.sigmoid() >= THRESHOLD
 
 
 def class_map(logits: Tensor, kind: TaskKind) -> Tensor:
-    """The most probable class per pixel, int64 [B, H, W]; -1 where none reaches the threshold."""
-    chosen = logits.argmax(dim=1)
-    found = predict(logits, kind).any(dim=1)
-    return torch.where(found, chosen, -1)
+    """Return the most probable class per pixel, int64 [B, H, W]; -1 where none is predicted."""
+    return torch.where(predict(logits, kind).any(dim=1), logits.argmax(dim=1), -1)
 
 
 def evaluate(
@@ -75,16 +72,16 @@ def evaluate(
 ) -> pd.DataFrame:
     """Compare predictions with the truth under every scenario.
 
-    A patch without the files that a scenario needs is counted with what it has; pixels that no
-    modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes
+    A patch that lacks modalities of a scenario is evaluated with those it has; pixels that no
+    modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes,
     all are given the same batches and share the work (`study.devices`).
 
     Args:
-        model: Called as `model(images, available)` for logits [B, C, H, W]; evaluation mode, on
+        model: Called as `model(images, available)` for logits [B, C, H, W]; in evaluation mode, on
             the device of its parameters.
         batches: Batches with targets.
-        scenarios: The scenarios to evaluate, each separately.
-        classes: Name of every class.
+        scenarios: The scenarios, each evaluated separately.
+        classes: Names of the classes.
         kind: Kind of the target.
         protocol: See the module.
 
@@ -94,66 +91,69 @@ def evaluate(
         soft_f1 (NaN where no pixel counts).
 
     Raises:
-        InputError: No batch, or a batch without target.
+        InputError: There is no batch, or a batch without a target.
     """
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    masks = torch.tensor(scenarios.masks, device=device)
-    names = list(scenarios.names)
-    columns = COUNTS if protocol == "strict" else SOFT
-    processes = Processes(device)
+    parameter = next(model.parameters(), torch.empty(0))
+    masks = torch.tensor(scenarios.masks, device=parameter.device)
+    processes = Processes(parameter.device)
     rows: list[pd.DataFrame] = []
-    given = False
+    count = 0
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            for number, batch in enumerate(batches):
-                if batch.target is None or batch.valid is None or batch.block_ids is None:
-                    raise InputError("evaluation: expected batches with target, valid, block_ids")
-                given = True
-                if number % processes.count != processes.rank:
-                    continue
-                moved = batch.to(device)
-                truth = _truth(moved, len(classes), kind)
-                for name, mask in zip(names, masks, strict=True):
-                    present = moved.available & mask
-                    served = present.any(dim=1)  # networks need at least one modality
-                    found = torch.zeros(len(present), len(classes), len(columns)).double()
-                    if protocol == "paper":
-                        found.fill_(torch.nan)
-                    if bool(served.any()):
-                        logits = model([i[served] for i in moved.images], present[served])
-                        counted = moved.counted(present)[served, None]
-                        if protocol == "strict":
-                            predicted = predict(logits, kind)
-                            measured = _counts(predicted, truth[served], counted).double()
-                        else:
-                            measured = _soft_scores(logits, truth[served], counted, kind)
-                        found[served.cpu()] = measured.cpu()
-                    frame = pd.DataFrame(found.flatten(end_dim=1).numpy(), columns=columns)
-                    frame["block"] = batch.block_ids.repeat_interleave(len(classes)).numpy()
-                    if protocol == "paper" and batch.patch_ids is not None:
-                        frame["patch"] = batch.patch_ids.repeat_interleave(len(classes)).numpy()
-                    frame["class"] = list(classes) * len(found)
-                    frame["scenario"] = name
-                    rows.append(frame)
+        for count, batch in enumerate(batches, start=1):
+            if batch.target is None or batch.valid is None or batch.block_ids is None:
+                raise InputError("evaluation: expected batches with target, valid, block_ids")
+            if (count - 1) % processes.count == processes.rank:
+                batch = batch.to(parameter.device)
+                truth = _truth(batch, len(classes), kind)
+                for name, mask in zip(scenarios.names, masks, strict=True):
+                    table = _measure(model, batch, truth, mask, kind, protocol)
+                    table["class"] = list(classes) * len(truth)
+                    rows.append(table.assign(scenario=name))
     finally:
         model.train(training)
-    if not given:
+    if not count:
         raise InputError("evaluation: expected at least one labelled patch, found none")
-    everyone = [frame for share in processes.gather(rows) for frame in share]
-    table = pd.concat(everyone, ignore_index=True)
+    table = pd.concat([frame for share in processes.gather(rows) for frame in share])
     places = ["patch", "block"] if "patch" in table else ["block"]
     keys = [*places, "scenario", "class"]
     if protocol == "strict":
         table = table.groupby(keys, sort=False)[COUNTS].sum().astype("int64").reset_index()
-    order = {name: position for position, name in enumerate([*names, *classes])}
-    return table[[*keys, *columns]].sort_values(
+    order = {name: position for position, name in enumerate([*scenarios.names, *classes])}
+    return table[[*keys, *(COUNTS if protocol == "strict" else SOFT)]].sort_values(
         keys,
         key=lambda column: column if column.name in places else column.map(order),
         ignore_index=True,
     )
+
+
+@torch.inference_mode()
+def _measure(
+    model: nn.Module, batch: Batch, truth: Tensor, mask: Tensor, kind: TaskKind, protocol: Protocol
+) -> pd.DataFrame:
+    """Return the counts or soft scores of every patch and class under one scenario."""
+    assert batch.block_ids is not None
+    columns = COUNTS if protocol == "strict" else SOFT
+    present = batch.available & mask
+    served = present.any(dim=1)  # networks need at least one modality
+    values = torch.full(
+        (*truth.shape[:2], len(columns)), 0.0 if protocol == "strict" else torch.nan
+    )
+    values = values.double()
+    if bool(served.any()):
+        logits = model([image[served] for image in batch.images], present[served])
+        counted = batch.counted(present)[served, None]
+        if protocol == "strict":
+            measured = _counts(predict(logits, kind), truth[served], counted).double()
+        else:
+            measured = _soft_scores(logits, truth[served], counted, kind)
+        values[served.cpu()] = measured.cpu()
+    table = pd.DataFrame(values.flatten(end_dim=1).numpy(), columns=columns)
+    table["block"] = batch.block_ids.cpu().repeat_interleave(truth.shape[1]).numpy()
+    if protocol == "paper" and batch.patch_ids is not None:
+        table["patch"] = batch.patch_ids.cpu().repeat_interleave(truth.shape[1]).numpy()
+    return table
 
 
 def validation_scores(
@@ -163,27 +163,24 @@ def validation_scores(
     classes: tuple[str, ...],
     kind: TaskKind,
 ) -> dict[str, float]:
-    """What learning curves show: IoU of the full scenario, and the mean over scenarios."""
-    records = evaluate(model, batches, scenarios, classes, kind)
-    figures = summary(records.assign(model="this"), scenarios, by=["model"]).iloc[0]
-    return {
-        "validation_full_iou": float(figures["full_iou"]),
-        "validation_mean_iou": float(figures["mean_iou"]),
-    }
+    """Return the IoU of the full scenario and the mean over scenarios, for learning curves."""
+    records = evaluate(model, batches, scenarios, classes, kind).assign(model="this")
+    row = summary(records, scenarios, by=["model"]).iloc[0]
+    return {f"validation_{name}": float(row[name]) for name in ("full_iou", "mean_iou")}
 
 
 def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """IoU and F1 of every class, within the groups of `by`.
+    """Compute IoU and F1 of every class, within the groups of `by`.
 
     Strict records: from pooled counts. Paper records: the mean over patches.
 
     Args:
-        records: Rows of `evaluate`, with a column `class`.
-        by: Columns to keep apart, such as ["method", "scenario"].
+        records: Records of `evaluate`.
+        by: Columns to group by, such as ["method", "scenario"].
 
     Returns:
-        The columns of `by`, class, iou and f1, NaN where not defined (see the module); of paper
-        records also their standard deviations over patches, iou_deviation and f1_deviation.
+        The columns of `by`, class, iou and f1, NaN where undefined (see the module); for paper
+        records also the standard deviations over patches, iou_deviation and f1_deviation.
     """
     grouped = records.groupby([*by, "class"], sort=False)
     if "tp" not in records:
@@ -199,11 +196,11 @@ def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def scenario_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Mean over classes of IoU and F1 per scenario.
+    """Average IoU and F1 over the classes, per scenario.
 
     Args:
-        records: Rows with scenario, class and counts.
-        by: Further columns to keep apart, such as ["backbone", "method"].
+        records: Records of `evaluate`.
+        by: Further columns to group by, such as ["backbone", "method"].
 
     Returns:
         The columns of `by`, scenario, iou, f1.
@@ -219,17 +216,17 @@ def summary(
     by: list[str],
     prior: NDArray[np.float64] | None = None,
 ) -> pd.DataFrame:
-    """Figures of the whole: mean over scenarios, worst scenario, expected, full, drop from full.
+    """Summarise the IoU over the scenarios.
 
     Args:
-        records: Rows with scenario, class and counts.
-        scenarios: Names the scenarios.
-        by: Columns to keep apart.
-        prior: How probable every scenario is in deployment, [K]; None is uniform.
+        records: Records of `evaluate`.
+        scenarios: The K scenarios.
+        by: Columns to group by.
+        prior: Probability of every scenario in deployment, [K]; None is uniform.
 
     Returns:
         The columns of `by`, mean_iou, worst_iou, worst_scenario, expected_iou (under the prior),
-        full_iou and drop (full minus mean), of the IoU averaged over classes. A scenario in which
+        full_iou and drop (full minus mean), from the IoU averaged over classes. A scenario in which
         no class is in truth or prediction is left out.
     """
     names = list(scenarios.names)
@@ -253,33 +250,33 @@ def summary(
 
 
 def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of scores [..., K] under a prior [K] over the scenarios that have one (not NaN)."""
+    """Return the mean of scores [..., K] under a prior [K], over the scores that are not NaN."""
     weights = np.where(np.isnan(scores), 0, prior)
     total, mass = (np.nan_to_num(scores) * weights).sum(axis=-1), weights.sum(axis=-1)
     return np.divide(total, mass, out=np.full(np.shape(mass), np.nan), where=mass > 0)
 
 
 def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:
-    """Truth as bool [B, C, H, W]; False where there is no label."""
+    """Return the truth as bool [B, C, H, W]; False where there is no label."""
     assert batch.target is not None
     assert batch.valid is not None
     if kind == "multiclass":
-        known = torch.where(batch.valid, batch.target, 0)
-        return nn.functional.one_hot(known, classes).movedim(-1, 1).bool()
+        target = torch.where(batch.valid, batch.target, 0)
+        return nn.functional.one_hot(target, classes).movedim(-1, 1).bool()
     return batch.target > 0.5
 
 
 def _counts(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """True positives, false positives and false negatives per sample and class, [B, C, 3]."""
+    """Count true positives, false positives and false negatives, [B, C, 3]."""
     pairs = (predicted & truth, predicted & ~truth, ~predicted & truth)
     return torch.stack([(pair & valid).sum(dim=(2, 3)) for pair in pairs], dim=2)
 
 
 def _soft_scores(logits: Tensor, truth: Tensor, counted: Tensor, kind: TaskKind) -> Tensor:
-    """Soft Jaccard index and F1 per sample and class, [B, C, 2].
+    """Return the soft Jaccard index and F1 per sample and class, [B, C, 2].
 
-    sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y); where the truth is empty,
-    both are inverted first, as the authors do. Never thresholded.
+    They are sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y), without threshold.
+    Where the truth is empty, p and y are inverted first, as the authors do.
     """
     probability = (logits.softmax(dim=1) if kind == "multiclass" else logits.sigmoid()).double()
     positive = truth.double()

@@ -26,7 +26,12 @@ NETWORK = ("lsgs_core.models.cpu", "study.checkpoints", "study.data.patches")
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.rasters", "study.data.patches"),
     "pretraining": ("study.pretraining", *NETWORK),
-    "scoring": ("study.scoring", "lsgs_core.probabilities", *NETWORK),
+    "scoring": (
+        "study.scoring",
+        "lsgs_core.probabilities",
+        "lsgs_core.diagnostics",
+        *NETWORK,
+    ),
     "finetuning": ("study.finetuning", *NETWORK),
     "evaluation": (
         "study.evaluation",

@@ -1,4 +1,4 @@
-"""A page beside every saved checkpoint: what it was trained on and how, and what it scores."""
+"""A page beside every saved checkpoint: how it was made, from which data, and its scores."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ def save_model_card(
     """Write `model_card.md` into the folder of a checkpoint.
 
     Args:
-        folder: With weights.safetensors.
-        training: The patches it was trained on.
-        history: Of `train`; None where a checkpoint was loaded.
-        records: Of `evaluate`, on the test patches.
-        record: Of the checkpoint.
+        folder: Folder with weights.safetensors.
+        training: The training patches.
+        history: History of `train`; None if a checkpoint was loaded.
+        records: Records of `evaluate` on the test patches.
+        record: Record of the checkpoint.
     """
     dataset, made_with = training.dataset, dict(record.parameters)
     name = made_with.get("model", {}).get("name", "network")
-    seen = f"{len(training)} patches of {training.size} × {training.size} pixels"
+    rows = []
+    for row in scenario_scores(records.assign(model="this"), ["model"]).itertuples():
+        column = f"drawn:{row.scenario}"
+        drawn = "" if history is None or column not in history else f"{history[column].mean():.3f}"
+        rows.append(f"| {row.scenario} | {drawn} | {row.iou:.3f} | {row.f1:.3f} |")
     lines = [
         f"# {name}, {made_with.get('method', 'pretrained')}: {dataset.title}",
         "",
@@ -41,7 +45,8 @@ def save_model_card(
         "",
         "## Data",
         "",
-        f"- {dataset.title}; {seen}, fold {made_with['fold']} held out for testing",
+        f"- {dataset.title}; {len(training)} patches of {training.size} × {training.size} pixels, "
+        f"fold {made_with['fold']} held out for testing",
         *[f"- {entry.covers}: {entry.name}. {entry.attribution}" for entry in dataset.licences],
         *([f"- Cite: {dataset.citation}"] if dataset.citation else []),
         "",
@@ -53,18 +58,16 @@ def save_model_card(
         "",
         "| scenario | drawn in training | IoU | F1 |",
         "|---|---|---|---|",
-    ]
-    scores = scenario_scores(records.assign(model="this"), ["model"])
-    for row in scores.itertuples():
-        column = f"drawn:{row.scenario}"
-        drawn = "" if history is None or column not in history else f"{history[column].mean():.3f}"
-        lines.append(f"| {row.scenario} | {drawn} | {row.iou:.3f} | {row.f1:.3f} |")
-    lines += ["", "## How it was made", "", "```json"]
-    lines += [json.dumps({**made_with, "inputs": dict(record.inputs)}, indent=1), "```", ""]
-    lines += [
+        *rows,
+        "",
+        "## How it was made",
+        "",
+        "```json",
+        json.dumps({**made_with, "inputs": dict(record.inputs)}, indent=1),
+        "```",
+        "",
         f"`weights.safetensors.record.json` has its hash and the environment. Device: "
         f"{record.device}. Not tried on other places, dates or sensors than those above.",
         "",
     ]
-    text = "\n".join(lines)
-    return save(folder / CARD, lambda to: to.write_text(text, "utf-8"), record)
+    return save(folder / CARD, lambda path: path.write_text("\n".join(lines), "utf-8"), record)

@@ -1,6 +1,6 @@
-"""The form in which the networks were published: 3-D convolutions throughout.
+"""The published form of the networks: 3-D convolutions throughout.
 
-The tests hold the networks of `lsgs_core.models` to it, and the benchmark measures against it.
+Tests compare the networks of `lsgs_core.models` with it, and the benchmark measures against it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lsgs_core.models.cbc import Encoder
 
 
 def as_published(model: Backbone) -> Backbone:
-    """Return a copy of a network with the encoders of its publication, and the same parameters.
+    """Return a copy of a network in its published form, with the same parameters.
 
     Args:
-        model: As `build_backbone` gives it, not accelerated; left as it is.
+        model: A network of `build_backbone`, not accelerated; it is not changed.
     """
     published = copy.deepcopy(model)
     for module in published.modules():
@@ -29,30 +29,26 @@ def as_published(model: Backbone) -> Backbone:
 
 
 class _VolumeEncoder(Encoder):
-    """The encoder over a one-channel volume whose depth are the bands."""
+    """The encoder over a one-channel volume whose depth is the bands."""
 
     def forward(self, bands: Tensor) -> list[Tensor]:
-        return encode(self, bands)
-
-
-def encode(encoder: Encoder, bands: Tensor) -> list[Tensor]:
-    """Return what `encoder(bands)` does, by 3-D convolutions over a one-channel volume."""
-    x = bands[:, None]  # (B, 1, D, H, W)
-    levels, resized = [], []
-    for name, stage in encoder.stages.items():
-        assert isinstance(stage, nn.Sequential)
-        if name == "level1":
-            conv, _, norm, _ = stage.children()
-            weight = conv.get_parameter("weight")[:, None]  # its three channels were the depth
-            x = F.conv3d(x, weight, None, stride=(1, 2, 2), padding=(1, 3, 3))
-            x = F.max_pool3d(_normalised(F.relu(x), norm), (1, 3, 3), (1, 2, 2), (0, 1, 1))
-        else:
-            for block in stage.children():
-                x = _bottleneck(x, block)
-        reduced = _convolved(x, encoder.reduce[name])
-        levels.append(reduced)
-        resized.append(F.interpolate(reduced, encoder.grid, mode="trilinear", align_corners=True))
-    return [*levels[:4], encoder.merge(torch.cat(resized, dim=1))]
+        """Compute `Encoder.forward` by 3-D convolutions."""
+        x = bands[:, None]  # (B, 1, D, H, W)
+        levels, resized = [], []
+        for name, stage in self.stages.items():
+            assert isinstance(stage, nn.Sequential)
+            if name == "level1":
+                conv, _, norm, _ = stage.children()
+                weight = conv.get_parameter("weight")[:, None]  # its three channels were the depth
+                x = F.conv3d(x, weight, None, stride=(1, 2, 2), padding=(1, 3, 3))
+                x = F.max_pool3d(_normalised(F.relu(x), norm), (1, 3, 3), (1, 2, 2), (0, 1, 1))
+            else:
+                for block in stage.children():
+                    x = _bottleneck(x, block)
+            reduced = _convolved(x, self.reduce[name])
+            levels.append(reduced)
+            resized.append(F.interpolate(reduced, self.grid, mode="trilinear", align_corners=True))
+        return [*levels[:4], self.merge(torch.cat(resized, dim=1))]
 
 
 def _bottleneck(x: Tensor, block: nn.Module) -> Tensor:
@@ -61,9 +57,9 @@ def _bottleneck(x: Tensor, block: nn.Module) -> Tensor:
         conv, norm = block.get_submodule(name).children()
         out = _normalised(_convolved(out, conv), norm)
         out = F.relu(out) if name != "part3" else out
-    projection = [*block.get_submodule("shortcut").children()]
-    return F.relu(out + (_normalised(_convolved(x, projection[0]), projection[1])
-                         if projection else x))  # fmt: skip
+    if projection := [*block.get_submodule("shortcut").children()]:
+        x = _normalised(_convolved(x, projection[0]), projection[1])
+    return F.relu(out + x)
 
 
 def _convolved(x: Tensor, conv: nn.Module) -> Tensor:

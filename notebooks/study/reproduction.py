@@ -1,4 +1,4 @@
-"""Runs one committed result again, from the download on, and compares the records."""
+"""Repeat one committed run, from the download on, and compare its records."""
 
 from __future__ import annotations
 
@@ -15,67 +15,64 @@ KEYS = ["method", "block", "scenario", "class"]
 
 
 def only(tier: Tier, run: str) -> Tier:
-    """The tier with a single run in its grid.
+    """Return the tier with a single run in its grid.
 
     Args:
-        tier: With that run.
-        run: Written dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
+        tier: A tier with that run.
+        run: dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
 
     Raises:
         InputError: The tier has no such run.
     """
-    parts = run.split("/")
-    known = {
-        f"{dataset}/{backbone}/{method}/{fold}/{seed}": (dataset, backbone, method, fold, seed)
+    runs = {
+        f"{dataset}/{backbone}/{method}/{fold}/{seed}": Runs(
+            datasets=[dataset], backbones=[backbone], methods=[method], folds=[fold], seeds=[seed]
+        )
         for (dataset, backbone, fold, seed), methods in tier.grid.points().items()
         for method in methods
     }
-    if len(parts) != 5 or run not in known:
-        raise InputError(f"run: tier {tier.name} has {len(known)}, such as {next(iter(known))}")
-    dataset, backbone, method, fold, seed = known[run]
-    part = Runs(
-        datasets=[dataset], backbones=[backbone], methods=[method], folds=[fold], seeds=[seed]
-    )
-    return replace(tier, grid=Grid([part]))
+    if run not in runs:
+        raise InputError(f"run: tier {tier.name} has {len(runs)}, such as {next(iter(runs))}")
+    return replace(tier, grid=Grid([runs[run]]))
 
 
 def compare(tier: Tier, published: Path) -> tuple[bool, str]:
-    """Compare the records of a tier's single run, and of its pretrained network, with published.
+    """Compare the records of a single run and of its pretrained network with the published ones.
 
     Args:
-        tier: Of `only`, after its run.
+        tier: Tier of `only`, after its run.
         published: The committed `records.csv.xz`.
 
     Returns:
-        Whether every count is the same, and a sentence that says so, or how far the IoUs differ.
+        Whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
 
     Raises:
-        InputError: The run is not among the published.
+        InputError: The run is not among the published ones.
     """
     [((dataset, backbone, fold, seed), [method])] = tier.grid.points().items()
-    start = tier.folder.pretrained(dataset, backbone, fold, tier.pretraining_seed)
     folders = {
-        "pretrained": start,
+        "pretrained": tier.folder.pretrained(dataset, backbone, fold, tier.pretraining_seed),
         method: tier.folder.runs(dataset, backbone, fold, seed) / method,
     }
+    point = {"dataset": dataset, "backbone": backbone, "fold": fold, "seed": seed}
     table = pd.read_csv(published)
-    kept = (table["dataset"] == dataset) & (table["backbone"] == backbone)
-    kept &= (table["fold"] == fold) & (table["seed"] == seed) & table["method"].isin(list(folders))
-    committed = table[kept]
-    if not len(committed):
+    committed = table[(table[[*point]] == point).all(axis=1) & table["method"].isin([*folders])]
+    if committed.empty:
         raise InputError(f"{published}: holds no such run; publish the tier first")
     again = pd.concat(
         pd.read_csv(folder / "records.csv").assign(method=name) for name, folder in folders.items()
     )
-    tables = [part[[*KEYS, *COUNTS]].sort_values(KEYS) for part in (committed, again)]
-    first, second = (part.reset_index(drop=True) for part in tables)
+    first, second = (
+        part[[*KEYS, *COUNTS]].sort_values(KEYS, ignore_index=True) for part in (committed, again)
+    )
     if first.equals(second):
         return True, f"the same: all {len(first)} rows of counts"
-    by = ["method", "scenario"]
-    iou = class_scores(first, by).merge(class_scores(second, by), on=[*by, "class"], how="outer")
+    keys = ["method", "scenario", "class"]
+    scores = [class_scores(part, keys[:-1]) for part in (first, second)]
+    iou = scores[0].merge(scores[1], on=keys, how="outer")
     largest = (iou["iou_x"] - iou["iou_y"]).abs().max()
     return False, (
         f"not the same: the IoU of a class and scenario differs by up to {largest:.4f}. Another "
         "processor, PyTorch or number of threads rounds differently; results/*/provenance.json "
-        "says what the committed run had"
+        "describes the committed run"
     )

@@ -1,28 +1,28 @@
-"""Speed and memory: this project's form of the networks against the plain one, side by side.
+"""Speed and memory of the networks: the published form against the form in use.
 
-The plain form is the published procedure. To score a patch it runs the whole network, decoder
-included, once with every modality and once per scenario, one patch at a time; a training step is
-forward, loss, backward and Adam. Both forms have the same weights and take turns in one process, so
-that whatever else slows the machine down slows both. What is reported are ratios of medians.
+To score a patch, the plain form runs the whole network, decoder included, once with every modality
+and once per scenario, one patch at a time; a training step is forward, loss, backward and Adam.
+Both forms have the same weights and take turns in one process, so that whatever else slows the
+machine down slows both. Results are ratios of medians.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lsgs_core.models import Backbone, build_backbone
@@ -31,12 +31,11 @@ from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.published_form import as_published
 
-# The published form of a network, and ours.
 FORMS: dict[str, Callable[[Backbone], Backbone]] = {
     "plain": as_published,
     "ours": accelerate_on_cpu,
 }
-# What the modules of the backbones belong to in the figures; the rest is "other".
+# The children of the backbones by the part that figures show; everything else is "other".
 PARTS = {
     "encoders": ("encoders", "starts", "stages"),
     "transformers": (
@@ -49,15 +48,15 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is run.
+    """A network, the size of its input, and what is computed.
 
     Attributes:
         task: "scoring" or "training".
         backbone: Name of a backbone.
-        preset: Its size.
+        preset: Size of the backbone.
         modalities: Number of modalities, of three bands each.
         size: Height and width of a patch, pixels.
-        batch: Patches at a time; the plain scoring takes them one by one.
+        batch: Patches at a time; the plain form scores them one by one.
     """
 
     task: str = "scoring"
@@ -68,8 +67,11 @@ class Case:
     batch: int = 1
 
 
+CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
+
+
 def growth(case: Case) -> dict[str, list[Case]]:
-    """The cases that show how time grows with modalities, patch size and batch, by that field."""
+    """Return cases with another number of modalities, patch size and batch, by that field."""
     half = max(32, case.size // 64 * 32)  # CMX halves a patch five times
     sizes = sorted({half, case.size, case.size + half})
     return {
@@ -79,85 +81,65 @@ def growth(case: Case) -> dict[str, list[Case]]:
     }
 
 
-@dataclass(frozen=True)
 class _Workload:
-    """The network and random images of a case; equal cases have equal ones."""
+    """The network, random images and availability masks of a case, equal for equal cases."""
 
-    case: Case
-    model: Backbone
-    images: Tensor  # (B, M, 3, H, W)
-    masks: Tensor  # (K, M), the full scenario last
-    forwards: int  # of the plain scoring, at most so many; 0 for all
-
-    @classmethod
-    def of(cls, case: Case, device: str, forwards: int = 0) -> _Workload:
+    def __init__(self, case: Case, device: str) -> None:
         torch.manual_seed(0)
-        model = build_backbone(case.backbone, case.preset, bands=(3,) * case.modalities).to(device)
-        images = torch.randn(case.batch, case.modalities, 3, case.size, case.size)
-        scenarios = ScenarioSet.of([f"modality {index}" for index in range(case.modalities)])
-        masks = torch.tensor(scenarios.masks, device=device)
-        return cls(case, model, images.to(device), masks, forwards)
+        self.case = case
+        bands = (3,) * case.modalities
+        self.model = build_backbone(case.backbone, case.preset, bands).to(device)
+        shape = case.batch, case.modalities, 3, case.size, case.size
+        self.images = torch.randn(shape).to(device)
+        names = [f"modality {index}" for index in range(case.modalities)]
+        self.masks = torch.tensor(ScenarioSet.of(names).masks, device=device)  # (K, M), full last
 
-    def run(self, form: str) -> Callable[[], dict[str, float]]:
-        """One run of a form, with its own copy of the network, as seconds of every part."""
+    def run(self, form: str, plain_forwards: int = 0) -> Callable[[], dict[str, float]]:
+        """Return a function that runs a form with its own weights and returns seconds by part."""
         model = FORMS[form](self.model)
-        if self.case.task == "scoring":
-            model.eval()
-            if form == "plain":
-                return partial(self._score_plainly, model)
-            return partial(self._score, model.for_scoring())
-        model.train()
-        adam = torch.optim.Adam(model.parameters(), 1e-4, fused=form == "ours")
-        return partial(self._step, model, adam)
+        if self.case.task == "training":
+            model.train()
+            optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=form == "ours")
+            return lambda: self._train(model, optimiser)
+        model.eval()
+        if form == "plain":
+            return lambda: self._score_plainly(model, plain_forwards)
+        scored = model.for_scoring()
+        return lambda: self._score(scored)
 
-    def published_distortion(self) -> Tensor:
-        """D [K] of the published form, scenario by scenario from `latent`."""
-        model = FORMS["plain"](self.model).eval()
-        batch = len(self.images)
-        with torch.inference_mode():
-            latents = [model.latent(self.images, mask.expand(batch, -1)) for mask in self.masks]
-        return _distortion(torch.stack(latents))
+    @torch.inference_mode()
+    def _score_plainly(self, model: Backbone, forwards: int) -> dict[str, float]:
+        passes = [(image[None], mask[None]) for image in self.images
+                  for mask in [self.masks[-1], *self.masks]]  # fmt: skip
+        timed = passes[: min(forwards, len(self.masks) + 1) or None]
+        with _timed(model) as seconds:
+            for image, mask in timed:
+                model.heads(image, mask)
+        return {part: value * len(passes) / len(timed) for part, value in seconds.items()}
 
-    def distortion(self) -> Tensor:
-        """D [K] as scoring computes it."""
-        scored = FORMS["ours"](self.model).for_scoring()
-        with torch.inference_mode():
-            return _distortion(scored.scenario_latents(self.images, self.masks))
-
-    def _score_plainly(self, model: Backbone) -> dict[str, float]:
-        wanted = [self.masks[-1], *self.masks]
-        chosen = wanted[: self.forwards] if self.forwards else wanted
-        images = self.images[:1] if self.forwards else self.images
-        with torch.inference_mode(), _timed(model) as seconds:
-            for image in images:
-                for mask in chosen:
-                    model.heads(image[None], mask[None])
-        repeats = len(wanted) * len(self.images) / (len(chosen) * len(images))
-        return {part: value * repeats for part, value in seconds.items()}
-
+    @torch.inference_mode()
     def _score(self, model: Backbone) -> dict[str, float]:
-        with torch.inference_mode(), _timed(model) as seconds:
+        with _timed(model) as seconds:
             model.scenario_latents(self.images, self.masks)
         return seconds
 
-    def _step(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
-        shape = len(self.images), 1, self.case.size, self.case.size
-        target = torch.ones(shape, device=self.images.device)
+    def _train(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
+        device, count = self.images.device, self.case.modalities + 1
+        target = torch.ones(len(self.images), 1, self.case.size, self.case.size, device=device)
         # Patches of a batch have different scenarios: none missing, the first one, the second, …
         available = self.masks[-1].repeat(len(self.images), 1)
         for index in range(len(self.images)):
-            if index % (self.case.modalities + 1):
-                available[index, index % (self.case.modalities + 1) - 1] = False
+            if index % count:
+                available[index, index % count - 1] = False
         with _timed(model) as seconds:
             logits = model(self.images, available)
             loss = F.binary_cross_entropy_with_logits(logits, target)
-        started = _now(self.images.device)
+        start = _now(device)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        behind = _now(self.images.device)
+        middle = _now(device)
         optimiser.step()
-        seconds |= {"backward": behind - started, "optimiser": _now(self.images.device) - behind}
-        return seconds
+        return seconds | {"backward": middle - start, "optimiser": _now(device) - middle}
 
 
 def compare(
@@ -170,11 +152,11 @@ def compare(
     """Time both forms in turns.
 
     Args:
-        cases: What to run.
-        repeats: Timed runs of each form, after one that is not counted.
-        device: Where.
-        plain_forwards: Time only so many of the plain scoring's equal forward passes, of the first
-            patch, and multiply; 0 runs them all.
+        cases: The cases.
+        repeats: Number of timed runs of each form, after one that is not counted.
+        device: Where to compute.
+        plain_forwards: Time only so many of the equal forward passes of the plain scoring, on the
+            first patch, and extrapolate; 0 times all.
         progress: Show a progress bar over the runs.
 
     Returns:
@@ -184,101 +166,99 @@ def compare(
     total = len(cases) * (repeats + 1) * len(FORMS)
     with tqdm(total=total, unit="run", desc="timing", disable=not progress) as bar:
         for case in cases:
-            workload = _Workload.of(case, device, plain_forwards)
-            runs = {form: workload.run(form) for form in FORMS}
+            workload = _Workload(case, device)
+            runs = {form: workload.run(form, plain_forwards) for form in FORMS}
             for repeat in range(-1, repeats):
                 for form, run in runs.items():
                     bar.set_postfix_str(f"{case.backbone} {case.task} {form}")
                     seconds = run()
-                    if repeat >= 0:
-                        rows += [
-                            {**asdict(case), "form": form, "repeat": repeat, "part": part,
-                             "seconds": value / case.batch}
-                            for part, value in seconds.items()
-                        ]  # fmt: skip
+                    labels = {**asdict(case), "form": form, "repeat": repeat}
+                    rows += [{**labels, "part": part, "seconds": value / case.batch}
+                             for part, value in seconds.items() if repeat >= 0]  # fmt: skip
                     bar.update()
     return pd.DataFrame(rows)
 
 
 def ratios(timings: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds per patch of both forms, and how many times ours goes into the plain one.
+    """Return the median seconds per patch of both forms, and the ratio of plain to ours.
 
     Args:
-        timings: Of `compare`.
+        timings: Table of `compare`.
     """
-    case = list(Case.__dataclass_fields__)
-    runs = timings.groupby([*case, "form", "repeat"], sort=False, as_index=False)["seconds"].sum()
-    table = runs.pivot_table("seconds", case, "form", aggfunc="median", sort=False)[list(FORMS)]
+    runs = timings.groupby([*CASE, "form", "repeat"], sort=False, as_index=False)["seconds"].sum()
+    table = runs.pivot_table("seconds", CASE, "form", aggfunc="median", sort=False)[list(FORMS)]
     table = table.reset_index().rename_axis(columns=None)
     return table.assign(ratio=table["plain"] / table["ours"])
 
 
+@torch.inference_mode()
 def distortion_error(case: Case, device: str = "cpu") -> float:
-    """Largest relative difference of D between the plain form and ours."""
-    workload = _Workload.of(case, device)
-    expected, found = workload.published_distortion(), workload.distortion()
-    return float(((found - expected).abs()[:-1] / expected[:-1]).max())
+    """Return the largest relative difference of D between both forms."""
+    workload = _Workload(case, device)
+    images, masks = workload.images, workload.masks
+    plain = FORMS["plain"](workload.model).eval()
+    plain_latents = torch.stack([plain.latent(images, m.expand(len(images), -1)) for m in masks])
+    ours = FORMS["ours"](workload.model).for_scoring().scenario_latents(images, masks)
+    expected, found = (
+        (latents - latents[-1]).double().square().flatten(1).mean(dim=1)[:-1]
+        for latents in (plain_latents, ours)
+    )
+    return float(((found - expected).abs() / expected).max())
 
 
 def peak_memory(cases: Sequence[Case], threads: int, progress: bool = True) -> pd.DataFrame:
-    """Largest resident memory of two runs, each in a fresh process on the CPU.
+    """Measure the largest resident memory of two runs, each in a fresh process on the CPU.
 
     Args:
-        cases: What to run.
-        threads: CPU threads.
+        cases: The cases.
+        threads: Number of CPU threads.
         progress: Show a progress bar over the processes.
 
     Returns:
-        The cases with columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`, ours through
-        plain.
+        The cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`, ours
+        divided by plain.
     """
-    rows = []
-    with tqdm(
-        total=len(FORMS) * len(cases), unit="process", desc="memory", disable=not progress
-    ) as bar:
-        for case in cases:
-            row = asdict(case)
-            for form in FORMS:
-                task = json.dumps({"case": asdict(case), "form": form, "threads": threads})
-                command = [sys.executable, "-m", "study.speed", task]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                row[form] = float(done.stdout)
-                bar.update()
-            rows.append(row)
+    rows = [asdict(case) for case in cases]
+    jobs = [(row, case, form) for row, case in zip(rows, cases, strict=True) for form in FORMS]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for row, case, form in tqdm(jobs, unit="process", desc="memory", disable=not progress):
+            row[form] = processes.submit(_peak_of_runs, case, form, threads).result()
     table = pd.DataFrame(rows)
     return table.assign(ratio=table["ours"] / table["plain"])
 
 
 def loader_rates(dataset: PatchDataset, batch_size: int, passes: int = 3) -> list[float]:
-    """Patches per second that a data set gives, for every pass over it; the first one is cold."""
+    """Return the patches per second of every pass over a data set; the first one is cold."""
     rates = []
     for _ in range(passes):
-        started = time.perf_counter()
+        start = time.perf_counter()
         count = sum(len(batch.available) for batch in dataset.batches(batch_size))
-        rates.append(count / (time.perf_counter() - started))
+        rates.append(count / (time.perf_counter() - start))
     return rates
 
 
 @contextmanager
 def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Yield seconds by part, complete when the block ends: of its modules, and the rest."""
+    """Yield the seconds by part, which are complete when the block ends."""
     device = next(model.parameters()).device
     seconds = dict.fromkeys((*PARTS, "other"), 0.0)
-    started: dict[nn.Module, float] = {}
-    handles = []
-    for part, names in PARTS.items():
-        for module in (leaf for name in names for leaf in _called(getattr(model, name, None))):
+    starts: dict[nn.Module, float] = {}
+    part_of = {
+        module: part
+        for part, names in PARTS.items()
+        for name, child in model.named_children()
+        if name in names
+        for module in _called(child)
+    }
 
-            def before(module: nn.Module, _: object) -> None:
-                started[module] = _now(device)
+    def before(module: nn.Module, _: object) -> None:
+        starts[module] = _now(device)
 
-            def after(module: nn.Module, _: object, __: object, part: str = part) -> None:
-                seconds[part] += _now(device) - started.pop(module)
+    def after(module: nn.Module, _: object, __: object) -> None:
+        seconds[part_of[module]] += _now(device) - starts.pop(module)
 
-            handles += [
-                module.register_forward_pre_hook(before),
-                module.register_forward_hook(after),
-            ]
+    handles = [module.register_forward_pre_hook(before) for module in part_of]
+    handles += [module.register_forward_hook(after) for module in part_of]
     begin = _now(device)
     try:
         yield seconds
@@ -288,13 +268,11 @@ def _timed(model: nn.Module) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
-def _called(module: nn.Module | None) -> Iterator[nn.Module]:
-    """The modules that are called: those inside of lists and dictionaries of modules."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        for child in module.children():
-            yield from _called(child)
-    elif module is not None:
-        yield module
+def _called(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that are called: those inside lists and dictionaries of modules."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [module]
+    return [called for child in module.children() for called in _called(child)]
 
 
 def _now(device: torch.device) -> float:
@@ -303,30 +281,20 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _distortion(latents: Tensor) -> Tensor:
-    """D [K] from latents [K, B, ...] of which the last is the full scenario's."""
-    return (latents - latents[-1]).double().square().flatten(1).mean(dim=1)
+def _peak_of_runs(case: Case, form: str, threads: int) -> float:
+    """Run a case twice in this process, and return its peak memory in GB."""
+    torch.set_num_threads(threads)
+    run = _Workload(case, "cpu").run(form)
+    for _ in range(2):  # the second with the optimiser's state
+        run()
+    return _peak_resident() / 1e9
 
 
 def _peak_resident() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    listed = Path("/proc/self/status")
-    if listed.is_file():  # the system's own count goes on from that of the process that started it
-        [line] = [line for line in listed.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
+    """Return the largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would include the process that started this one
+        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(peak) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _main(task: str) -> None:
-    """Run a case twice in this process and print its peak memory in GB."""
-    settings = json.loads(task)
-    torch.set_num_threads(settings["threads"])
-    run = _Workload.of(Case(**settings["case"]), "cpu").run(settings["form"])
-    for _ in range(2):  # the second with the optimiser's state
-        run()
-    print(_peak_resident() / 1e9)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

@@ -1,17 +1,17 @@
-"""Differences between methods, with intervals that know of replicates and of spatial blocks.
+"""Differences between methods, with intervals over replicates and spatial blocks.
 
 A replicate is a seed of fine-tuning, with the held-out counts of all folds pooled. Methods are
-compared within replicates: they share initial weights, order of the data and random numbers. What
-else could have been drawn are the seeds and the blocks of the scene, so the bootstrap resamples
-both, and a block stays one block for all methods. Pretrained networks and scorings, one per fold,
-are shared by all replicates: intervals do not tell how results vary with the pretraining. "Uniform"
-is the mean of its arms, and the difference between them is the noise floor.
+compared within replicates, which share initial weights, order of the data and random numbers. Both
+seeds and blocks could have been drawn differently, so the bootstrap resamples both; a resampled
+block is the same for all methods. All replicates share the pretrained network and the scoring of a
+fold: the intervals do not tell how results vary with the pretraining. "Uniform" is the mean of its
+arms, and the difference between the arms is the noise floor.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,23 +26,34 @@ from lsgs_core.scenarios import ScenarioSet
 from study.evaluation import COUNTS, expected
 
 Array = NDArray[np.float64]
-# Columns that name a contrast, the method and its reference methods.
-Named = tuple[dict[str, str], str, list[str]]
-METRICS = ("worst_iou", "mean_iou", "expected_iou", "full_iou")
+# Names of the metrics, and their titles in figures and tables.
+METRICS = {
+    "worst_iou": "worst scenario",
+    "mean_iou": "mean over scenarios",
+    "expected_iou": "expected in deployment",
+    "full_iou": "all modalities",
+}
 UNIFORM_ARMS = ("uniform", "uniform_again")
 FEWEST_BLOCKS = 9
 # Two-sided 5 %, power 80 %: normal quantiles 1.96 + 0.84.
 DETECTABLE = float(scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8))
 
 
+def method_title(method: str) -> str:
+    """Return the title of a method in figures and tables."""
+    if method == "pretrained":
+        return "before fine-tuning"
+    return METHODS[method].title if method in METHODS else method
+
+
 @dataclass(frozen=True)
 class Counts:
-    """Records of one data set and backbone as an array; only seeds that all methods have.
+    """Records of one data set and backbone as an array, for the seeds that all methods have.
 
     Attributes:
-        methods: Names, M.
-        seeds: Replicates, S.
-        blocks: Spatial blocks, B.
+        methods: Names of the M methods.
+        seeds: The S replicates.
+        blocks: The B spatial blocks.
         values: tp, fp, fn, float64 [B, M, S, K, C, 3].
     """
 
@@ -56,80 +67,83 @@ class Counts:
         """Put records into an array.
 
         Args:
-            records: Of one data set and backbone: seed, fold, method, block, scenario, class,
-                tp, fp, fn.
-            methods: Which ones.
-            scenarios: K of them.
+            records: The columns seed, fold, method, block, scenario, class, tp, fp and fn, of one
+                data set and backbone.
+            methods: Names of the methods.
+            scenarios: The K scenarios.
 
         Raises:
-            InputError: No seed that all methods have, or a seed without some fold or block.
+            InputError: No seed has all methods, or a seed lacks a fold or block.
         """
         rows = records[records["method"].isin(list(methods))]
         seeds_of = rows.groupby("method")["seed"].agg(set)
-        shared = set.intersection(*(seeds_of.get(name, set()) for name in methods))
-        if not shared:
-            raise InputError(f"records: no seed has every method of {list(methods)}")
-        seeds = sorted(shared)
+        seeds = sorted(set.intersection(*(seeds_of.get(name, set()) for name in methods)))
+        if not seeds:
+            raise InputError(f"records: expected a seed with all methods of {list(methods)}")
+        if not set(rows["scenario"]) <= set(scenarios.names):
+            raise InputError(f"records: expected the scenarios {list(scenarios.names)}")
         rows = rows[rows["seed"].isin(seeds)]
-        blocks = sorted(rows["block"].unique())
         axes: dict[str, list[Any]] = {
-            "block": blocks,
+            "block": sorted(rows["block"].unique()),
             "method": list(methods),
             "seed": seeds,
             "scenario": list(scenarios.names),
             "class": list(dict.fromkeys(rows["class"])),
         }
-        if not set(rows["scenario"]) <= set(scenarios.names):
-            raise InputError(f"records: expected the scenarios {list(scenarios.names)}")
-        whole = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
-        table = rows.groupby(list(axes))[COUNTS].sum().reindex(whole)
+        combinations = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+        table = rows.groupby(list(axes))[COUNTS].sum().reindex(combinations)
         if missing := int(table["tp"].isna().sum()):
             raise InputError(
                 f"records: of {len(table)} combinations of {list(axes)}, {missing} are "
                 "missing; every method needs the same folds in every seed"
             )
         values = table.to_numpy(dtype=np.float64).reshape(*map(len, axes.values()), 3)
-        return cls(list(methods), seeds, blocks, values)
+        return cls(list(methods), seeds, axes["block"], values)
 
-    def scores(self, weights: Array) -> Array:
-        """IoU averaged over classes when blocks are weighted, [R, M, S, K], for weights [R, B].
+    def metric(self, name: str, weights: Array, prior: Array) -> Array:
+        """Compute a metric of every method and replicate for weighted blocks.
 
-        Classes without any pixel in truth and prediction are left out of the mean; NaN where all
-        are.
+        It is computed from the IoU averaged over classes. A class, and then a scenario, without any
+        pixel in truth and prediction is left out.
+
+        Args:
+            name: One of `METRICS`.
+            weights: Weights of the blocks, [R, B].
+            prior: Probability of every scenario in deployment, [K].
+
+        Returns:
+            float64 [R, M, S].
+
+        Raises:
+            InputError: There is no such metric.
         """
         shape = self.values.shape[1:]
         pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
         union = pooled.sum(axis=-1)
         iou = np.divide(pooled[..., 0], union, out=np.full(union.shape, np.nan), where=union > 0)
-        return expected(iou, np.ones(iou.shape[-1]))
-
-    def metric(self, name: str, weights: Array, prior: Array) -> Array:
-        """A metric of every method and replicate, [R, M, S], for block weights [R, B]."""
-        scores = self.scores(weights)
+        scores = expected(iou, np.ones(iou.shape[-1]))
         match name:
             case "worst_iou":
-                return np.fmin.reduce(scores, axis=-1)  # not those that are NaN
+                return np.fmin.reduce(scores, axis=-1)  # ignores NaN
             case "mean_iou":
                 return expected(scores, np.ones_like(prior))
             case "expected_iou":
                 return expected(scores, prior)
             case "full_iou":
                 return scores[..., -1]
-        raise InputError(f"metric: expected one of {METRICS}, found {name!r}")
+        raise InputError(f"metric: expected one of {list(METRICS)}, found {name!r}")
 
 
 def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the seeds of a method that do not have all folds yet.
-
-    A study that is still running has such seeds; their pooled counts would be over other blocks.
+    """Leave out the seeds of a method that lack folds, as in a study that is still running.
 
     Args:
-        records: With dataset, backbone, method, seed, fold.
+        records: Rows with the columns dataset, backbone, method, seed and fold.
     """
     keys = ["dataset", "backbone"]
     wanted = records.groupby(keys)["fold"].transform("nunique")
-    found = records.groupby([*keys, "method", "seed"])["fold"].transform("nunique")
-    return records[found == wanted].reset_index(drop=True)
+    present = records.groupby([*keys, "method", "seed"])["fold"].transform("nunique")
+    return records[present == wanted].reset_index(drop=True)
 
 
 def contrast(
@@ -142,168 +156,114 @@ def contrast(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Difference of a method to the mean of reference methods, with its bootstrap interval.
+    """Compute the difference of a method to reference methods, with its bootstrap interval.
 
     Args:
-        records: Of one data set and backbone.
-        scenarios: K of them.
-        method: Name.
-        reference: Names; their metrics are averaged within every replicate.
+        records: Records of one data set and backbone.
+        scenarios: The K scenarios.
+        method: Name of the method.
+        reference: Names of the reference methods, whose metrics are averaged in every replicate.
         metric: One of `METRICS`.
-        prior: For expected_iou, [K]; None is uniform.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        prior: Probability of every scenario, [K], for expected_iou; None is uniform.
+        resamples: Number of bootstrap resamples.
+        seed: Random seed of the bootstrap.
 
     Returns:
         replicates, blocks, difference, low and high (95 %, percentiles), standard_error, p
-        (two-sided, from the same draws) and detectable, the smallest true difference that this
+        (two-sided, from the same resamples) and detectable, the smallest true difference that this
         design finds with a power of 80 %.
 
     Raises:
-        InputError: Too few replicates or blocks, or records that are not paired.
+        InputError: There are fewer than two replicates or blocks, or the records are not paired.
     """
     counts = Counts.of(records, [method, *reference], scenarios)
-    if len(counts.seeds) < 2 or len(counts.blocks) < 2:
-        raise InputError(
-            f"contrast: expected at least 2 replicates and 2 blocks, found {len(counts.seeds)} "
-            f"and {len(counts.blocks)}"
-        )
-    weighted = np.full(len(scenarios), 1 / len(scenarios)) if prior is None else prior
-
-    def difference(blocks: NDArray[np.int64], seeds: NDArray[np.int64], axis: int) -> Array:
-        weights = _weights(blocks, len(counts.blocks))
-        values = counts.metric(metric, weights, weighted)
-        paired = values[:, 0] - values[:, 1:].mean(axis=1)  # (R, S)
-        drawn = _weights(seeds, len(counts.seeds))
-        return (paired * drawn).sum(axis=1) / drawn.sum(axis=1)
-
-    if len(counts.blocks) < FEWEST_BLOCKS:
+    replicates, blocks = len(counts.seeds), len(counts.blocks)
+    if replicates < 2 or blocks < 2:
+        found = f"{replicates} and {blocks}"
+        raise InputError(f"contrast: expected at least 2 replicates and 2 blocks, found {found}")
+    if blocks < FEWEST_BLOCKS:
         warnings.warn(
-            f"{len(counts.blocks)} spatial blocks: intervals over fewer than {FEWEST_BLOCKS} are "
-            "not to be trusted",
+            f"{blocks} spatial blocks: intervals over fewer than {FEWEST_BLOCKS} are unreliable",
             stacklevel=2,
         )
-    all_blocks, all_seeds = np.arange(len(counts.blocks)), np.arange(len(counts.seeds))
-    found = scipy.stats.bootstrap(
-        (all_blocks, all_seeds),
-        lambda blocks, seeds, axis: difference(
-            np.atleast_2d(blocks), np.atleast_2d(seeds), axis
-        ).reshape(blocks.shape[:-1]),
+    weights = np.full(len(scenarios), 1 / len(scenarios)) if prior is None else prior
+
+    def difference(
+        drawn_blocks: NDArray[np.int64], drawn_seeds: NDArray[np.int64], axis: int = -1
+    ) -> Array:
+        values = counts.metric(metric, _frequencies(drawn_blocks, blocks), weights)
+        paired = values[:, 0] - values[:, 1:].mean(axis=1)  # (R, S)
+        drawn = _frequencies(drawn_seeds, replicates)
+        means = (paired * drawn).sum(axis=1) / drawn.sum(axis=1)
+        return means.reshape(drawn_blocks.shape[:-1])
+
+    sample = np.arange(blocks), np.arange(replicates)
+    bootstrap = scipy.stats.bootstrap(
+        sample,
+        difference,
         n_resamples=resamples,
         batch=50,
         method="percentile",
         vectorized=True,
         rng=np.random.default_rng(seed),
     )
-    drawn = found.bootstrap_distribution
-    below, above = (drawn <= 0).sum(), (drawn >= 0).sum()
+    resampled = bootstrap.bootstrap_distribution
+    smaller_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return {
-        "replicates": len(counts.seeds),
-        "blocks": len(counts.blocks),
-        "difference": float(difference(all_blocks[None], all_seeds[None], -1)[0]),
-        "low": float(found.confidence_interval.low),
-        "high": float(found.confidence_interval.high),
-        "standard_error": float(found.standard_error),
-        "p": float(min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))),
-        "detectable": DETECTABLE * float(found.standard_error),
+        "replicates": replicates,
+        "blocks": blocks,
+        "difference": float(difference(*sample)),
+        "low": float(bootstrap.confidence_interval.low),
+        "high": float(bootstrap.confidence_interval.high),
+        "standard_error": float(bootstrap.standard_error),
+        "p": float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1))),
+        "detectable": DETECTABLE * float(bootstrap.standard_error),
     }
 
 
 def differences(
     records: pd.DataFrame,
     scenarios: ScenarioSet,
-    metrics: Sequence[str] = METRICS,
+    metrics: Iterable[str] = METRICS,
     prior: Array | None = None,
     resamples: int = 2000,
+    contrasts: str | None = None,
 ) -> pd.DataFrame:
-    """Difference of every method to uniform, per data set and backbone.
+    """Compute differences between methods, per data set, backbone and metric.
+
+    A difference of methods that share fewer than two replicates is left out.
 
     Args:
-        records: With dataset, backbone, seed, fold, method, block, scenario, class and counts.
-        scenarios: K of them.
+        records: The columns dataset, backbone, seed, fold, method, block, scenario, class, tp, fp
+            and fn.
+        scenarios: The K scenarios.
         metrics: Some of `METRICS`.
-        prior: For expected_iou, [K].
-        resamples: Of the bootstrap.
+        prior: As in `contrast`.
+        resamples: Number of bootstrap resamples.
+        contrasts: Pairs of methods that were fixed beforehand, such as "lsgs-uniform, lora-lsgs";
+            uniform is the mean of its arms. None compares every method with uniform.
 
     Returns:
-        dataset, backbone, metric, method, reference, what `contrast` gives, and p_holm, corrected
-        over the methods of a data set, backbone and metric (the second uniform arm, whose row is
-        the noise floor, is not one of them). Methods that share fewer than two replicates
-        with their reference are left out.
-    """
-
-    def wanted(present: list[str]) -> Iterator[Named]:
-        arms = [name for name in UNIFORM_ARMS if name in present]
-        for name in present:
-            reference = [arm for arm in arms[:1] if arm != name] if name in arms else arms
-            yield {"method": name, "reference": "+".join(reference)}, name, reference
-
-    return _contrasts(records, scenarios, wanted, metrics, prior, resamples)
-
-
-def planned(
-    records: pd.DataFrame,
-    scenarios: ScenarioSet,
-    contrasts: str,
-    metrics: Sequence[str],
-    prior: Array | None = None,
-    resamples: int = 2000,
-) -> pd.DataFrame:
-    """The contrasts that were fixed beforehand, per data set and backbone that has their methods.
-
-    Args:
-        records: As in `differences`.
-        scenarios: K of them.
-        contrasts: Such as "lsgs-uniform, lsgs-cardinality"; uniform is the mean of its arms.
-        metrics: Some of `METRICS`.
-        prior: For expected_iou, [K].
-        resamples: Of the bootstrap.
-
-    Returns:
-        dataset, backbone, metric, contrast, what `contrast` gives, and p_holm, corrected over the
-        contrasts of a data set, backbone and metric.
+        The columns dataset, backbone, metric, contrast (or, without contrasts, method and
+        reference), those of the function `contrast`, and p_holm, corrected over the rows of a data
+        set, backbone and metric, except the second uniform arm, whose row is the noise floor.
 
     Raises:
-        InputError: A contrast that is not two methods with a hyphen between them, or a method that
-            there is not.
+        InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
-    pairs = [tuple(part.strip().split("-")) for part in contrasts.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
-    known = {*METHODS, *records["method"]}
-    if unknown := sorted({name for pair in pairs for name in pair} - known):
-        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(known)}")
-
-    def wanted(present: list[str]) -> Iterator[Named]:
-        arms = [name for name in UNIFORM_ARMS if name in present]
-        for method, other in pairs:
-            reference = arms if other == "uniform" else [other]
-            yield {"contrast": f"{method} - {other}"}, method, reference
-
-    return _contrasts(records, scenarios, wanted, metrics, prior, resamples)
-
-
-def _contrasts(
-    records: pd.DataFrame,
-    scenarios: ScenarioSet,
-    wanted: Callable[[list[str]], Iterator[Named]],
-    metrics: Sequence[str],
-    prior: Array | None,
-    resamples: int,
-) -> pd.DataFrame:
-    """The contrasts wanted of the methods that are there, where they share two seeds or more."""
+    pairs = None if contrasts is None else _pairs(contrasts, {*METHODS, *records["method"]})
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
         seeds = part.groupby("method", sort=False)["seed"].agg(set)
+        compared = list(_compared(list(seeds.index), pairs))
         for metric in metrics:
+            keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
             table: list[dict[str, Any]] = []
-            for named, method, reference in wanted(list(seeds.index)):
-                shared = [seeds.get(name, set()) for name in [method, *reference]]
-                if not reference or len(set.intersection(*shared)) < 2:
-                    continue
-                found = contrast(part, scenarios, method, reference, metric, prior, resamples)
-                keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
-                table.append({**keys, **named, **found})
+            for names, method, reference in compared:
+                shared = set.intersection(*(seeds.get(m, set()) for m in [method, *reference]))
+                if reference and len(shared) >= 2:
+                    row = contrast(part, scenarios, method, reference, metric, prior, resamples)
+                    table.append({**keys, **names, **row})
             judged = [row for row in table if row.get("method") not in UNIFORM_ARMS]
             for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
                 row["p_holm"] = p
@@ -311,8 +271,36 @@ def _contrasts(
     return pd.DataFrame(rows)
 
 
+def _pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
+    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs"."""
+    pairs = []
+    for part in contrasts.split(","):
+        first, hyphen, second = part.strip().partition("-")
+        if not hyphen or "-" in second:
+            raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
+        pairs.append((first, second))
+    if unknown := sorted({name for pair in pairs for name in pair} - methods):
+        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(methods)}")
+    return pairs
+
+
+def _compared(
+    present: list[str], pairs: list[tuple[str, str]] | None
+) -> Iterator[tuple[dict[str, str], str, list[str]]]:
+    """Yield the columns that name a difference, its method, and its reference methods."""
+    arms = [name for name in UNIFORM_ARMS if name in present]
+    if pairs is not None:
+        for method, other in pairs:
+            names = {"contrast": f"{method} - {other}"}
+            yield names, method, arms if other == "uniform" else [other]
+        return
+    for method in present:
+        reference = [arm for arm in arms[:1] if arm != method] if method in arms else arms
+        yield {"method": method, "reference": "+".join(reference)}, method, reference
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): adjusted p-values, in the order given."""
+    """Return p-values after Holm's step-down correction (Holm 1979), in the same order."""
     order = np.argsort(p_values, kind="stable")
     steps = np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
@@ -320,7 +308,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _weights(drawn: NDArray[np.int64], count: int) -> Array:
-    """How often each of `count` was drawn, [R, count], for draws [R, n]."""
-    flat = drawn + count * np.arange(len(drawn))[:, None]
-    return np.bincount(flat.ravel(), minlength=count * len(drawn)).reshape(-1, count).astype(float)
+def rank_correlation(table: pd.DataFrame, column: str) -> float:
+    """Return Spearman's correlation of a column with the IoU that is lost, as a mean over folds.
+
+    Args:
+        table: The columns fold, lost and `column`.
+    """
+    folds = [rows for _, rows in table.groupby("fold")]
+    return float(np.mean([rows[column].corr(rows["lost"], method="spearman") for rows in folds]))
+
+
+def _frequencies(drawn: NDArray[np.int64], count: int) -> Array:
+    """Return how often each of `count` indices was drawn, [R, count], for draws [R, n] or [n]."""
+    rows = drawn.reshape(-1, drawn.shape[-1])
+    flat = rows + count * np.arange(len(rows))[:, None]
+    return np.bincount(flat.ravel(), minlength=count * len(rows)).reshape(-1, count).astype(float)

@@ -1,34 +1,33 @@
-"""Figures with controls, for JupyterLab; everywhere else the same figures stand still.
+"""Figures with controls in JupyterLab; everywhere else a static version is shown.
 
-Nothing here computes anything: stored distortions and predictions are drawn anew by the functions
-that draw them in the study.
+Nothing is computed but p: stored distortions and predictions are drawn again by the functions that
+draw them in the study.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from matplotlib.figure import Figure
 
+from lsgs_core.diagnostics import smoothing_report
 from lsgs_core.distributions import deployment_prior
 from lsgs_core.errors import InputError
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.scoring_file import read_evidence
-from study.figures import method_title
-from study.figures.prediction_maps import prediction_view
-from study.figures.predictions import Predictions, load_predictions
-from study.figures.scoring import probability_steps
-from study.sensitivity import smoothing_report
+from study.figures.maps import prediction_view
+from study.figures.scoring import SETTING_TITLES, probability_steps
+from study.predictions import Predictions, load_predictions
+from study.statistics import method_title
 
 WIDE: dict[str, Any] = {
     "style": {"description_width": "12em"},
@@ -38,66 +37,54 @@ WIDE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class View:
-    """A figure and what can be changed about it.
+    """A figure and its controls.
 
     Attributes:
-        draw: Makes the figure from the values of the controls, by their names.
+        draw: Draws the figure for values of the controls, which are passed by name.
         controls: Widgets by name.
     """
 
     draw: Callable[..., Figure]
-    controls: Mapping[str, widgets.ValueWidget]
+    controls: dict[str, widgets.ValueWidget]
+
+    def values(self) -> dict[str, Any]:
+        """Return the values of the controls, by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def panel(self) -> widgets.Widget:
+        """Return the controls, in columns of three, above the figure."""
+
+        def draw(**values: Any) -> None:
+            try:
+                self.draw(**values)
+            except InputError as error:
+                print(error)
+
+        controls = list(self.controls.values())
+        columns = [
+            widgets.VBox(controls[first : first + 3]) for first in range(0, len(controls), 3)
+        ]
+        rows = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
+        return widgets.VBox([rows, widgets.interactive_output(draw, self.controls)])
 
 
 def is_live() -> bool:
-    """Whether a person looks on: in a kernel that a Jupyter server started for a notebook."""
+    """Return True in an interactive Jupyter session."""
     return "JPY_SESSION_NAME" in os.environ
-
-
-def explore(views: Mapping[str, View], live: bool) -> widgets.Widget | None:
-    """Show the first of some views, with controls and a choice of the others where it is live.
-
-    Args:
-        views: By title.
-        live: Whether a person looks on.
-
-    Returns:
-        What is shown when live. Otherwise None: the figure is left open, as notebooks show it.
-    """
-    titles = list(views)
-    if not titles:
-        print("nothing to show: no such file was written, and none is committed")
-        return None
-    if not live:
-        first = views[titles[0]]
-        print("shown:", titles[0])
-        first.draw(**{name: control.value for name, control in first.controls.items()})
-        return None
-    panels = {titles[0]: _panel(views[titles[0]])}
-    shown = widgets.VBox([panels[titles[0]]])
-
-    def choose(change: Any) -> None:
-        if change.new not in panels:
-            panels[change.new] = _panel(views[change.new])
-        shown.children = [panels[change.new]]
-
-    longest = f"{14 + max(map(len, titles)) * 0.6:.0f}em"
-    choice = widgets.Dropdown(
-        options=titles, description="shown", style=WIDE["style"], layout={"width": longest}
-    )
-    choice.observe(choose, "value")
-    return widgets.VBox([choice, shown] if len(views) > 1 else [shown])
 
 
 def show_probabilities(
     own: Sequence[Path], committed: Sequence[Path], live: bool | None = None
 ) -> widgets.Widget | None:
-    """Explore how p follows from stored distortions: every setting of the method is a control.
+    """Explore how p follows from stored distortions, with a control for every setting.
 
     Args:
-        own: `probabilities.json` of this run, as far as they are there.
-        committed: Further ones, offered where a person looks on.
-        live: None asks `is_live`.
+        own: Files `probabilities.json` of this run; files that do not exist are skipped.
+        committed: Further ones, which only an interactive session offers.
+        live: True shows controls, False a static figure; None asks `is_live`.
+
+    Returns:
+        The widget, or None if the figure is static or there is no file.
 
     Raises:
         InputError: A file is no scoring.
@@ -108,46 +95,39 @@ def show_probabilities(
 def show_predictions(
     own: Sequence[Path], committed: Sequence[Path], live: bool | None = None
 ) -> widgets.Widget | None:
-    """Explore predictions: choose patch, network and method, and switch sensors off.
+    """Explore predictions: choose patch, network and method, and switch modalities off.
 
-    Args:
-        own: `predictions_<data set>.npz` of this run, as in `show_probabilities`.
-        committed: Further ones.
-        live: As in `show_probabilities`.
+    Arguments and result are those of `show_probabilities`, for `predictions_<data set>.npz`.
 
     Raises:
         InputError: A file holds no predictions.
     """
-    return _show(own, committed, lambda path: patch_view(load_predictions(path)), live)
+    return _show(own, committed, lambda path: prediction_explorer(load_predictions(path)), live)
 
 
 def probability_view(evidence: Evidence) -> View:
-    """The kernel, the smoothing and p, over all settings of the method and the failure rates.
+    """Return a view of kernel, smoothing and p, with the settings and failure rates as controls.
 
     Args:
-        evidence: With distortions.
+        evidence: A scoring with distortions.
+
+    Raises:
+        InputError: The scoring has no distortions.
     """
     distortion = evidence.required("distortion")
-    scenarios, given = evidence.scenarios, evidence.settings
-    rows = scenario_descriptors(
+    scenarios, settings = evidence.scenarios, evidence.settings
+    descriptors = scenario_descriptors(
         evidence.descriptor, scenarios.masks, distortion, evidence.latent_shift
     )
-    _, median = rbf_kernel(rows, "median")
-    rates = {f"fails:{name}": name for name in scenarios.modalities}
+    _, median = rbf_kernel(descriptors, "median")
+    rates = [f"fails:{name}" for name in scenarios.modalities]
 
-    def draw(**values: Any) -> Figure:
-        settings = {
-            "direction": values["direction"],
-            "inverse_temperature": values["inverse_temperature"],
-            "mixing": values["mixing"],
-            "ridge": values["ridge"],
-            "lengthscale": values["lengthscale"] * median,
-            "smooth": values["smooth"],
-            "prior": deployment_prior(scenarios, [values[name] for name in rates]),
-            "descriptors": rows,
-        }
-        figure = probability_steps(scenario_probabilities(distortion, **settings), scenarios.names)
-        report = smoothing_report(distortion, settings)
+    def draw(lengthscale: float, **values: Any) -> Figure:
+        prior = deployment_prior(scenarios, [values.pop(name) for name in rates])
+        used = {**values, "lengthscale": lengthscale * median, "prior": prior}
+        used["descriptors"] = descriptors
+        figure = probability_steps(scenario_probabilities(distortion, **used), scenarios.names)
+        report = smoothing_report(distortion, used)
         figure.suptitle(
             f"total variation of p to the prior {report['total_variation_from_prior']:.3f}, "
             f"to unsmoothed p {report['total_variation_from_unsmoothed']:.4f}; "
@@ -155,90 +135,47 @@ def probability_view(evidence: Evidence) -> View:
         )
         return figure
 
-    used = given.get("lengthscale", "median")
-    multiple = 0.0 if used == "median" else np.log10(float(used) / median)
-    ridge = float(given.get("ridge", 1e-3))
+    lengthscale, tau = settings.get("lengthscale", "median"), evidence.inverse_temperature
+    multiple = 1.0 if lengthscale == "median" else float(lengthscale) / median
+    titles = SETTING_TITLES
     controls: dict[str, widgets.ValueWidget] = {
-        "inverse_temperature": _slider(
-            evidence.inverse_temperature,
-            0,
-            max(4.0, evidence.inverse_temperature),
-            "inverse temperature τ",
-        ),
-        "mixing": _slider(evidence.mixing, 0, 1, "mixing γ"),
-        "ridge": _logarithmic(ridge, -6, 2, "ridge λ"),
-        "lengthscale": _logarithmic(10**multiple, -2, 2, "σ / median distance"),
+        "inverse_temperature": _slider(tau, max(4.0, tau), titles["inverse_temperature"]),
+        "mixing": _slider(evidence.mixing, 1, titles["mixing"]),
+        "ridge": _log_slider(float(settings.get("ridge", 1e-3)), -6, titles["ridge"]),
+        "lengthscale": _log_slider(multiple, -2, "σ / median distance"),
         "direction": widgets.Dropdown(
             options={"more where D is high": 1.0, "more where D is low": -1.0},
-            value=float(np.sign(given.get("direction", 1.0))),
+            value=float(np.sign(settings.get("direction", 1.0))),
             description="direction",
             **WIDE,
         ),
-        "smooth": widgets.Checkbox(
-            value=bool(given.get("smooth", True)),
-            description="smooth with the kernel",
-            indent=False,
-        ),
+        "smooth": _check_box(bool(settings.get("smooth", True)), "smooth with the kernel"),
     }
-    for position, (name, modality) in enumerate(rates.items()):
-        rate = _failure_rate(evidence, position)
-        controls[name] = _slider(rate, 0, 1, f"failure rate of {modality}")
+    for index, name in enumerate(rates):
+        title = f"failure rate of {scenarios.modalities[index]}"
+        controls[name] = _slider(_failure_rate(evidence, index), 1, title)
     return View(draw, controls)
 
 
-def patch_view(predictions: Predictions) -> View:
-    """One patch under one scenario, with a check box per sensor."""
-    names = [name.split("/", 1) for name in predictions.maps]
-    backbones = list(dict.fromkeys(backbone for backbone, _ in names))
-    methods = list(dict.fromkeys(method for _, method in names))
-    sensors = {f"has:{name}": name for name in predictions.modalities}
+def prediction_explorer(predictions: Predictions) -> View:
+    """Return a view of one patch under one scenario, with a check box per modality."""
+    networks = [name.split("/", 1) for name in predictions.maps]
+    backbones = list(dict.fromkeys(backbone for backbone, _ in networks))
+    methods = list(dict.fromkeys(method for _, method in networks))
+    patches = [(f"{i + 1} (id {n})", i) for i, n in enumerate(predictions.patch_ids.tolist())]
+    titles = [(method_title(name), name) for name in methods]
+    boxes = {f"has:{name}": _check_box(True, f"{name} is there") for name in predictions.modalities}
 
     def draw(patch: int, backbone: str, method: str, **values: bool) -> Figure:
-        available = [values[name] for name in sensors]
+        available = [values[name] for name in boxes]
         return prediction_view(predictions, patch, backbone, method, available)
 
-    patches = [(f"{i + 1} (id {n})", i) for i, n in enumerate(predictions.patch_ids.tolist())]
     controls: dict[str, widgets.ValueWidget] = {
         "patch": widgets.Dropdown(options=patches, description="patch", **WIDE),
         "backbone": widgets.Dropdown(options=backbones, description="backbone", **WIDE),
-        "method": widgets.Dropdown(
-            options=[(method_title(name), name) for name in methods],
-            value=methods[-1],
-            description="method",
-            **WIDE,
-        ),
+        "method": widgets.Dropdown(options=titles, value=methods[-1], description="method", **WIDE),
     }
-    for name, modality in sensors.items():
-        controls[name] = widgets.Checkbox(
-            value=True, description=f"{modality} is there", indent=False
-        )
-    return View(draw, controls)
-
-
-def _panel(view: View) -> widgets.Widget:
-    """Controls in columns of three above the figure, which is drawn anew at every change."""
-    picture = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-    message = widgets.HTML()
-    box = widgets.VBox([message, picture])
-
-    def redraw(_: Any = None) -> None:
-        try:
-            figure = view.draw(**{name: control.value for name, control in view.controls.items()})
-        except InputError as error:
-            message.value = f"<b>{html.escape(str(error))}</b>"
-            return
-        message.value, file = "", io.BytesIO()
-        figure.savefig(file, format="png", dpi=100)
-        plt.close(figure)
-        picture.value = file.getvalue()
-
-    for control in view.controls.values():
-        control.observe(redraw, "value")
-    redraw()
-    listed = list(view.controls.values())
-    columns = [widgets.VBox(listed[start : start + 3]) for start in range(0, len(listed), 3)]
-    layout = widgets.Layout(flex_flow="row wrap")
-    return widgets.VBox([widgets.HBox(columns, layout=layout), box])
+    return View(draw, controls | boxes)
 
 
 def _show(
@@ -247,14 +184,35 @@ def _show(
     view: Callable[[Path], View],
     live: bool | None,
 ) -> widgets.Widget | None:
-    looked_on = is_live() if live is None else live
-    # What stands still is part of a run's record, so other runs have no place in it.
-    paths = [path for path in [*own, *(committed if looked_on else [])] if path.is_file()]
-    return explore({path.as_posix().replace("../", ""): view(path) for path in paths}, looked_on)
+    live = is_live() if live is None else live
+    # A static figure is part of the record of a run, so it never shows the results of others.
+    paths = [path for path in [*own, *(committed if live else [])] if path.is_file()]
+    views = {path.as_posix().replace("../", ""): view(path) for path in paths}
+    titles = list(views)
+    if not titles:
+        print("nothing to show: no such file was written, and none is committed")
+        return None
+    if not live:
+        print("shown:", titles[0])
+        views[titles[0]].draw(**views[titles[0]].values())
+        return None
+    if len(titles) == 1:
+        return views[titles[0]].panel()
+
+    @cache
+    def panel(title: str) -> widgets.Widget:
+        return views[title].panel()
+
+    width = f"{14 + max(map(len, titles)) * 0.6:.0f}em"
+    choice = widgets.Dropdown(
+        options=titles, description="shown", style=WIDE["style"], layout={"width": width}
+    )
+    shown = widgets.interactive_output(lambda title: display(panel(title)), {"title": choice})
+    return widgets.VBox([choice, shown])
 
 
 def _failure_rate(evidence: Evidence, modality: int) -> float:
-    """The rate of one modality that gives the prior of a scoring; one half is uniform."""
+    """Return the failure rate of a modality that the prior implies; a uniform prior gives 0.5."""
     scenarios = evidence.scenarios
     others = np.arange(len(scenarios.modalities)) != modality
     without = float(evidence.base[scenarios.index(others)])
@@ -262,28 +220,27 @@ def _failure_rate(evidence: Evidence, modality: int) -> float:
     return without / both if both else 0.5
 
 
-def _slider(
-    value: float,
-    low: float,
-    high: float,
-    title: str,
-    kind: type[widgets.ValueWidget] = widgets.FloatSlider,
-    step: float = 0.05,
-    readout_format: str = ".2f",
-) -> widgets.ValueWidget:
-    return kind(
+def _slider(value: float, high: float, title: str) -> widgets.ValueWidget:
+    """Return a slider from 0 to `high`, which must be at least the value."""
+    return widgets.FloatSlider(
+        value=value, max=high, step=0.05, description=title, continuous_update=False, **WIDE
+    )
+
+
+def _log_slider(value: float, low: float, title: str) -> widgets.ValueWidget:
+    """Return a slider over the powers of 10 from `low` to 2, extended so as to hold the value."""
+    power = float(np.log10(value))
+    return widgets.FloatLogSlider(
         value=value,
-        min=low,  # callers see to it that the value lies between: a slider would move it silently
-        max=high,
-        step=step,
+        min=min(low, power),
+        max=max(2, power),
+        step=0.1,
         description=title,
-        readout_format=readout_format,
+        readout_format=".3g",
         continuous_update=False,
         **WIDE,
     )
 
 
-def _logarithmic(value: float, low: float, high: float, title: str) -> widgets.ValueWidget:
-    power = float(np.log10(value))
-    low, high = min(low, power), max(high, power)
-    return _slider(value, low, high, title, widgets.FloatLogSlider, 0.1, ".3g")
+def _check_box(value: bool, title: str) -> widgets.ValueWidget:
+    return widgets.Checkbox(value=value, description=title, indent=False)

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
@@ -27,14 +28,14 @@ SETTING_TITLES = {
 
 
 def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) -> Figure:
-    """A row per scenario: which modalities it has, how much it distorts, how often it is drawn.
+    """Draw a row per scenario: its modalities, its distortion, and how often it is drawn.
 
     Bars of the distortion have one standard error, clustered by spatial block.
     """
     scenarios = scores.scenarios
-    rows, masks = np.arange(len(scenarios)), scenarios.masks
+    rows = np.arange(len(scenarios))
     shades = sns.color_palette("crest", len(scenarios.modalities))
-    colours = [shades[int(number)] for number in scenarios.missing]
+    colours = [shades[int(missing)] for missing in scenarios.missing]
     figure, axes = plt.subplots(
         1,
         3,
@@ -43,9 +44,9 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
         sharey=True,
         layout=ConstrainedLayoutEngine(w_pad=0.1),
     )
-    row, column = np.nonzero(masks)
+    row, column = np.nonzero(scenarios.masks)
     axes[0].scatter(column, row, s=90, color="#262626")
-    row, column = np.nonzero(~masks)
+    row, column = np.nonzero(~scenarios.masks)
     axes[0].scatter(column, row, s=90, facecolors="none", edgecolors="#999999")
     axes[0].set_xticks(range(len(scenarios.modalities)), scenarios.modalities)
     axes[0].set_yticks(rows, scenarios.names)
@@ -62,13 +63,8 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
     return figure
 
 
-def _prior_title(result: ScenarioProbabilities) -> str:
-    """What the dashed line is: uniform, or the scenarios as they occur in deployment."""
-    return "uniform" if np.ptp(result.prior) < 1e-12 else "deployment"
-
-
 def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
-    """The kernel, what smoothing changed, and the probabilities beside the prior."""
+    """Draw the kernel, the effect of the smoothing, and the probabilities beside the prior."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
     sns.heatmap(
         result.kernel,
@@ -87,51 +83,35 @@ def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Fi
     limits = [result.utility.min(), result.utility.max()]
     axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
     axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
-    positions = np.arange(len(names))
-    axes[2].bar(positions, result.probabilities, color=PALETTE[1])
-    axes[2].plot(
-        positions, result.prior, color="#333333", linestyle="--", label=_prior_title(result)
-    )
-    axes[2].set_xticks(positions, list(names), rotation=40, ha="right")
-    axes[2].set(ylabel="probability p", title="Scenario probabilities")
-    axes[2].legend()
+    _probability_bars(axes[2], result, names, "Scenario probabilities")
     return figure
 
 
 def sensitivity_panels(
     result: ScenarioProbabilities,
     names: Sequence[str],
-    drawn: NDArray[np.float64],
+    resampled: NDArray[np.float64],
     varied: pd.DataFrame,
     settings: Mapping[str, Any],
 ) -> Figure:
-    """P with its uncertainty from the scored patches, and p when one setting is varied.
+    """Draw p with its uncertainty, and p as a function of each setting.
 
     Args:
         result: The probabilities in use.
-        names: Of the scenarios.
-        drawn: Of `bootstrap_probabilities`, [R, K].
-        varied: Of `sensitivity`.
-        settings: In use; those that are numbers are marked, but for the lengthscale, whose panel
-            has another unit.
+        names: Names of the scenarios.
+        resampled: [R, K] of `bootstrap_probabilities`.
+        varied: Table of `sensitivity`.
+        settings: Settings in use; numbers are marked in their panels, except for the lengthscale,
+            whose panel has another unit.
     """
     figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), width_ratios=(1.3, 1, 1, 1, 1))
-    positions = np.arange(len(names))
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    p = result.probabilities
-    axes[0].bar(positions, p, color=PALETTE[1])
-    axes[0].vlines(positions, low, high, color="#333333")
-    axes[0].plot(
-        positions, result.prior, color="#333333", linestyle="--", label=_prior_title(result)
-    )
-    axes[0].set_xticks(positions, list(names), rotation=40, ha="right")
-    axes[0].set(ylabel="probability p", title="95 % over resampled blocks")
-    axes[0].legend()
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    axes[0].vlines(np.arange(len(names)), low, high, color="#333333")
+    _probability_bars(axes[0], result, names, "95 % over resampled blocks")
     shades = sns.color_palette("viridis", len(names)).as_hex()
     for panel, (setting, rows) in zip(axes[1:], varied.groupby("setting", sort=False), strict=True):
-        for scenario, line in rows.groupby("scenario"):
-            index = int(str(scenario))
-            panel.plot(line["value"], line["probability"], color=shades[index], label=names[index])
+        for (_, line), name, shade in zip(rows.groupby("scenario"), names, shades, strict=True):
+            panel.plot(line["value"], line["probability"], color=shade, label=name)
         value = settings.get(str(setting))
         if setting != "lengthscale" and isinstance(value, float):
             panel.axvline(value, color="#333333", linestyle=":", linewidth=1)
@@ -141,3 +121,19 @@ def sensitivity_panels(
     axes[4].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     axes[1].set_ylabel("probability p")
     return figure
+
+
+def _probability_bars(
+    axes: Axes, result: ScenarioProbabilities, names: Sequence[str], title: str
+) -> None:
+    """Draw p as bars, and the prior as a dashed line."""
+    positions, label = np.arange(len(names)), _prior_title(result)
+    axes.bar(positions, result.probabilities, color=PALETTE[1])
+    axes.plot(positions, result.prior, color="#333333", linestyle="--", label=label)
+    axes.set_xticks(positions, list(names), rotation=40, ha="right")
+    axes.set(ylabel="probability p", title=title)
+    axes.legend()
+
+
+def _prior_title(result: ScenarioProbabilities) -> str:
+    return "uniform" if np.ptp(result.prior) < 1e-12 else "deployment"

@@ -8,47 +8,50 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import scipy.stats
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
-from study.figures import PALETTE, method_colour, method_title
-from study.pages import METRIC_TITLES
+from study.figures import PALETTE, family_members, method_colour
+from study.statistics import METRICS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
 
 
 def forest(differences: pd.DataFrame, metric: str) -> Figure:
-    """Difference of every method to uniform with its 95 % interval and number of replicates.
+    """Draw the difference of every method to uniform with its 95 % interval.
 
     Args:
-        differences: Of `study.statistics.differences`.
-        metric: Which rows.
+        differences: Table of `study.statistics.differences`.
+        metric: One of `METRICS`.
     """
     table = differences[differences["metric"] == metric]
     present = set(table["method"])
     first = ["pretrained", "uniform_again"]
-    order = [n for n in [*first, *(n for n in METHODS if n not in first)] if n in present]
+    order = [name for name in dict.fromkeys([*first, *METHODS]) if name in present][::-1]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         rows = rows.set_index("method")
         axes.axvline(0, color="#333333", linewidth=1)
-        for position, name in enumerate(reversed(order)):
+        for position, name in enumerate(order):
             if name not in rows.index:
                 continue
             row, colour = rows.loc[name], method_colour(name)
+            face = colour if row["p_holm"] < 0.05 else "white"
             axes.hlines(position, row["low"], row["high"], color=colour, linewidth=2)
-            solid = row["p_holm"] < 0.05
-            face = colour if solid else "white"
             axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
             axes.text(
-                1.02, position, f"{row['replicates']:.0f}", fontsize=8, color="#666666",
-                va="center", transform=axes.get_yaxis_transform(),
-            )  # fmt: skip
-        axes.set_yticks(range(len(order)), [method_title(name) for name in reversed(order)])
+                1.02,
+                position,
+                f"{row['replicates']:.0f}",
+                fontsize=8,
+                color="#666666",
+                va="center",
+                transform=axes.get_yaxis_transform(),
+            )
+        axes.set_yticks(range(len(order)), [method_title(name) for name in order])
         axes.set_xlabel("IoU minus uniform")
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
@@ -56,26 +59,26 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
     # The numbers of replicates stand between the panels.
     figure.set_layout_engine("constrained", wspace=0.08)
     figure.suptitle(
-        f"{METRIC_TITLES[metric]}: difference to uniform, 95 % over replicates and blocks\n"
+        f"{METRICS[metric]}: difference to uniform, 95 % over replicates and blocks\n"
         "filled: Holm-corrected p < 0.05; on the right: replicates; second arm: the noise floor"
     )
     return figure
 
 
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """IoU per method and scenario; colours span what a data set has.
+    """Draw the IoU per method and scenario; colours span the range of a data set.
 
     Args:
-        scores: Columns dataset, backbone, method, scenario, iou.
-        names: Scenarios, in order.
+        scores: The columns dataset, backbone, method, scenario and iou.
+        names: Names of the scenarios, in order.
     """
     methods = list(dict.fromkeys(scores["method"]))
     limits = scores.groupby("dataset")["iou"].agg(["min", "max"])
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         table = rows.pivot_table(index="method", columns="scenario", values="iou", sort=False)
-        table = table.reindex(index=methods, columns=list(names))
-        table.index = pd.Index([method_title(method) for method in table.index])
+        table = table.reindex(index=methods, columns=list(names)).rename(index=method_title)
+        low, high = limits.loc[rows["dataset"].iloc[0], ["min", "max"]]
         sns.heatmap(
             table,
             ax=axes,
@@ -83,8 +86,8 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
             fmt=".2f",
             annot_kws={"fontsize": 8},
             cmap="viridis",
-            vmin=limits.loc[rows["dataset"].iloc[0], "min"],
-            vmax=limits.loc[rows["dataset"].iloc[0], "max"],
+            vmin=low,
+            vmax=high,
             cbar_kws={"label": "IoU"},
         )
         axes.set(xlabel="", ylabel="")
@@ -96,10 +99,10 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
 
 
 def method_curves(histories: pd.DataFrame) -> Figure:
-    """Validation IoU per epoch of fine-tuning, a line per method: means over folds and seeds.
+    """Draw the validation IoU per epoch of fine-tuning, a line per method: means over folds, seeds.
 
     Args:
-        histories: Columns dataset, backbone, method, fold, seed, epoch, validation_mean_iou.
+        histories: The columns dataset, backbone, method, fold, seed, epoch, validation_mean_iou.
     """
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -109,41 +112,38 @@ def method_curves(histories: pd.DataFrame) -> Figure:
         axes.set(xlabel="epochs of fine-tuning", ylabel="validation IoU, mean over scenarios")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
-    methods = histories["method"].nunique()
-    figure = _panels(histories, draw, width=4, height=max(3.2, 0.18 * methods))
-    _legend_beside(figure)
-    return figure
+    height = max(3.2, 0.18 * histories["method"].nunique())
+    return _panels(histories, draw, width=4, height=height, legend=True)
 
 
 def worst_against_mean(summary: pd.DataFrame) -> Figure:
-    """Worst scenario against the mean, a point per method (mean over replicates).
+    """Draw the IoU of the worst scenario against the mean, a point per method: means over seeds.
 
     Args:
-        summary: Of `study.evaluation.summary`, per dataset, backbone, method and seed.
+        summary: Table of `study.evaluation.summary`, per dataset, backbone, method and seed.
     """
     keys = ["dataset", "backbone", "method"]
     table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        for name, row in rows.groupby("method", sort=False):
-            axes.plot(row["mean_iou"], row["worst_iou"], linestyle="", **_look(str(name)))
+        for method, row in rows.groupby("method", sort=False):
+            axes.plot(row["mean_iou"], row["worst_iou"], linestyle="", **_look(str(method)))
         axes.set(xlabel="IoU, mean over scenarios", ylabel="IoU, worst scenario")
         axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    figure = _panels(table, draw, width=4, height=max(3.6, 0.2 * table["method"].nunique()))
-    _legend_beside(figure)
-    return figure
+    height = max(3.6, 0.2 * table["method"].nunique())
+    return _panels(table, draw, width=4, height=height, legend=True)
 
 
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
-    """Does the distortion of a scenario predict what it costs? A point per scenario and fold.
+    """Draw what each scenario costs against its distortion, a point per scenario and fold.
 
-    Rank correlations are Spearman's, means over folds.
+    The rank correlations are Spearman's, as means over folds.
 
     Args:
-        table: Columns dataset, backbone, fold, scenario, missing, distortion, lost (IoU with all
-            modalities minus IoU of the scenario, before fine-tuning).
+        table: The columns dataset, backbone, fold, scenario, missing, distortion, and lost (before
+            fine-tuning, the IoU with all modalities minus that of the scenario).
     """
     shades = sns.color_palette("crest", int(table["missing"].max()) + 1)
 
@@ -158,54 +158,39 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
                 marker=MARKERS[fold % len(MARKERS)],
                 label=f"{missing} missing, fold {fold}",
             )
-        found = [
-            np.mean([scipy.stats.spearmanr(f[by], f["lost"])[0] for _, f in rows.groupby("fold")])
-            for by in ("distortion", "missing")
-        ]
-        correlation = f"rank correlation {found[0]:.2f}; of number missing {found[1]:.2f}"
-        axes.set(xlabel=f"distortion D\n{correlation}", ylabel="IoU lost against all modalities")
+        ranks = [rank_correlation(rows, column) for column in ("distortion", "missing")]
+        label = f"distortion D\nrank correlation {ranks[0]:.2f}; of number missing {ranks[1]:.2f}"
+        axes.set(xlabel=label, ylabel="IoU lost against all modalities")
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
 
-    figure = _panels(table, draw, width=4, height=3.3)
-    _legend_beside(figure)
-    return figure
+    return _panels(table, draw, width=4, height=3.3, legend=True)
 
 
 def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """P of LSGS per scenario: bars are means over folds, points the folds, dashes uniform.
+    """Draw p of LSGS per scenario: bars are means over folds, points the folds, dashes uniform.
 
     Args:
-        table: Columns dataset, backbone, fold, scenario, probability.
-        names: Of the scenarios, in order.
+        table: The columns dataset, backbone, fold, scenario and probability.
+        names: Names of the scenarios, in order.
     """
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         means = rows.groupby("scenario")["probability"].mean().reindex(list(names))
-        positions = np.arange(len(names))
-        axes.bar(positions, means, color=PALETTE[4])
-        place = pd.Index(list(names)).get_indexer(pd.Index(rows["scenario"]))
-        axes.plot(place, rows["probability"], ".", color=PALETTE[0])
+        axes.bar(np.arange(len(names)), means, color=PALETTE[4])
+        positions = pd.Index(list(names)).get_indexer(pd.Index(rows["scenario"]))
+        axes.plot(positions, rows["probability"], ".", color=PALETTE[0])
         axes.axhline(1 / len(names), color="#333333", linestyle="--", linewidth=1)
-        axes.set_xticks(positions, list(names), rotation=40, ha="right")
+        axes.set_xticks(np.arange(len(names)), list(names), rotation=40, ha="right")
         axes.set_ylabel("probability p")
 
     return _panels(table, draw, width=4, height=3, sharey=True)
 
 
 def _look(method: str) -> dict[str, Any]:
-    """A method's colour, name, and the marker that tells it from the others of its family."""
-    known = METHODS.get(method)
-    members = [name for name, other in METHODS.items() if known and other.family == known.family]
-    position = members.index(method) if members else -1
-    marker = MARKERS[position % len(MARKERS)]
+    """Return the colour and title of a method, and a marker of its own within its family."""
+    members = family_members(method)
+    marker = MARKERS[(members.index(method) if members else -1) % len(MARKERS)]
     return {"color": method_colour(method), "label": method_title(method), "marker": marker}
-
-
-def _legend_beside(figure: Figure) -> None:
-    """One legend for all panels, to their right: of the one with most entries."""
-    found = [axes.get_legend_handles_labels() for axes in figure.axes]
-    entries = max(found, key=lambda entry: len(entry[0]))
-    figure.legend(*entries, loc="outside right center", fontsize="small")
 
 
 def _panels(
@@ -215,24 +200,36 @@ def _panels(
     height: float,
     columns: int = 3,
     sharey: bool = False,
+    legend: bool = False,
 ) -> Figure:
-    """A panel per data set and backbone that the table has."""
+    """Draw a panel per data set and backbone of the table.
+
+    Args:
+        table: Rows with the columns dataset and backbone.
+        draw: Draws the rows of a panel.
+        width: Width of a panel, inches.
+        height: Height of a panel, inches.
+        columns: Largest number of panels in a row.
+        sharey: Whether the panels of a row share their vertical axis.
+        legend: Draw one legend for all panels on the right, that of the panel with most entries.
+    """
     keys = ["dataset", "backbone"]
-    groups = [group for _, group in table.groupby(keys, sort=False)]
-    order = list(dict.fromkeys(table["dataset"])), list(dict.fromkeys(table["backbone"]))
-    groups.sort(key=lambda g: [o.index(g[k].iloc[0]) for k, o in zip(keys, order, strict=True)])
+    order = [list(dict.fromkeys(table[key])) for key in keys]
+    groups = sorted(
+        table.groupby(keys, sort=False),
+        key=lambda group: [names.index(name) for names, name in zip(order, group[0], strict=True)],
+    )
     columns = min(columns, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(7, width * columns + 1), height * rows + 0.6),
-        squeeze=False,
-        sharey=sharey,
-    )
+    size = max(7, width * columns + 1), height * rows + 0.6
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
     for panel in axes.flat[len(groups) :]:
         panel.axis("off")
-    for panel, group in zip(axes.flat, groups, strict=False):
+    for panel, (names, group) in zip(axes.flat, groups, strict=False):
         draw(panel, group)
-        panel.set_title(", ".join(group[key].iloc[0] for key in keys))
+        panel.set_title(", ".join(map(str, names)))
+    if legend:
+        entries = [panel.get_legend_handles_labels() for panel in figure.axes]
+        longest = max(entries, key=lambda entry: len(entry[0]))
+        figure.legend(*longest, loc="outside right center", fontsize="small")
     return figure

@@ -1,6 +1,6 @@
-"""What networks predict for a few patches under every scenario, kept in 8 bits per pixel.
+"""Predictions for a few patches under every scenario, stored in 8 bits per pixel.
 
-Small enough to be committed, so that predictions can be looked at without networks and data.
+They are small enough to be committed, and are shown without networks and data.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from study.artifacts import Record, save
 from study.checkpoints import load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
-from study.figures import composite
 from study.tiers import StudyFolder
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
-MAP = "map/"  # in front of the names of predictions in a file
+MAP = "map/"  # prefix of the predictions in a file
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Patches with their pictures, truth, and the predictions of several networks.
+    """P patches with their pictures, their truth, and the predictions of several networks.
 
     Attributes:
-        modalities: Names, M of them.
-        classes: Names, C of them, at most 254.
+        modalities: Names of the M modalities.
+        classes: Names of the C classes, at most 254.
         patch_ids: int64 [P].
-        pictures: Colours per modality, uint8 [P, M, H, W, 3].
-        truth: Class per pixel, `NOTHING` or `UNKNOWN`, uint8 [P, H, W].
-        maps: The same of what is predicted in each of the K scenarios, uint8 [P, K, H, W], by
+        pictures: Colour picture of every modality, uint8 [P, M, H, W, 3].
+        truth: Class of every pixel, `NOTHING` or `UNKNOWN`, uint8 [P, H, W].
+        maps: Predicted classes in each of the K scenarios, uint8 [P, K, H, W], by
             "backbone/method".
     """
 
@@ -52,35 +51,61 @@ class Predictions:
     maps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that everything fits together. Raises `InputError`."""
+        """Check the shapes.
+
+        Raises:
+            InputError: They do not fit together.
+        """
         count, *size = self.truth.shape
-        wanted = {"patches": (count,), "truth": (count, *size)}
-        found = {"patches": self.patch_ids.shape, "truth": self.truth.shape}
-        wanted["pictures"] = (count, len(self.modalities), *size, 3)
-        found["pictures"] = self.pictures.shape
-        for name, values in self.maps.items():
-            wanted[name] = (count, len(self.scenarios), *size)
-            found[name] = values.shape
-        if len(size) != 2 or found != wanted:
-            raise InputError(f"predictions: expected shapes {wanted}, found {found}")
+        found = {"patches": self.patch_ids.shape, "pictures": self.pictures.shape}
+        found |= {name: array.shape for name, array in self.maps.items()}
+        expected = {"patches": (count,), "pictures": (count, len(self.modalities), *size, 3)}
+        expected |= {name: (count, len(self.scenarios), *size) for name in self.maps}
+        if len(size) != 2 or found != expected:
+            raise InputError(f"predictions: expected shapes {expected}, found {found}")
 
     @property
     def scenarios(self) -> ScenarioSet:
-        """The scenarios that were predicted, in their order."""
+        """The K scenarios of the maps, in their order."""
         return ScenarioSet.of(self.modalities)
 
     def of(self, backbone: str, method: str) -> NDArray[np.uint8]:
-        """Predictions [P, K, H, W] of a network. Raises `InputError` where there are none."""
+        """Return the predictions of a network, uint8 [P, K, H, W].
+
+        Raises:
+            InputError: There are none.
+        """
         name = f"{backbone}/{method}"
         if name not in self.maps:
             raise InputError(f"predictions: none of {name}; there are {list(self.maps)}")
         return self.maps[name]
 
 
-def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
-    """Positions of the patches with most label values, from different blocks while there are any.
+def composite(bands: NDArray[Any], seen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Return a colour picture of three bands (grey, of fewer), each stretched from 2 to 98 %.
 
-    Of two with as many values, the one with more labelled pixels comes first.
+    Args:
+        bands: [D, H, W]; the first three are red, green and blue.
+        seen: Pixels with data, [H, W]; the others are white.
+
+    Returns:
+        float64 [H, W, 3], from 0 to 1.
+    """
+    shown = np.asarray(bands, dtype=np.float64)[:3]
+    shown = np.repeat(shown[:1], 3, axis=0) if len(shown) < 3 else shown
+    inside = np.ones(shown.shape[1:], dtype=bool) if seen is None else seen
+    if not inside.any():
+        return np.ones((*inside.shape, 3))
+    limits = np.percentile(shown[:, inside], [2, 98], axis=1)[..., None, None]
+    stretched = np.clip((shown - limits[0]) / np.maximum(np.ptp(limits, axis=0), 1e-12), 0, 1)
+    stretched[:, ~inside] = 1
+    return stretched.transpose(1, 2, 0)
+
+
+def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
+    """Return the positions of the patches with most label values, from as many blocks as possible.
+
+    Among patches with equally many values, one with more labelled pixels comes first.
     """
     pixels = dataset.table.filter(like="pixels_")
     order = pd.DataFrame({"values": (pixels > 0).sum(axis=1), "labelled": pixels.sum(axis=1)})
@@ -92,10 +117,10 @@ def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
 
 
 def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
-    """Pictures and truth of patches, without predictions yet.
+    """Return the pictures and the truth of patches, without predictions.
 
     Args:
-        dataset: With labels.
+        dataset: Patches with labels.
         indices: Positions in the data set, at least one.
     """
     pictures, truth = [], []
@@ -103,14 +128,12 @@ def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
         batch = dataset.batch([index])
         assert batch.target is not None
         assert batch.valid is not None
-        seen = np.ones(batch.available.shape + tuple(batch.valid.shape[1:]), dtype=bool)
-        if batch.seen is not None:
-            seen = batch.seen.numpy()
-        raw, _ = dataset.read(index)
-        pictures.append([composite(raw[m], s) for m, s in zip(raw, seen[0], strict=True)])
+        bands, _ = dataset.read(index)
+        seen = [None] * len(bands) if batch.seen is None else batch.seen[0].numpy()
+        pictures.append([composite(*pair) for pair in zip(bands.values(), seen, strict=True)])
         if dataset.task_kind == "multiclass":
             classes = batch.target[0]
-        else:  # logits of ±1, so that the truth is read off as predictions are
+        else:  # targets of 0 and 1 as logits of -1 and 1
             classes = class_map(2 * batch.target - 1, dataset.task_kind)[0]
         truth.append(torch.where(batch.valid[0], _coded(classes), UNKNOWN).numpy())
     return Predictions(
@@ -125,17 +148,20 @@ def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
 def predict_patches(
     model: Backbone, dataset: PatchDataset, indices: Sequence[int]
 ) -> NDArray[np.uint8]:
-    """What a network makes of patches under every scenario, uint8 [P, K, H, W].
+    """Predict patches under every scenario.
 
     Args:
-        model: In evaluation mode afterwards.
-        dataset: Where the patches come from.
+        model: The network; it is left in evaluation mode.
+        dataset: The patches.
         indices: Positions in the data set.
+
+    Returns:
+        uint8 [P, K, H, W], as in `Predictions.maps`.
     """
     model.eval()
     device = next(model.parameters()).device
     masks = torch.tensor(ScenarioSet.of(dataset.modalities).masks, device=device)
-    found = []
+    predicted = []
     for index in indices:
         batch = dataset.batch([index]).to(device)
         present = batch.available & masks  # [K, M]: every scenario of the one patch
@@ -144,8 +170,8 @@ def predict_patches(
             for scenario in torch.nonzero(present.any(dim=1)).flatten().tolist():
                 logits = model(batch.images, present[scenario : scenario + 1])
                 maps[scenario] = _coded(class_map(logits, dataset.task_kind)[0]).cpu()
-        found.append(maps.numpy())
-    return np.array(found).astype(np.uint8)
+        predicted.append(maps.numpy())
+    return np.array(predicted).astype(np.uint8)
 
 
 def predictions_of_runs(
@@ -157,74 +183,72 @@ def predictions_of_runs(
     count: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, Predictions]:
-    """What the runs of the first fold and seed of every data set predict for its richest patches.
+    """Predict the richest patches of every data set with the runs of its first fold and seed.
 
     Args:
-        study: Where the runs are, with their weights.
+        study: Folder of the runs and their weights.
         points: Methods of every (dataset, backbone, fold, seed).
         tests: Test patches of every (dataset, fold).
         preset: Size of the backbones.
-        pretraining_seed: Of the networks before fine-tuning, which are method "pretrained".
-        count: Patches per data set.
-        device: To predict on.
+        pretraining_seed: Seed of the networks before fine-tuning, which are method "pretrained".
+        count: Number of patches per data set.
+        device: Where to compute.
 
     Returns:
-        By data set.
+        Predictions by data set.
 
     Raises:
-        InputError: A checkpoint is not there, or is another one.
+        InputError: A checkpoint is missing, or was made with other parameters.
     """
     first: dict[str, tuple[int, int]] = {}
-    found: dict[str, Predictions] = {}
+    by_dataset: dict[str, Predictions] = {}
     for (dataset, backbone, fold, seed), methods in points.items():
         if first.setdefault(dataset, (fold, seed)) != (fold, seed):
             continue
-        part = tests[dataset, fold]
-        chosen = richest_patches(part, count)
-        model = build_backbone(backbone, preset, part.bands, len(part.classes)).to(device)
+        test = tests[dataset, fold]
+        indices = richest_patches(test, count)
+        model = build_backbone(backbone, preset, test.bands, len(test.classes)).to(device)
         folders = {"pretrained": study.pretrained(dataset, backbone, fold, pretraining_seed)}
         folders |= {name: study.runs(dataset, backbone, fold, seed) / name for name in methods}
         maps = {}
         for method, folder in folders.items():
-            wanted = {"model": model.configuration, "dataset": dataset, "fold": fold}
-            wanted |= {} if method == "pretrained" else {"method": method, "seed": seed}
-            load_checkpoint(model, folder / "weights.safetensors", wanted)
-            maps[f"{backbone}/{method}"] = predict_patches(model, part, chosen)
-        before = found.get(dataset) or shown_patches(part, chosen)
-        found[dataset] = replace(before, maps={**before.maps, **maps})
-    return found
+            made_with = {"model": model.configuration, "dataset": dataset, "fold": fold}
+            made_with |= {} if method == "pretrained" else {"method": method, "seed": seed}
+            load_checkpoint(model, folder / "weights.safetensors", made_with)
+            maps[f"{backbone}/{method}"] = predict_patches(model, test, indices)
+        before = by_dataset.get(dataset) or shown_patches(test, indices)
+        by_dataset[dataset] = replace(before, maps={**before.maps, **maps})
+    return by_dataset
 
 
 def save_predictions(path: Path, predictions: Predictions, record: Record) -> Path:
     """Write predictions as a compressed .npz; equal predictions give equal bytes."""
-    arrays: dict[str, Any] = {
-        "modalities": np.array(predictions.modalities),
-        "classes": np.array(predictions.classes),
-        "patch_ids": predictions.patch_ids,
-        "pictures": predictions.pictures,
-        "truth": predictions.truth,
-        **{MAP + name: values for name, values in predictions.maps.items()},
-    }
+    arrays: dict[str, Any] = {**vars(predictions)}
+    arrays |= {MAP + name: values for name, values in arrays.pop("maps").items()}
 
-    def write(to: Path) -> None:
-        with to.open("wb") as file:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     return save(path, write, record)
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read what `save_predictions` wrote. Raises `InputError` where it is something else."""
+    """Read predictions that `save_predictions` wrote.
+
+    Raises:
+        InputError: The file is something else.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        pixels = {name: arrays[name].astype(np.uint8) for name in ("pictures", "truth")}
         return Predictions(
             modalities=tuple(arrays["modalities"].tolist()),
             classes=tuple(arrays["classes"].tolist()),
             patch_ids=arrays["patch_ids"],
+            pictures=arrays["pictures"].astype(np.uint8),
+            truth=arrays["truth"].astype(np.uint8),
             maps={n.removeprefix(MAP): a for n, a in arrays.items() if n.startswith(MAP)},
-            **pixels,
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: expected the predictions of notebook 05: {error}") from error
