@@ -22,17 +22,17 @@ from scipy.ndimage import distance_transform_cdt
 from study.data import alignment, folds, rasters
 from study.data import fetch as fetching
 from study.data import patches as patches_module
-from study.data.fetch import fetch
-from study.data.fold_kinds import DiagonalBlocks, OfficialSplit, Patches
+from study.data.raw_files import fetch
+from study.data.manifest import DiagonalBlocks, OfficialSplit, Patches
 from study.data.folds import LabelledScene, default_split, leaks, read_patch_table
-from study.data.label_kinds import Labels
+from study.data.manifest import Labels
 from study.data.manifest import Dataset, Manifest, PackageSource, load_manifest
-from study.data.normalisation import fold_statistics
+from study.data.patches import fold_statistics
 from study.data.patches import PatchDataset, make_patches
-from study.data.prepared import load_prepared
-from study.data.rasters import prepare
+from study.data.preparation import load_prepared
+from study.data.preparation import prepare
 from study.data.schema import Strict, validated
-from study.data.separation import check_separation, coverage
+from study.data.folds import check_separation, coverage
 
 from lsgs_core.errors import InputError
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from study.artifacts import Record, save_weights
 from study.data.manifest import load_manifest
 from study.data.patches import make_patches
-from study.data.rasters import prepare
+from study.data.preparation import prepare
 from study.pretraining import load_checkpoint
 from study.tiers import load_tier
 from test_tiers import ROOT

@@ -23,13 +23,13 @@ from rasterio.warp import transform_bounds
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 from study.data import alignment, rasters
 from study.data.check import check_data, main
-from study.data.fold_kinds import OfficialSplit, Patches, ShuffledPatches
+from study.data.manifest import OfficialSplit, Patches, ShuffledPatches
 from study.data.folds import LabelledScene, _shuffled_parts, leaks, patch_table
 from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset, make_patches
-from study.data.rasters import prepare
+from study.data.preparation import prepare
 from study.data.schema import read_yaml
-from study.data.separation import PARTS, Place, check_separation
+from study.data.folds import PARTS, Place, check_separation
 from study.evaluation import AlwaysPositive, evaluate
 from study.settings import TrainingSettings
 from study.training import train

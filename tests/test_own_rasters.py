@@ -16,8 +16,8 @@ from study.data import rasters
 from study.data.folds import TABLE
 from study.data.manifest import Dataset, load_manifest
 from study.data.patches import make_patches
-from study.data.prepared import PreparedScene
-from study.data.rasters import prepare
+from study.data.preparation import PreparedScene
+from study.data.preparation import prepare
 from study.data.raw_files import RawFolder
 
 from lsgs_core import InputError

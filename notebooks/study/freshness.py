@@ -19,7 +19,7 @@ import lsgs_core
 
 # What computes the results of a stage; its notebook imports more, such as figures.
 STAGES = {
-    "data": ("study.data.rasters", "study.data.patches"),
+    "data": ("study.data.preparation", "study.data.patches"),
     "pretraining": ("study.training", "study.pretraining", "study.evaluation"),
     "scoring": ("lsgs_core.distortion", "lsgs_core.probabilities", "study.pretraining"),
     "finetuning": ("study.finetuning",),

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
-from study.data.prepared import LABELS, matching_record, open_prepared
-from study.data.separation import split_roles
+from study.data.preparation import LABELS, matching_record, open_prepared
+from study.data.folds import split_roles
 from study.figures import NO_CLASS, category_colours, category_map, composite
 
 
