@@ -119,6 +119,7 @@ def test_manifests(tmp_path: Path, content: Any) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    shutil.copy(scene.MANIFEST, folder)
     return folder
 
 

@@ -304,18 +304,6 @@ def test_hunan_bands(layout_of: LayoutOf, scene: str) -> None:
     assert (~mask(layout.prepared / "train_10/terrain.tif")).sum() == 5
 
 
-def test_hunan_labels_and_official_folds(layout_of: LayoutOf) -> None:
-    layout = layout_of("hunan")
-    numbers = raw.read_raster(layout.raw / "Hunan_Dataset/train/lc/lc_1.tif")
-    codes = raw.read_raster(layout.prepared / "train_1/labels.tif")
-    table = dict(enumerate([255, 0, 1, 2, 1, 3, 4, 6, 6, 5, 6, 6, 255])) | {255: 255}
-    for number, looked_up in table.items():
-        assert set(codes[numbers == number]) == {looked_up if looked_up == 255 else looked_up + 1}
-    patches = make_patches(layout.dataset, layout.prepared, "official", size=64)
-    folders = {"train": "training", "val": "validation", "test": "test"}
-    assert patches["fold_0"].tolist() == [folders[s.split("_")[0]] for s in patches["scene"]]
-
-
 def test_patches_are_paired_by_name(layout_of: LayoutOf) -> None:
     layout = layout_of("dstl_patches")
     for scene in layout.expected:

@@ -71,17 +71,6 @@ def test_a_table_of_patches_goes_with_the_rasters_it_was_made_from(
     assert not (made / PATCH_TABLE).exists()
 
 
-def test_a_class_where_nothing_is_seen_is_no_mistake_the_second_time(
-    pair: Path, tmp_path: Path
-) -> None:
-    for file in ("optical.tif", "radar.tif"):
-        pixels = raw.read_raster(pair / file).astype(np.float32)
-        pixels[:, raw.read_raster(pair / "labels.tif")[0] == 2] = np.nan
-        raw.write_raster(pair / file, pixels, **raw.ground())
-    for _ in range(2):
-        assert prepare(PAIR, pair, tmp_path / "made").scenes["scene"].label_pixels["high"] == 0
-
-
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_class_that_no_scene_has_is_a_mistake_also_when_some_are_prepared(
     tmp_path: Path, lost: bool

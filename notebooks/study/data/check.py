@@ -13,8 +13,7 @@ from lsgs_core.errors import InputError, MissingFileError
 from study.data.alignment import ENVIRONMENT
 from study.data.manifest import Dataset, PackageSource, load_manifest
 from study.data.preparation import check_scene
-from study.data.raw_files import find_scenes
-from study.files import file_sha256
+from study.data.raw_files import find_scenes, member_problem
 
 
 @dataclass
@@ -60,18 +59,9 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
             note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
         return Report("absent", notes=[note])
     members = source.members if isinstance(source, PackageSource) else source.files
-    for member in members:
-        if not (folder / member.path).is_file():
-            problem = f"{folder / member.path}: the file is missing"
-            return Report("missing", problems=[problem])
-    problems = [
-        f"{folder / member.path}: expected {member.size} bytes with SHA-256 {member.sha256}"
-        for member in members
-        if (folder / member.path).stat().st_size != member.size
-        or file_sha256(folder / member.path) != member.sha256
-    ]
-    if problems:
-        return Report("damaged", problems=problems)
+    if problems := [p for p in (member_problem(member, folder) for member in members) if p]:
+        missing = not all((folder / member.path).is_file() for member in members)
+        return Report("missing" if missing else "damaged", problems=problems)
     try:
         scenes = find_scenes(dataset, folder)
     except InputError as error:

@@ -38,7 +38,6 @@ from study.data.manifest import (
     WholeScenes,
 )
 from study.data.preparation import PreparedScene
-from study.files import written_beside
 
 PARTS = ("training", "validation", "test")
 VALIDATION_SHARE = 0.1  # of the patches that are not tested, as the paper's authors take it
@@ -159,14 +158,8 @@ def patch_table(
     return table[[*shown, *pixels, *names]].reset_index(drop=True)
 
 
-def write_patch_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a patch table as CSV; its folder exists."""
-    with written_beside(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
-
-
 def read_patch_table(path: Path) -> pd.DataFrame:
-    """Read what `write_patch_table` wrote. Raises `InputError` when there is no such table."""
+    """Read a patch table. Raises `InputError` when there is no such table."""
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype={"scene": str})
     except (OSError, ValueError) as error:

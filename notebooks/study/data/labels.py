@@ -173,10 +173,14 @@ def _box(window: Window) -> shapely.Polygon:
     return shapely.box(left, top, left + window.width, top + window.height)
 
 
+def _value_numbers(labels: Labels) -> dict[str, int]:
+    """Return the index of the label value of every entry of the file."""
+    return {str(entry): n for n, group in enumerate(labels.groups) for entry in group}
+
+
 def _areas(shapes: NDArray[Any], entries: pd.Series, labels: Any) -> Areas:
     """Return single valid polygons (repaired where rings cross themselves) with their values."""
-    table = {str(entry): n for n, group in enumerate(labels.groups) for entry in group}
-    values = entries.map(table).to_numpy(np.int64)
+    values = entries.map(_value_numbers(labels)).to_numpy(np.int64)
     valid = shapely.make_valid(shapes, method="structure", keep_collapsed=False)
     parts, origin = shapely.get_parts(valid, return_index=True)
     parts, inner = shapely.get_parts(parts, return_index=True)  # of collections of multi-polygons
@@ -210,7 +214,7 @@ def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
     if entries.dtype.kind == "f":  # whole numbers are floats where some row has none
         entries = entries.convert_dtypes()
     entries = entries.astype(str)
-    listed = entries.isin([str(entry) for group in labels.groups for entry in group])
+    listed = entries.isin(_value_numbers(labels).keys())
     if not listed.any():
         raise InputError(
             f"{path}: column {labels.column!r} has none of labels.values, but "
@@ -248,8 +252,7 @@ def _scaled_polygons(labels: ScaledPolygonLabels, scene: Scene, grid: Grid) -> A
         )
     across = grid.width * grid.width / (grid.width + 1) / x_max
     down = grid.height * grid.height / (grid.height + 1) / y_min
-    listed = {str(entry) for group in labels.groups for entry in group}
-    if unknown := sorted(set(rows["ClassType"]) - listed):
+    if unknown := sorted(set(rows["ClassType"]) - _value_numbers(labels).keys()):
         raise InputError(f"{path}: ClassType {unknown} is not in labels.values")
     try:
         shapes = shapely.from_wkt(rows["MultipolygonWKT"].to_numpy(dtype=object))

@@ -28,7 +28,6 @@ from study.data.folds import (
     leaks,
     patch_table,
     read_patch_table,
-    write_patch_table,
 )
 from study.data.labels import class_membership, membership
 from study.data.manifest import Dataset, DiagonalBlocks, Patches
@@ -93,7 +92,8 @@ def make_patches(
     for fold in range(table.filter(regex="^fold_").shape[1]):
         margin = chosen.margin if isinstance(chosen, DiagonalBlocks) else 0
         check_separation(table, fold, margin, {} if leaks(chosen) else record.scenes)
-    write_patch_table(table, folder / PATCH_TABLE)
+    with written_beside(folder / PATCH_TABLE) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
     return table
 
 

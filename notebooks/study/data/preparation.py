@@ -8,7 +8,6 @@ the source and with an internal mask of the pixels that the modality sees, and `
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,37 +201,27 @@ def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
     Raises:
         InputError: As in `prepare`.
     """
-    with open_scene(scene) as opened:
-        rasters = [r for modality in opened.modalities.values() for r in modality.rasters]
+    with open_scene(scene) as (grid, modalities, draw):
+        rasters = [raster for modality in modalities.values() for raster in modality.rasters]
         for raster in {raster.path: raster for raster in rasters}.values():
             raster.check()
         member = membership(scene.labels)
         occurs = np.zeros(member.shape[1], dtype=bool)
-        for window in windows(opened.grid.height, opened.grid.width):
-            occurs |= member[np.unique(opened.labels(window))].any(axis=0)
-    names = scene.labels.names
-    return opened.grid, {name for name, is_there in zip(names, occurs, strict=True) if is_there}
-
-
-@dataclass
-class OpenScene:
-    """The files of a scene, opened on its grid."""
-
-    grid: Grid
-    modalities: dict[str, "AlignedModality"]
-    labels: Draw
+        for window in windows(grid.height, grid.width):
+            occurs |= member[np.unique(draw(window))].any(axis=0)
+    return grid, set(np.array(scene.labels.names)[occurs].tolist())
 
 
 @contextmanager
-def open_scene(scene: Scene) -> Iterator[OpenScene]:
-    """Open all files of a scene. Raises `InputError` as `prepare`."""
+def open_scene(scene: Scene) -> Iterator[tuple[Grid, dict[str, "AlignedModality"], Draw]]:
+    """Open a scene: its grid, modalities and labels. Raises `InputError` as in `prepare`."""
     grid = grid_of(scene.reference_file, scene.reference)
     with ExitStack() as stack:
         modalities = {
             name: AlignedModality(modality, grid, scene.resampling, stack)
             for name, modality in scene.modalities.items()
         }
-        yield OpenScene(grid, modalities, stack.enter_context(open_labels(scene, grid)))
+        yield grid, modalities, stack.enter_context(open_labels(scene, grid))
 
 
 class AlignedModality:
@@ -325,8 +314,7 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
     counts = np.zeros(member.shape[1], dtype=np.int64)
     labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
-    with open_scene(scene) as opened, ExitStack() as renamed:
-        grid = opened.grid
+    with open_scene(scene) as (grid, modalities, draw), ExitStack() as renamed:
         paths = {
             name: renamed.enter_context(written_beside(folder / file))
             for name, file in files.items()
@@ -334,7 +322,7 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
         with ExitStack() as written:
             outputs = {
                 name: written.enter_context(_create(paths[name], grid, source.bands, source.kind))
-                for name, source in opened.modalities.items()
+                for name, source in modalities.items()
             }
             kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
             output = written.enter_context(
@@ -344,9 +332,9 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
             steps = windows(grid.height, grid.width)
             quiet = len(steps) == 1
             for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
-                codes = opened.labels(window)
+                codes = draw(window)
                 seen_at_all = np.zeros(codes.shape, dtype=bool)
-                for modality, source in opened.modalities.items():
+                for modality, source in modalities.items():
                     pixels, seen = source.read(window)
                     outputs[modality].write(pixels, window=window)
                     outputs[modality].write_mask(seen, window=window)

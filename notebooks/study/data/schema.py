@@ -1,5 +1,6 @@
 """Reading and checking YAML files: the manifest of data sets, and tiers of the study."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,33 +55,27 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = [_sentence(problem, content) for problem in error.errors()]
+        problems = []
+        for problem in error.errors():
+            field, value = _field(problem["loc"], content), problem["input"]
+            found = f" (found {value!r})" if isinstance(value, (str, int, float)) else ""
+            problems.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{found}")
         if more := len(problems[SHOWN_PROBLEMS:]):
             problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
         raise InputError("\n  ".join([f"{where}: is not valid", *problems])) from error
 
 
-def _sentence(problem: Any, content: Any) -> str:
-    """Return one of pydantic's errors as `field: what is wrong (found …)`."""
+def _field(location: Iterable[int | str], content: Any) -> str:
+    """Return where a mistake is in the file, without what pydantic adds to the path."""
     parts: list[str] = []
-    holder: Any
-    for part in problem["loc"] or ("top level",):
-        holder = content if isinstance(content, (dict, list)) else {}
-        try:
-            content = holder[part]
-        except (KeyError, IndexError, TypeError):
-            # pydantic also lists the kind of a union's member, and the place in a list of one.
-            kinds = {"file_band", "difference", "slope"}
-            if isinstance(holder, dict):
-                kinds |= {str(holder.get(key)) for key in ("kind", "access")}
-            if part in kinds or isinstance(part, int):
-                continue
-            content = None
+    for part in location:
+        entries = content if isinstance(content, dict) else {}
+        kinds = ("file_band", "difference", "slope", entries.get("kind"), entries.get("access"))
+        if isinstance(content, list) and isinstance(part, int):
+            content = content[part]
+        elif isinstance(part, int) or (part in kinds and part not in entries):
+            continue  # the place in a list of one, or the kind of a union's member
+        else:
+            content = entries.get(part)
         parts.append(str(part))
-    field = ".".join(parts)
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: is not a known field"
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], (str, int, float)):
-        message += f" (found {problem['input']!r})"
-    return f"{field}: {message}"
+    return ".".join(parts) or "top level"
