@@ -21,7 +21,7 @@ def first_scene(
 
     Args:
         dataset: The definition that the folder was prepared from.
-        prepared_folder: Where `rasters.prepare` wrote.
+        prepared_folder: Folder that `prepare` wrote.
         table: Of patches.
         task: Whose classes are shown, in the colours that maps of predictions have; where several
             overlap, the first.
