@@ -21,8 +21,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
-		$(if $(PROCESSES),--processes $(PROCESSES))
+	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed
@@ -73,12 +72,12 @@ outputs: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-count --extra-keys "metadata.language_info.version metadata.language_info" notebooks/*.ipynb
 
-# Resolve requirements.in anew. CUDA builds and local versions are the installer's choice, not ours.
+# Resolve the extras of pyproject.toml anew. CUDA builds and local versions are the installer's choice.
 lock:
 	rm -rf work/lock && $(PYTHON) -m venv work/lock
-	work/lock/bin/python -m pip install --quiet -r requirements.in
+	work/lock/bin/python -m pip install --quiet '.[study,dev]'
 	work/lock/bin/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' \
-		| grep -viE '^(nvidia-|cuda-|triton)' > requirements.lock
+		| grep -viE '^(lsgs-core|nvidia-|cuda-|triton)' > requirements.lock
 
 clean:
 	rm -rf work

@@ -22,11 +22,15 @@ manifest = load_manifest(Path(workflow.basedir, "data_manifest.yaml"))
 grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
-gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
-# What a job asks a cluster for, in MB and minutes; --set-resources changes it. The stages with a
-# network take an hour on a GPU at full size; the data stage needs memory for whole scenes.
-processes = int(config.get("processes", 1))  # of a run, one per GPU
-resources_of_a_run = {"gpu": gpus_of_a_run * processes, "mem_mb": 16000, "runtime": 240}
+
+
+def resources_of(stage):
+    """What a job asks a cluster for, in MB and minutes; --set-resources changes it.
+
+    The stages with a network take an hour on a GPU at full size.
+    """
+    return {"gpu": tier.gpus_of(stage), "mem_mb": 16000, "runtime": 240}
+
 
 START = "{dataset}-{backbone}-fold{fold}"
 POINT = START + "-seed{seed}"
@@ -108,7 +112,7 @@ rule pretraining:
         **parameters("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
     threads: threads_of_a_run
     resources:
-        **resources_of_a_run,
+        **resources_of("pretraining"),
     shell:
         PAPERMILL
 
@@ -124,7 +128,7 @@ rule scoring:
         **parameters("scoring", NOTEBOOKS["scoring"] + "-" + START),
     threads: threads_of_a_run
     resources:
-        **resources_of_a_run,
+        **resources_of("scoring"),
     shell:
         PAPERMILL
 
@@ -143,7 +147,7 @@ rule finetuning:
         **parameters("finetuning", NOTEBOOKS["finetuning"] + "-" + POINT),
     threads: threads_of_a_run
     resources:
-        **resources_of_a_run,
+        **resources_of("finetuning"),
     shell:
         PAPERMILL
 

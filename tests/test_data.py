@@ -477,7 +477,7 @@ def test_overrides_and_reading_back(dataset: Dataset, own_prepared: Path) -> Non
 
 
 def test_targets_are_unions_of_label_values(prepared: Path, dataset: Dataset) -> None:
-    """A labelled pixel of no class is a valid negative, but has no answer among exclusive classes."""
+    """A labelled pixel of no class is a valid negative, unless classes exclude each other."""
     binary, multilabel, exclusive = (
         PatchDataset(prepared, dataset, task, 1, "training")
         for task in ("forest", "land_cover", "cover")

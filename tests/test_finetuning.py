@@ -12,7 +12,6 @@ from study.data.manifest import Licence
 from study.evaluation import scenario_scores
 from study.finetuning import Start, finetune
 from study.settings import TrainingSettings
-from study.sources import imported, source_sha256
 from test_training import Blobs, small
 
 from lsgs_core import InputError, ScenarioSet
@@ -112,7 +111,7 @@ def test_a_finished_run_is_read(start, tmp_path, monkeypatch):
         assert dates != {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         finetune(start, "lsgs", tmp_path)
         dates = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    monkeypatch.setattr(module, "source_sha256", lambda name: "other code")
+    monkeypatch.setattr(module, "fingerprint", lambda stage: "other code")
     finetune(start, "lsgs", tmp_path)
     assert check(tmp_path / "records.csv")["inputs"]["code"] == "other code"
 
@@ -142,11 +141,3 @@ def test_a_model_card_lies_beside_the_weights(start, tmp_path):
 def test_unknown_method(start, tmp_path):
     with pytest.raises(InputError, match="expected one of"):
         finetune(start, "magic", tmp_path)
-
-
-def test_code_that_can_matter():
-    part = imported("study.finetuning")
-    assert {"lsgs_core.models.cmx", "lsgs_core.distributions", "study.losses"} <= part
-    assert not {"study.figures", "study.statistics", "study.tiers"} & part
-    assert imported("lsgs_core.scenarios") == {"lsgs_core.scenarios", "lsgs_core.errors"}
-    assert source_sha256("lsgs_core.scenarios") != source_sha256("lsgs_core.errors")

@@ -17,9 +17,9 @@ import yaml
 from checkout import ROOT
 from study.agreement import DISTORTION, PROBABILITY
 from study.artifacts import Record, save_weights, sidecar_path
+from study.checkpoints import load_pretrained
 from study.data.manifest import load_manifest
 from study.files import file_sha256
-from study.pretraining import load_pretrained
 
 from lsgs_core import InputError, build_backbone
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from study.artifacts import Record, save_weights
-from study.pretraining import check_network, load_checkpoint
+from study.checkpoints import load_checkpoint
+from study.pretraining import check_network
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 

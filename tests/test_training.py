@@ -246,7 +246,7 @@ def test_samples_without_a_label_tell_a_sampler_nothing(tmp_path):
 
 def test_another_version_of_the_code_starts_anew(tmp_path, capsys, monkeypatch):
     run(tmp_path, settings=replace(SETTINGS, epochs=1))
-    monkeypatch.setattr("study.training.source_sha256", lambda name: "edited")
+    monkeypatch.setattr("study.training.fingerprint", lambda stage: "edited")
     run(tmp_path, settings=replace(SETTINGS, epochs=1))
     assert "starting anew" in capsys.readouterr().out
 

@@ -39,9 +39,7 @@ NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 
-def run(
-    tier: Tier, cores: int, dry_run: bool = False, profile: str = "", processes: int = 1
-) -> int:
+def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
     """Run what is missing or out of date of a tier, and say where its figures are.
 
     Args:
@@ -50,7 +48,6 @@ def run(
         dry_run: Only list what would run.
         profile: Folder of a workflow profile, such as profiles/slurm, which says how to run jobs
             elsewhere.
-        processes: That share every training and scoring, one per GPU.
 
     Returns:
         Exit status of Snakemake.
@@ -62,18 +59,13 @@ def run(
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
     with _only_one(ROOT):
         _clear_up(tier)
-        # By the dates of inputs and by parameters, of which the code's fingerprint is one.
-        options = ["--rerun-triggers", "mtime", "params"]
-        if profile:
-            options += ["--workflow-profile", profile]
-        else:
-            options += ["--cores", str(cores)]
-            options += [] if dry_run else ["--resources", f"gpu={processes}"]
         if dry_run:
-            options += ["--dry-run"]
+            options = ["--cores", str(cores), "--dry-run"]
+        elif profile:
+            options = ["--workflow-profile", profile, "--keep-going"]
         else:
-            options += ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "host"]
-        status = _snakemake(tier, options, [f"processes={processes}"])
+            options = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}", "--keep-going"]
+        status = _snakemake(tier, options)
     if status:
         print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks")
     elif not dry_run:
@@ -112,15 +104,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
         _clear_up(single)
         [point] = single.grid.points()
         target = str(single.folder.runs(*point) / "scores.csv")
-        options = [
-            "--cores",
-            str(cores),
-            "--rerun-triggers",
-            "mtime",
-            "params",
-            "--rerun-incomplete",
-        ]
-        if _snakemake(single, [*options, "--quiet", "rules", "host"], [f"only={run}"], [target]):
+        if _snakemake(single, ["--cores", str(cores)], [f"only={run}"], [target]):
             print(f"did not finish; executed notebooks: {single.folder.root}/notebooks")
             return 1
     here = replace(single, folder=StudyFolder(ROOT / single.folder.root))
@@ -149,15 +133,7 @@ def make_networks(tier: Tier, cores: int) -> int:
     with _only_one(ROOT):
         _clear_up(tier)
         targets = [str(folder / "weights.safetensors") for folder in starts.values()]
-        options = [
-            "--cores",
-            str(cores),
-            "--rerun-triggers",
-            "mtime",
-            "params",
-            "--rerun-incomplete",
-        ]
-        if status := _snakemake(tier, [*options, "--quiet", "rules", "host"], (), targets):
+        if status := _snakemake(tier, ["--cores", str(cores)], (), targets):
             return status
     listed = {network.weights: network.sha256 for network in load_manifest(MANIFEST).networks}
     for folder in starts.values():
@@ -179,15 +155,22 @@ def _clear_up(tier: Tier) -> None:
     if ended := end_orphans(ROOT):
         print(f"ended {ended} processes that an earlier run had left behind", flush=True)
     if any((ROOT / ".snakemake" / "locks").glob("*")):
-        _snakemake(tier, ["--unlock", "--quiet", "all"])
+        _snakemake(tier, ["--unlock"])
 
 
 def _snakemake(
-    tier: Tier, options: list[str], config: Sequence[str] = (), targets: Sequence[str] = ()
+    tier: Tier, options: Sequence[str], config: Sequence[str] = (), targets: Sequence[str] = ()
 ) -> int:
+    """Run Snakemake on a tier, and return its exit status.
+
+    Rules run again when inputs are newer or parameters differ, of which the code's fingerprint is
+    one, and where a kill left their output incomplete.
+    """
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *("--directory", str(ROOT), *options),
+        *("--directory", str(ROOT), "--rerun-triggers", "mtime", "params", "--rerun-incomplete"),
+        *([] if "--dry-run" in options else ["--quiet", "rules", "host"]),
+        *options,
         *("--config", f"tier={tier.name}", f"work={tier.folder.root.parent}", *config),
         *(("--", *targets) if targets else ()),
     ]
@@ -303,26 +286,24 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
     parser.add_argument("action", choices=["run", "publish", "reproduce", "networks"])
     parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     parser.add_argument("--run", default="", help="of reproduce, such as demo/cmx/lsgs/0/0")
-    parser.add_argument("--processes", type=int, default=1, help="of every run, one per GPU")
     parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        tier = load_tier(given.tier, ROOT)
-        if given.action == "run":
-            return run(tier, given.cores, given.dry_run, given.profile, given.processes)
-        if given.action == "reproduce":
-            return reproduce(tier, given.run, given.cores)
-        if given.action == "networks":
-            return make_networks(tier, given.cores)
-        if given.action == "publish":
-            print(f"published {len(publish(tier))} files in results/{tier.name}")
+        tier = load_tier(options.tier, ROOT)
+        if options.action == "run":
+            return run(tier, options.cores, options.dry_run, options.profile)
+        if options.action == "reproduce":
+            return reproduce(tier, options.run, options.cores)
+        if options.action == "networks":
+            return make_networks(tier, options.cores)
+        print(f"published {len(publish(tier))} files in results/{tier.name}")
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,7 +26,6 @@ from lsgs_core.errors import InputError
 from lsgs_core.randomness import Stage, generator
 
 Precision = Literal["float32", "bfloat16"]
-Launcher = Callable[..., None]
 
 
 def make_deterministic(threads: int) -> None:
@@ -52,12 +51,13 @@ def seed_weights(seed: int, stage: Stage) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one.
+    """Return the device of a name; "auto" is the GPU where there is one.
 
-    Of the processes of one machine, each gets a GPU of its own.
+    Of the processes of one machine, each gets a GPU of its own. A GPU is only counted here, not
+    used, so that processes can still be started afterwards.
 
     Raises:
-        InputError: The device is not known or not there.
+        InputError: The device is unknown or not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,8 +65,11 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-        if device.type == "cuda":
+        if device.type != "cuda":
+            torch.empty(1, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+        elif "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {name!r} cannot be used: {error}") from error
@@ -74,24 +77,28 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes files and shows progress."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Return True in the process that writes files and shows progress."""
+    return _rank() == 0
+
+
+def _rank() -> int:
+    """Number of this process; a launcher says it in the environment or has set up the group."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def in_processes(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    processes: int,
-    launcher: Launcher | None = None,
+    function: Callable[..., Any], arguments: Sequence[Any], processes: int, device: str = "auto"
 ) -> Any:
-    """Run a function in several processes, and return what the first of them returns.
+    """Run a function in several processes, and return what it returns in the first of them.
 
     Args:
-        function: Called in every process.
-        arguments: Of the function; they reach the processes by a fork.
-        processes: How many; 1 calls the function here.
-        launcher: Accelerate's `debug_launcher` starts CPU processes; None is `notebook_launcher`,
-            which starts one per GPU. It must be the first to touch a GPU.
+        function: Called in every process. It chooses its device itself.
+        arguments: Arguments of the function; they reach the processes by a fork.
+        processes: Number of processes; 1 calls the function here.
+        device: Name of the device. On GPUs accelerate's `notebook_launcher` starts one process per
+            GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
 
     Raises:
         InputError: Fewer than one process.
@@ -100,12 +107,16 @@ def in_processes(
         raise InputError(f"processes: expected 1 or more, found {processes}")
     if processes == 1:
         return function(*arguments)
-    from accelerate import notebook_launcher  # seconds, which a single process is spared
+    from accelerate import debug_launcher, notebook_launcher  # takes seconds to import
 
-    launch = launcher or notebook_launcher
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
-        launch(_keep_result, (result, function, *arguments), num_processes=processes)
+        call = (result, function, *arguments)
+        if choose_device(device).type == "cuda":
+            meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # at a free port
+            notebook_launcher(_keep_result, call, processes, **meeting)
+        else:
+            debug_launcher(_keep_result, call, processes)
         return pickle.loads(result.read_bytes())  # written by our own process a moment ago
 
 
@@ -134,7 +145,7 @@ class Processes:
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
         self._device, self._mixed = device, precision == "bfloat16"
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = _rank()
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         if self.count > 1:
             from accelerate import PartialState
@@ -146,11 +157,11 @@ class Processes:
         return np.array_split(batch, self.count)[self.rank]
 
     def gather(self, values: Any) -> list[Any]:
-        """Return what every process has, in order of rank."""
-        found: list[Any] = [values] * self.count
+        """Return the values of every process, in order of rank."""
+        gathered: list[Any] = [values] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(found, values)
-        return found
+            torch.distributed.all_gather_object(gathered, values)
+        return gathered
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose gradients are averaged over the processes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,13 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
     save_table(paths[1], records, record)
     discard_state(folder)
     return Run(name, history, records, p, trained)
+
+
+def finetune_each(
+    start: Start, methods: Sequence[str], folder: Path, keep_weights: bool
+) -> list[Run]:
+    """Fine-tune with several methods, each in a folder of its name; see `finetune`."""
+    return [finetune(start, name, folder / name, keep_weights) for name in methods]
 
 
 def _scored_again(start: Start, model: torch.nn.Module) -> NDArray[np.float64]:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import lsgs_core
 
+NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation"]
 # What computes the results of a stage; its notebook imports more, such as figures.
-STAGES = {
+STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),
-    "pretraining": ("study.training", "study.pretraining", "study.evaluation"),
-    "scoring": ("lsgs_core.distortion", "lsgs_core.probabilities", "study.pretraining"),
+    "pretraining": ("study.pretraining",),
+    "scoring": ("study.scoring", "lsgs_core.probabilities"),
     "finetuning": ("study.finetuning",),
     "evaluation": (
         "study.evaluation",
@@ -51,7 +54,8 @@ def imported(module: str) -> frozenset[str]:
             continue
         # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
-        for node in ast.walk(ast.parse(_path(name).read_text(encoding="utf-8"))):
+        tree = ast.parse(_path(name).read_text(encoding="utf-8"))
+        for node in _without_imports_of_types(tree):
             if not isinstance(node, ast.ImportFrom):
                 continue
             source = node.module or ""
@@ -62,7 +66,7 @@ def imported(module: str) -> frozenset[str]:
 
 
 @lru_cache
-def fingerprint(stage: str) -> str:
+def fingerprint(stage: NotebookStage) -> str:
     """SHA-256 over the code that decides the results of a stage.
 
     Args:
@@ -74,6 +78,13 @@ def fingerprint(stage: str) -> str:
         tree = ast.parse(_path(name).read_text(encoding="utf-8"))
         digest.update(name.encode() + b"\0" + _without_docstrings(tree).encode() + b"\0")
     return digest.hexdigest()
+
+
+def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node of a module but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from ast.walk(node)
 
 
 def _without_docstrings(tree: ast.Module) -> str:

@@ -1,135 +1,114 @@
-"""The network before fine-tuning: where its weights come from, and what is checked of it."""
+"""Pretraining with random modality dropout, and what scoring takes for granted of a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from lsgs_core.models import Backbone, load_author_weights
+from lsgs_core.methods import find_method, without_evidence
+from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import check, load_table, load_weights, sidecar_path
-from study.data.manifest import load_manifest
+from study.artifacts import Record, is_made, load_table
+from study.checkpoints import load_checkpoint, load_pretrained
+from study.devices import in_processes, seed_weights
+from study.evaluation import validation_scores
 from study.files import file_sha256
+from study.training import train
+
+if TYPE_CHECKING:
+    from study.run import NetworkRun
 
 # Differences below this, relative to the size of the latent, are float32 rounding.
 TOLERANCE = 1e-4
 CHECKED_PATCHES = 3
-# What any weights of ours must have been made for, and what committed ones in addition.
-OWN = ("model", "modalities", "classes")
-COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """Where the weights of a network were taken from.
+class PretrainedNetwork:
+    """A network before fine-tuning.
 
     Attributes:
-        path: Their file.
-        origin: What they are, in words.
-        trained_with: Settings of their training, from their record; empty where that is not known.
-        history: Of their training, as `train` returns it; None where that is not known.
+        model: The network with its weights, on the device of the run.
+        origin: Where the weights come from, in words.
+        history: History of the training, as `train` returns it; None where it is unknown.
+        record: Record of what is written about the network.
     """
 
-    path: Path
+    model: Backbone
     origin: str
-    trained_with: Mapping[str, Any]
     history: pd.DataFrame | None
+    record: Record
 
 
-def load_pretrained(
-    model: Backbone, weights: str, manifest: Path, made_with: Mapping[str, Any]
-) -> Pretrained | None:
-    """Load the weights that a study starts from, after making sure that they are the wanted ones.
+def pretrained_network(run: NetworkRun) -> PretrainedNetwork:
+    """Load the pretrained network of a run, or train it.
 
-    Args:
-        model: Changed in place.
-        weights: "committed" takes the network that the manifest lists; "train" none; anything else
-            is a file: the user's own weights with their record, or the authors' checkpoint.
-        manifest: Path of data_manifest.yaml, to which the paths of networks are relative.
-        made_with: What the weights must have been made with: model, modalities, classes, dataset,
-            task, fold, normalisation, pretraining_seed and patches_sha256. Of the user's own only
-            the first three are looked at.
-
-    Returns:
-        Where the weights come from; None where the network is to be trained.
-
-    Raises:
-        InputError: No such network or file, another hash than the manifest lists, weights of
-            another model, band order, class list or fold, or a file that is no plain tensors.
-    """
-    if weights == "train":
-        return None
-    if weights != "committed":
-        path, origin = Path(weights), "a checkpoint of this study"
-        expected = {name: made_with[name] for name in OWN}
-        if not path.is_file():
-            known = "'committed', 'train' or the path of a checkpoint"
-            raise InputError(f"weights: no such file: {weights!r}; expected {known}")
-    else:
-        names = ("dataset", "backbone", "fold", "pretraining_seed")
-        wanted = {**made_with, "backbone": made_with["model"]["name"]}
-        network = load_manifest(manifest).network(*(wanted[name] for name in names))
-        path, origin = manifest.parent / network.weights, f"committed: {network.origin}"
-        expected = {name: made_with[name] for name in COMMITTED}
-        again = f"`git checkout -- {network.weights}` brings it, `make networks` trains it anew"
-        if not path.is_file():
-            raise InputError(f"{path}: not there (a clone without large files?); {again}")
-        if (found := file_sha256(path)) != network.sha256:
-            raise InputError(
-                f"{path}: its sha256 is {found}, expected {network.sha256} as in {manifest.name}; "
-                + again
-            )
-        if check(path)["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
-            raise InputError(
-                f"{path}: trained on another patch table than the one here, whose test patches it "
-                "may have seen; prepare the data with the manifest's patches and folds, or set "
-                "weights to 'train'"
-            )
-    if load_checkpoint(model, path, expected) == "authors":
-        return Pretrained(path, "the authors' checkpoint", {}, None)
-    trained_with = check(path)["parameters"].get("trained_with", {})
-    history = path.with_name("history.csv")
-    seen = load_table(history) if sidecar_path(history).is_file() else None
-    return Pretrained(path, origin, trained_with, seen)
-
-
-def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
-    """Load pretrained weights: ours, known by the record beside them, or the authors'.
+    A training that was finished with the same parameters, data and code is read instead.
 
     Args:
-        model: Changed in place.
-        path: The checkpoint.
-        expected: Parameters that a checkpoint of ours must have been made with.
-
-    Returns:
-        "ours" or "authors".
+        run: Its parameter `weights` is "committed", "train" or the path of a checkpoint.
 
     Raises:
-        InputError: It is the checkpoint of another model, or damaged, or made with other
-            parameters.
+        InputError: The weights are not there, or are those of another network.
     """
-    if not sidecar_path(path).is_file():
-        load_author_weights(model, path)
-        return "authors"
-    weights, _ = load_weights(path, expected)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-        raise InputError(
-            f"{path}: a checkpoint of another model: {len(wrong)} entries differ, the first is "
-            f"{wrong[0]}: expected {wanted.get(wrong[0])}, found {found.get(wrong[0])}"
-        )
-    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
-        raise InputError(f"{path}: {len(bad)} entries are not finite, the first is {bad[0]}")
-    model.load_state_dict(weights)
-    return "ours"
+    weights, names = run.parameters["weights"], ("weights", "evaluation_patches")
+    if weights != "train":
+        model = run.build()
+        loaded = load_pretrained(model, weights, Path(run.parameters["manifest"]), run.made_with)
+        inputs = {"weights": file_sha256(loaded.path)}
+        record = run.record(*names, inputs=inputs, trained_with=loaded.trained_with)
+        return PretrainedNetwork(model, loaded.origin, loaded.history, record)
+    here = {name: run.parameters[name] for name in ("drawn_by", "training_patches", "processes")}
+    record = run.record(*names, trained_with={"settings": asdict(run.settings), **here})
+    history = run.weights.with_name("history.csv")
+    if is_made(run.weights, record) and is_made(history, record):
+        model = run.build()
+        load_checkpoint(model, run.weights)
+        return PretrainedNetwork(model, "trained here before", load_table(history), record)
+    trained, state = in_processes(
+        pretrain, (run, record), run.parameters["processes"], run.parameters["device"]
+    )
+    model = run.build()
+    model.load_state_dict(state)
+    return PretrainedNetwork(model, "trained here", trained, record)
+
+
+def pretrain(run: NetworkRun, record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """Train a network from fresh weights; every process that shares the training calls this.
+
+    Args:
+        run: What is trained, on what, and how.
+        record: Its parameters identify a training that was interrupted.
+
+    Returns:
+        The history, as `train` returns it, and the weights on the CPU.
+    """
+    seed, size = run.parameters["pretraining_seed"], run.settings.batch_size
+    patches, scenarios = run.validation, run.scenarios
+    seed_weights(seed, "pretraining")
+    model = run.build()
+    history = train(
+        model,
+        run.training,
+        scenarios,
+        find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios)),
+        run.settings,
+        seed,
+        run.weights.parent,
+        identity={**record.parameters, "device": record.device},
+        validate=lambda network: validation_scores(
+            network, patches.batches(size), scenarios, patches.classes, patches.task_kind
+        ),
+        stage="pretraining",
+    )
+    return history, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
 def check_network(

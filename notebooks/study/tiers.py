@@ -193,6 +193,16 @@ class Tier:
         """Of the weights that all fine-tuning runs start from."""
         return int(self.setting("finetuning", "pretraining_seed"))
 
+    def gpus_of(self, stage: str) -> int:
+        """Number of GPUs that a notebook of a stage uses."""
+        on_gpu = str(self.setting(stage, "device")).startswith("cuda")
+        return int(self.setting(stage, "processes")) if on_gpu else 0
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs that the largest job uses, at least 1."""
+        return max(1, *map(self.gpus_of, ("pretraining", "scoring", "finetuning")))
+
     def jobs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and parameters of every notebook run, in an order in which they can run."""
         for dataset in self.grid.datasets:

@@ -20,10 +20,10 @@ from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, build_backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, save
+from study.checkpoints import load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
 from study.figures import composite
-from study.pretraining import load_checkpoint
 from study.tiers import StudyFolder
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
