@@ -16,7 +16,6 @@ import torch
 from study.data import folds, preparation
 from study.data import patches as patches_module
 from study.data.folds import (
-    LabelledScene,
     coverage,
     default_split,
     leaks,
@@ -48,10 +47,7 @@ def patch_table(
 ) -> pd.DataFrame:
     """The patch table of label ids, uint8 [H, W] per scene; id i + 1 is `values[i]`."""
     member = np.arange(256)[:, None] == np.arange(1, len(values) + 1)
-    labelled = [
-        LabelledScene(name, ids.shape, lambda top, bottom, ids=ids: ids[top:bottom])
-        for name, ids in scenes
-    ]
+    labelled = [(name, scene.label_raster(ids)) for name, ids in scenes]
     patches = Patches(**{name: settings[name] for name in PATCHES})
     blocks = DiagonalBlocks(kind="diagonal_blocks", **{name: settings[name] for name in BLOCKS})
     return folds.patch_table(labelled, member, values, patches, blocks)
@@ -453,7 +449,7 @@ def test_shares_are_of_the_labelled_pixels_also_where_labels_overlap() -> None:
     member = (np.arange(256)[:, None] >> np.arange(2)) & 1 == 1
     member = np.column_stack([member, np.arange(256) == 0])
     member[255] = False
-    scenes = [LabelledScene(name, codes.shape, lambda a, b: codes[a:b]) for name in "pq"]
+    scenes = [(name, scene.label_raster(codes)) for name in "pq"]
     split = OfficialSplit(kind="official", training=["p"], test=["q"])
     table = folds.patch_table(scenes, member, ["a", "b", "none"], Patches(size=32), split)
     shares = folds.class_shares(table, {"a": ["a"], "b": ["b"], "none": ["none"]}, 0)

@@ -19,12 +19,12 @@ import yaml
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp
 from rasterio.warp import transform_bounds
+from scene import label_raster
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 from study.data import alignment, preparation
 from study.data.check import check_data, main
 from study.data.folds import (
     PARTS,
-    LabelledScene,
     check_separation,
     leaks,
     patch_table,
@@ -199,9 +199,7 @@ def test_near_infrared_of_0_hides_nothing(layout_of: LayoutOf, tile: str) -> Non
 def parts_of(names: list[str], folds: OfficialSplit) -> pd.Series:
     """The scenes of every part."""
     codes = np.ones((32, 32), np.uint8)
-    scenes = [
-        LabelledScene(name, (32, 32), lambda top, bottom: codes[top:bottom]) for name in names
-    ]
+    scenes = [(name, label_raster(codes)) for name in names]
     table = patch_table(scenes, np.arange(256)[:, None] == [1], ["a"], Patches(size=32), folds)
     return table.groupby("fold_0")["scene"].agg(set)
 

@@ -12,8 +12,7 @@ Shuffled patches (the paper's authors): patches that do not overlap, dealt at ra
 test patches are trained on, so the scores are too good: `leaks` says so.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations, permutations, product
 from pathlib import Path
@@ -44,28 +43,13 @@ VALIDATION_SHARE = 0.1  # of the patches that are not tested, as the paper's aut
 HELD_SHARE = 0.01  # validation tiles hold a class when they have this share of its pixels
 
 
-@dataclass(frozen=True)
-class LabelledScene:
-    """The labels of one scene, read by rows, so that no complete scene is held in memory.
-
-    Attributes:
-        name: Name of the scene.
-        shape: Height and width in pixels.
-        rows: Function from the first and the last row (excluded) to label codes [rows, width].
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rows: Callable[[int, int], NDArray[Any]]
-
-
 def leaks(folds: Folds) -> bool:
     """Return whether test patches have neighbours among the training patches."""
     return isinstance(folds, ShuffledPatches)
 
 
 def patch_table(
-    scenes: Iterable[LabelledScene],
+    scenes: Iterable[tuple[str, Any]],
     member: NDArray[np.bool_],
     values: Sequence[str],
     patches: Patches,
@@ -96,7 +80,8 @@ def patch_table(
     Patches without any labelled pixel, or without a part in any fold, are left out.
 
     Args:
-        scenes: Labels per scene.
+        scenes: Name and opened label raster of every scene. Rasters are read by rows, so that no
+            complete scene is held in memory.
         member: Which values a label code stands for, [codes, values].
         values: Names of the label values.
         patches: Size and stride.
@@ -117,19 +102,19 @@ def patch_table(
     pixels = [f"pixels_{value}" for value in values]
     tables: list[pd.DataFrame] = []
     block_count = 0
-    for index, scene in enumerate(scenes):
-        if min(scene.shape) < size:
+    for index, (scene, raster) in enumerate(scenes):
+        if min(raster.shape) < size:
             raise InputError(
-                f"size: patches of {size} pixels do not fit scene {scene.name} {scene.shape}"
+                f"size: patches of {size} pixels do not fit scene {scene} {raster.shape}"
             )
-        places = _places(scene.shape, size, stride, diagonal)
-        places[[*pixels, "labelled"]] = _label_pixels(scene, member, places, size)
+        places = _places(raster.shape, size, stride, diagonal)
+        places[[*pixels, "labelled"]] = _label_pixels(raster, member, places, size)
         if diagonal:
-            block_count += _add_blocks(places, scene.shape, size, diagonal, block_count)
+            block_count += _add_blocks(places, raster.shape, size, diagonal, block_count)
             places[["first", "last"]] += index
         else:
             places["block"] = index
-        tables.append(places.assign(scene=scene.name, size=size))
+        tables.append(places.assign(scene=scene, size=size))
     table = pd.concat(tables, ignore_index=True)
     table["labelled_fraction"] = (table["labelled"] / size**2).round(6)
     enough = table["labelled_fraction"] >= patches.minimum_labelled
@@ -364,14 +349,14 @@ def _tiles(length: int, size: int, block_size: int, margin: int) -> list[int]:
 
 
 def _label_pixels(
-    scene: LabelledScene, member: NDArray[np.bool_], patches: pd.DataFrame, size: int
+    raster: Any, member: NDArray[np.bool_], patches: pd.DataFrame, size: int
 ) -> NDArray[np.int64]:
     """Return the pixels of every label value, and of any, int64 [patches, values + 1]."""
     lookup = np.column_stack([member, member.any(axis=1)])
     counts = np.zeros((len(patches), lookup.shape[1]), dtype=np.int64)
     rows, left = patches["row"].to_numpy(), patches["column"].to_numpy()
     for top in np.unique(rows):
-        codes = scene.rows(top, top + size)
+        codes = raster.read(1, window=Window(0, top, raster.shape[1], size))
         chosen = rows == top
         for value in range(lookup.shape[1]):
             columns = lookup[:, value][codes].sum(axis=0, dtype=np.int64)

@@ -22,7 +22,6 @@ from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from study.data.alignment import windows
 from study.data.folds import (
-    LabelledScene,
     check_separation,
     coverage,
     leaks,
@@ -84,9 +83,8 @@ def make_patches(
     patches = validated(Patches, settings[0], "patches")
     chosen = validated(type(chosen), settings[1], "folds")
     labels = dataset.labels
-    table = patch_table(
-        _labelled(folder, record), membership(labels), labels.names, patches, chosen, index_file
-    )
+    rasters, member = _label_rasters(folder, record), membership(labels)
+    table = patch_table(rasters, member, labels.names, patches, chosen, index_file)
     if leaks(chosen):
         logger.warning("patches are shuffled: neighbours of test patches are trained on")
     for fold in range(table.filter(regex="^fold_").shape[1]):
@@ -97,15 +95,11 @@ def make_patches(
     return table
 
 
-def _labelled(folder: Path, record: Prepared) -> Iterator[LabelledScene]:
-    """Yield the labels of every scene, readable until the next scene is asked for."""
-    for name, scene in record.scenes.items():
+def _label_rasters(folder: Path, record: Prepared) -> Iterator[tuple[str, Any]]:
+    """Yield name and label raster of every scene, open until the next scene is asked for."""
+    for name in record.scenes:
         with open_prepared(folder / name / f"{LABELS}.tif") as raster:
-
-            def rows(top: int, bottom: int, raster: Any = raster) -> np.ndarray:
-                return raster.read(1, window=Window(0, top, raster.width, bottom - top))
-
-            yield LabelledScene(name, (scene.height, scene.width), rows)
+            yield name, raster
 
 
 class Statistics(Strict):

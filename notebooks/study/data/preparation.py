@@ -151,7 +151,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
         done = {
             name: scene
             for name, scene in previous.scenes.items()
-            if scene.raw == raw.get(name) and _are_there(scene.outputs, prepared_folder)
+            if scene.raw == raw.get(name)
+            and all(_sha256(prepared_folder / file) == sha for file, sha in scene.outputs.items())
         }
     pending = [scene for name, scene in scenes.items() if name not in done]
     with rasterio.Env(**ENVIRONMENT):
@@ -189,10 +190,9 @@ def write_record(record: Prepared, folder: Path) -> None:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def _are_there(hashes: Mapping[str, str], folder: Path) -> bool:
-    """Return whether files exist in a folder with these hashes."""
-    paths = {folder / name: sha256 for name, sha256 in hashes.items()}
-    return all(path.is_file() and file_sha256(path) == sha for path, sha in paths.items())
+def _sha256(path: Path) -> str:
+    """Return the hash of a file, "" when it does not exist."""
+    return file_sha256(path) if path.is_file() else ""
 
 
 def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
