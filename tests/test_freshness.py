@@ -10,6 +10,11 @@ from study.freshness import STAGES
 from study.tiers import notebook_sha256
 
 
+def clear_caches() -> None:
+    for cached in (freshness.fingerprint, freshness.imported, freshness._without_docstrings):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def changed(tmp_path, monkeypatch):
     """Which stages have another fingerprint after a text was replaced in a copy of a file."""
@@ -19,8 +24,7 @@ def changed(tmp_path, monkeypatch):
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def fingerprints() -> dict[str, str]:
-        freshness.fingerprint.cache_clear()
-        freshness.imported.cache_clear()
+        clear_caches()
         return {stage: freshness.fingerprint(stage) for stage in STAGES}
 
     def after(file: str, old: str, new: str) -> set[str]:
@@ -31,11 +35,11 @@ def changed(tmp_path, monkeypatch):
         return {stage for stage, value in fingerprints().items() if value != before[stage]}
 
     yield after
-    freshness.fingerprint.cache_clear()
-    freshness.imported.cache_clear()
+    clear_caches()
 
 
 TRAINS = {"pretraining", "finetuning"}
+OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
 
 
 @pytest.mark.parametrize(
@@ -43,10 +47,12 @@ TRAINS = {"pretraining", "finetuning"}
     [
         ("study/training.py", "momentum=0.9", "momentum=0.8", TRAINS),
         ("study/training.py", '"""Train a model in place.', '"""Fit a model in place.', set()),
-        ("lsgs_core/models/cmx.py", "import annotations", "import annotations  # why", set()),
-        ("study/figures/scoring.py", "def ", "def _other():\n    pass\n\n\ndef ", set()),
+        ("lsgs_core/models/cmx.py", "from ", "# Why.\nfrom ", set()),
+        ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring"}),
+        ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring"}),
+        ("study/figures/scoring.py", *OTHER, set()),
         ("study/tiers.py", "10_000", "20_000", {"evaluation"}),
-        ("study/statistics.py", "def ", "def _other():\n    pass\n\n\ndef ", {"evaluation"}),
+        ("study/statistics.py", *OTHER, {"evaluation"}),
         ("study/finetuning.py", "def finetune(", "def _other():\n    pass\n\n\ndef finetune(",
          {"finetuning"}),
     ],
@@ -56,7 +62,7 @@ def test_what_an_edit_makes_run_again(changed, file, old, new, stages):
 
 
 def test_scenarios_matter_everywhere(changed):
-    edit = "lsgs_core/scenarios.py", "def ", "def _other():\n    pass\n\n\ndef "
+    edit = "lsgs_core/scenarios.py", *OTHER
     assert TRAINS | {"scoring", "evaluation"} <= changed(*edit)
 
 

@@ -62,6 +62,7 @@ DOCUMENTS = [
     "results/README.md",
     "results/FINDINGS.md",
     "profiles/slurm/README.md",
+    "CHANGELOG.md",
 ]
 
 

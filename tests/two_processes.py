@@ -16,6 +16,7 @@ from study.training import replace, train
 from test_training import SCENARIOS, SETTINGS, Blobs, small
 
 from lsgs_core.adaptive import LossProportional
+from lsgs_core.models.lora import add_lora
 
 out, count, accumulation, precision, protocol = sys.argv[1:]
 torch.set_num_threads(1)
@@ -24,7 +25,8 @@ settings = replace(
 )
 # In float64, where nothing but a mistake can make a difference: in float32 the gradients of this
 # network differ by 1e-3 when sums change their order. It has no dropout, which every process draws
-# for itself.
+# for itself; and with low-rank updates its batch normalisation, whose statistics on a CPU are those
+# of each process, is frozen.
 double = precision == "float32"
 
 
@@ -41,8 +43,10 @@ class Patches(Blobs):
 
 def train_score_evaluate(folder: Path) -> dict:
     model = small("cbc_slp").double() if double else small("cbc_slp")
+    if protocol == "paper":
+        add_lora(model)
     patches = Patches(10)
-    sampler = LossProportional([1 / 7] * 7, 0.5, 0.5)
+    sampler = LossProportional([1 / 7] * 7, 0.5, 0.5 if protocol == "paper" else 0.0)
     history = train(
         model, patches, SCENARIOS, sampler, settings, 0, folder, {"data": 1}, progress=False,
         validate=lambda network: validation_scores(

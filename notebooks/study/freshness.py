@@ -20,12 +20,14 @@ from typing import Literal
 import lsgs_core
 
 NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation"]
+# A network and its patches, as `study.run` opens them.
+NETWORK = ("lsgs_core.models.cpu", "study.checkpoints", "study.data.patches")
 # What computes the results of a stage; its notebook imports more, such as figures.
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),
-    "pretraining": ("study.pretraining",),
-    "scoring": ("study.scoring", "lsgs_core.probabilities"),
-    "finetuning": ("study.finetuning",),
+    "pretraining": ("study.pretraining", *NETWORK),
+    "scoring": ("study.scoring", "lsgs_core.probabilities", *NETWORK),
+    "finetuning": ("study.finetuning", *NETWORK),
     "evaluation": (
         "study.evaluation",
         "study.statistics",
@@ -54,8 +56,7 @@ def imported(module: str) -> frozenset[str]:
             continue
         # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
-        tree = ast.parse(_path(name).read_text(encoding="utf-8"))
-        for node in _without_imports_of_types(tree):
+        for node in _without_imports_of_types(_parsed(name)):
             if not isinstance(node, ast.ImportFrom):
                 continue
             source = node.module or ""
@@ -75,8 +76,7 @@ def fingerprint(stage: NotebookStage) -> str:
     digest = hashlib.sha256()
     modules = frozenset[str]().union(*map(imported, STAGES[stage]))
     for name in sorted(modules):
-        tree = ast.parse(_path(name).read_text(encoding="utf-8"))
-        digest.update(name.encode() + b"\0" + _without_docstrings(tree).encode() + b"\0")
+        digest.update(name.encode() + b"\0" + _without_docstrings(name).encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -87,8 +87,10 @@ def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
             yield from ast.walk(node)
 
 
-def _without_docstrings(tree: ast.Module) -> str:
+@lru_cache
+def _without_docstrings(module: str) -> str:
     """The code as Python would write it, without docstrings and comments."""
+    tree = _parsed(module)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             first = node.body[0] if node.body else None
@@ -99,6 +101,10 @@ def _without_docstrings(tree: ast.Module) -> str:
             ):
                 node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def _parsed(module: str) -> ast.Module:
+    return ast.parse(_path(module).read_text(encoding="utf-8"))
 
 
 def _path(module: str) -> Path:

@@ -298,9 +298,9 @@ class _Run:
         everyone = [part for share in self.processes.gather(seen) for part in share]
         chosen = np.concatenate([scenarios for scenarios, *_ in everyone])
         losses = np.concatenate([losses for _, losses, _ in everyone])
-        known = ~np.isnan(losses)  # nothing counts in the others, which says nothing of them
-        self.sampler.observe(chosen[known], losses[known])
-        return float(np.mean([loss for *_, loss in seen])), chosen
+        labelled = ~np.isnan(losses)  # skip samples without labelled pixels
+        self.sampler.observe(chosen[labelled], losses[labelled])
+        return float(np.mean([loss for *_, loss in everyone])), chosen
 
     def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:
         """Scenarios whose modalities every patch has, bool [B, K]; None when all have all."""
