@@ -1,4 +1,4 @@
-"""Notebooks 03 and 05 in JupyterLab, as a person uses them: in a real browser.
+"""Notebooks 03 and 05 in JupyterLab, in a real browser.
 
 Needs Chromium (Debian's package `chromium`, or any on the PATH). Screenshots of the last run are
 kept in `work/screenshots`.
@@ -24,7 +24,7 @@ CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 SCREENSHOTS = ROOT / "work" / "screenshots"
 TOKEN = "explore"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-PICTURE, OUTPUT = ".widget-image", ".jp-RenderedText"
+PICTURE, OUTPUT = ".widget-output img", ".jp-RenderedText"
 
 pytestmark = [
     pytest.mark.slow,

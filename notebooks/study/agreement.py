@@ -33,6 +33,8 @@ DECISIVE = [
 INDIFFERENT = {"manifest", "downloads", "raw", "shown_fold", "workers", "device", "threads"}
 INDIFFERENT |= {"keep_weights", "explored", "reference", "primary_metric", "contrasts"}
 INDIFFERENT |= {"resamples", "shown_patches"}
+# Values of parameters that committed results may lack because they are older.
+BEFORE = {"processes": 1}
 
 
 def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
@@ -99,7 +101,7 @@ def why_not_compared(tier: Tier, reference: Path) -> str:
         return f"{reference}: no published results: {error}"
     for notebook in NOTEBOOKS.values():
         for name, value in tier.sections[notebook].items():
-            committed = made_with.get(notebook, {}).get(name)
+            committed = made_with.get(notebook, {}).get(name, BEFORE.get(name))
             if name not in INDIFFERENT and value != committed:
                 return f"{notebook}: {name} is {value!r} here and {committed!r} there"
     return ""
