@@ -15,7 +15,7 @@ BOXES = {
     "scenarios": "scenarios",
     "models": "models",
     "distortion": "distortion",
-    "probabilities": "probabilities uncertainty",
+    "probabilities": "probabilities diagnostics",
     "sampling": "sampling distributions adaptive",
     "methods": "methods scoring_file",
     "study": "study",

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study.data.fetch import fetch
 from study.data.manifest import load_manifest
 from study.data.patches import make_patches
-from study.data.rasters import prepare
+from study.data.preparation import prepare
+from study.data.raw_files import fetch
 
 torch.set_num_threads(1)  # what the notebooks use; more threads give other roundings
 

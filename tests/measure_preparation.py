@@ -80,7 +80,7 @@ def definition(nine: bool) -> object:
 def prepare_all(folder: Path, nine: bool) -> None:
     """Prepare and print seconds, and the peak memory of this process in MB."""
     from study.data.patches import make_patches
-    from study.data.rasters import prepare
+    from study.data.preparation import prepare
 
     start = time.perf_counter()
     dataset = definition(nine)

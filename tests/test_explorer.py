@@ -11,7 +11,7 @@ import torch
 from study.artifacts import Record
 from study.data.manifest import Manifest
 from study.data.patches import PatchDataset, make_patches
-from study.data.rasters import prepare
+from study.data.preparation import prepare
 from study.figures import explorer
 from study.figures.explorer import (
     prediction_explorer,

@@ -165,6 +165,10 @@ def test_two_threads_on_one_network_are_refused_and_on_one_backbone_right():
         thread.join()
     for scores in results[1:]:
         np.testing.assert_array_equal(scores.distortion, expected.distortion)
+    backbone.eval().fusions[0].train()
+    modes = [module.training for module in backbone.modules()]
+    score(backbone, [images])
+    assert [module.training for module in backbone.modules()] == modes
 
 
 IMAGES = torch.ones(2, 3, 2, 4, 4)

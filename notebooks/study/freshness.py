@@ -24,7 +24,7 @@ NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluat
 NETWORK = ("lsgs_core.models.cpu", "study.checkpoints", "study.data.patches")
 # What computes the results of a stage; its notebook imports more, such as figures.
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
-    "data": ("study.data.rasters", "study.data.patches"),
+    "data": ("study.data.preparation", "study.data.patches"),
     "pretraining": ("study.pretraining", *NETWORK),
     "scoring": (
         "study.scoring",
@@ -37,6 +37,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
         "study.evaluation",
         "study.statistics",
         "study.agreement",
+        "study.predictions",
         "study.figures.study",
     ),
 }

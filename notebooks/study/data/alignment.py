@@ -22,22 +22,25 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from lsgs_core.errors import InputError
-from study.data.schema import Placed
+from study.data.manifest import Placed
 
 logger = logging.getLogger(__name__)
 # Rasters without georeference are common here; what they need is checked.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
-STEP = 1024  # side of the windows that are worked on, in pixels: bounds the memory
-# With several threads GDAL hands out a truncated JPEG 2000 file without raising anything. The mask
-# is kept inside the GeoTIFF: a scene is then one file per modality. The cache is bounded, since
+STEP = 1024  # side in pixels of the windows that are processed: it bounds the memory
+# With several threads, GDAL returns a truncated JPEG 2000 file without raising an error. The mask
+# is kept inside the GeoTIFF, so that a scene is one file per modality. The cache is bounded, since
 # GDAL's own default grows with the machine.
 ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256}
-MAT_VARIABLE = "inputPatch"  # the array of the paper authors' .mat patches
-# Where two grids without georeference are compared, any metric system does.
-PLANE = "EPSG:3857"
+MAT_VARIABLE = "inputPatch"  # the array in the .mat patches of the paper's authors
+PLANE = "EPSG:3857"  # to compare two grids without georeference, any metric system serves
 SCALE_TOLERANCE = 0.02
 EDGE_TOLERANCE = 1  # pixels that a file without georeference may differ by: Potsdam's DSM of 3_13
+NO_PLACE = (
+    "expected a coordinate reference system, found none; give `crs`, or for files without "
+    "georeference `placement: extent` or `placement: pixels`"
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,12 @@ class Grid:
         """Return whether places on the grid are places on the ground."""
         return self.transform != Affine.identity()
 
-    def windows(self) -> list[Window]:
-        """Return windows of at most `STEP` × `STEP` pixels that cover the grid."""
-        return list(windows(self.height, self.width))
-
     def matches(self, transform: Affine, shape: tuple[int, int]) -> bool:
-        """Return whether a raster has this grid: no corner lies a hundredth of a pixel away."""
+        """Return whether a raster has this grid, to a hundredth of a pixel at every corner."""
         across, down = np.array([[0, 0, 1, 1], [0, 1, 0, 1]]) * [[self.width], [self.height]]
         x, y = ~self.transform * (transform * (across, down))
-        apart = max(np.abs(x - across).max(), np.abs(y - down).max())
-        return shape == (self.height, self.width) and bool(apart < 0.01)
+        distance = max(np.abs(x - across).max(), np.abs(y - down).max())
+        return shape == (self.height, self.width) and bool(distance < 0.01)
 
     def overlaps(self, bounds: Sequence[float]) -> bool:
         """Return whether left, bottom, right, top in the grid's units share area with it."""
@@ -71,11 +70,13 @@ class Grid:
         return bool(shapely.box(*own).intersection(shapely.box(*bounds)).area > 0)
 
 
-def windows(height: int, width: int) -> Iterator[Window]:
-    """Yield windows of at most `STEP` × `STEP` pixels that cover a raster."""
-    for row in range(0, height, STEP):
-        for column in range(0, width, STEP):
-            yield Window(column, row, min(STEP, width - column), min(STEP, height - row))
+def windows(height: int, width: int) -> list[Window]:
+    """Return windows of at most `STEP` × `STEP` pixels that cover a raster."""
+    return [
+        Window(column, row, min(STEP, width - column), min(STEP, height - row))
+        for row in range(0, height, STEP)
+        for column in range(0, width, STEP)
+    ]
 
 
 @contextmanager
@@ -85,34 +86,47 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except (RasterioError, CPLE_BaseError, UnicodeDecodeError) as error:
         problem = error.__cause__ or error
-        raise InputError(f"{path}: is damaged, truncated or no raster ({problem})") from error
+        raise InputError(f"{path}: is damaged, truncated or not a raster ({problem})") from error
 
 
 @contextmanager
 def open_raster(path: Path) -> Iterator[Any]:
-    """Open a raster file, or one of the authors' .mat patches, for reading.
-
-    Raises:
-        InputError: It cannot be opened.
-    """
+    """Open a raster file, or one of the authors' .mat patches, for reading. Raises `InputError`."""
     with ExitStack() as stack:
         with naming(path):
-            if path.suffix.lower() == ".mat":
-                raster = stack.enter_context(_in_memory(_mat_array(path), stack))
-            else:
+            if path.suffix.lower() != ".mat":
                 raster = stack.enter_context(rasterio.open(path))
+            else:
+                array, memory = _mat_array(path), stack.enter_context(MemoryFile())
+                shape = dict(zip(("count", "height", "width"), array.shape, strict=True))
+                with memory.open(driver="GTiff", dtype=array.dtype, **shape) as written:
+                    written.write(array)
+                raster = stack.enter_context(memory.open())
         yield raster
+
+
+def _mat_array(path: Path) -> np.ndarray:
+    """Return the array of a .mat patch as [D, H, W]."""
+    try:
+        array = scipy.io.loadmat(path, variable_names=[MAT_VARIABLE]).get(MAT_VARIABLE)
+    except Exception as error:  # scipy raises anything on a damaged file
+        raise InputError(f"{path}: cannot be read as a .mat file ({error})") from error
+    numeric = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
+    if not numeric or array.ndim not in (2, 3):
+        raise InputError(
+            f"{path}: expected a variable {MAT_VARIABLE} of numbers, [H, W] or [H, W, D]"
+        )
+    if array.dtype.itemsize == 8 or array.dtype.kind == "b":
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
+    return np.moveaxis(np.atleast_3d(array), -1, 0)
 
 
 def grid_of(path: Path, placed: Placed) -> Grid:
     """Return the grid of a raster file, the one that others are brought onto."""
     with open_raster(path) as raster:
-        crs = _crs(path, placed) if placed.crs else raster.crs
+        crs = _crs(path, placed, raster)
         if crs is None and placed.placement is None:
-            raise InputError(
-                f"{path}: expected a coordinate reference system, found none; give `crs`, or for "
-                "files without georeference `placement: extent` or `placement: pixels`"
-            )
+            raise InputError(f"{path}: {NO_PLACE}")
         # A reference system without a place on it is no georeference.
         crs = None if raster.transform == Affine.identity() else crs
         return Grid(crs, raster.transform, raster.width, raster.height)
@@ -122,14 +136,14 @@ class AlignedRaster:
     """Channels of one raster file on the grid of a scene.
 
     Args:
-        path: Of the file.
-        placed: How it lies on the grid.
-        grid: Of the scene.
-        channels: From 1; negative ones count from the last.
+        path: Path of the file.
+        placed: How the file lies on the grid.
+        grid: Grid of the scene.
+        channels: Channels counted from 1; negative ones count from the last.
         resampling: Name of one of rasterio's methods.
-        nodata: Value of pixels without data, where the file does not tell.
+        nodata: Value of pixels without data, where the file's own is missing or wrong.
         data_channels: Channels that are known to be data, whatever the file's tags say of them.
-        colours: The channels make up one value: it is nodata when all of them are.
+        colours: Whether the channels are one value, which is nodata when all of them are.
 
     Raises:
         InputError: The file is damaged, has no such channel, or its place is not known or not on
@@ -148,9 +162,8 @@ class AlignedRaster:
         colours: bool = False,
     ) -> None:
         self.path, self.grid, self._colours = path, grid, colours
-        self._stack = ExitStack()
-        try:
-            self.raw = raw = self._stack.enter_context(open_raster(path))
+        with ExitStack() as stack:  # closes the file if anything below fails
+            self.raw = raw = stack.enter_context(open_raster(path))
             self.channels = [c if c > 0 else raw.count + 1 + c for c in channels]
             if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
                 raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
@@ -159,39 +172,36 @@ class AlignedRaster:
                 raise InputError(f"{path}: holds complex numbers; expected amplitudes or decibels")
             self._nodata = raw.nodata if nodata is None else nodata
             if self._nodata is not None and not self._can_hold(self._nodata):
-                raise InputError(f"{path}: nodata {self._nodata:g} is no value of {self.kind}")
+                raise InputError(f"{path}: nodata {self._nodata:g} is not a value of {self.kind}")
             # A band that is used is no mask, whatever its tag says (near infrared as alpha).
             alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
-            used = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
-            self._alpha_is_data = alpha in used
-            self._has_alpha = alpha > 0 and not self._alpha_is_data
+            data = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
+            alpha_is_data = alpha in data
+            self._has_alpha = alpha > 0 and not alpha_is_data
             crs, transform = self._place(placed)
             self.view: Any = None  # None: the file's own grid is the scene's, nothing to resample
             if not (grid.matches(transform, raw.shape) and crs == grid.crs):
-                if self._alpha_is_data:
+                if alpha_is_data:
                     raise InputError(f"{path}: channel {alpha} is marked as alpha; mark it as data")
-                self.view = self._stack.enter_context(
-                    WarpedVRT(
-                        raw,
-                        src_crs=crs or PLANE,
-                        src_transform=transform,
-                        src_nodata=self._nodata,
-                        crs=grid.crs or PLANE,
-                        transform=grid.transform,
-                        width=grid.width,
-                        height=grid.height,
-                        resampling=Resampling[resampling],
-                        # Its last band: 0 where there is no data. A value for that stands in the
-                        # band itself, and in each band separately.
-                        add_alpha=self._nodata is None and not self._has_alpha,
-                        UNIFIED_SRC_NODATA="NO",
-                    )
+                view = WarpedVRT(
+                    raw,
+                    src_crs=crs or PLANE,
+                    src_transform=transform,
+                    src_nodata=self._nodata,
+                    crs=grid.crs or PLANE,
+                    transform=grid.transform,
+                    width=grid.width,
+                    height=grid.height,
+                    resampling=Resampling[resampling],
+                    # Its last band: 0 where there is no data. A nodata value is looked for in the
+                    # bands instead, in each separately.
+                    add_alpha=self._nodata is None and not self._has_alpha,
+                    UNIFIED_SRC_NODATA="NO",
                 )
-            masked = MaskFlags.per_dataset in raw.mask_flag_enums[0] and not self._alpha_is_data
-            self._has_mask = masked and self.view is None  # resampling sees to it by itself
-        except BaseException:
-            self._stack.close()
-            raise
+                self.view = stack.enter_context(view)
+            has_mask = MaskFlags.per_dataset in raw.mask_flag_enums[0] and not alpha_is_data
+            self._has_mask = has_mask and self.view is None  # resampling respects it by itself
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -227,9 +237,9 @@ class AlignedRaster:
         return float(value).is_integer() and limits.min <= value <= limits.max
 
     def _place(self, placed: Placed) -> tuple[Any, Affine]:
-        """Return coordinate reference system and transform of the file."""
+        """Return the coordinate reference system and the transform of the file."""
         raw, grid, path = self.raw, self.grid, self.path
-        crs = _crs(path, placed) if placed.crs else raw.crs
+        crs = _crs(path, placed, raw)
         across, down = grid.width / raw.width, grid.height / raw.height
         tagged = raw.transform != Affine.identity() and grid.georeferenced
         if tagged and (crs or not grid.crs or placed.placement):
@@ -247,8 +257,8 @@ class AlignedRaster:
                 raise InputError(f"{path}: does not overlap the reference band")
             if crs != grid.crs and grid.matches(transform, raw.shape):
                 logger.warning(
-                    "%s: has the transform of the reference band, but %s for %s; if its tag is "
-                    "wrong, give `crs`", path, crs, grid.crs,
+                    "%s: has the transform of the reference band, but %s instead of %s; if its tag "
+                    "is wrong, give `crs`", path, crs, grid.crs,
                 )  # fmt: skip
             own, wanted = (np.hypot(t[0:2], t[3:5]) for t in (transform, grid.transform))
             across, down = own / wanted  # lengths of a pixel's sides, on rotated grids too
@@ -270,52 +280,21 @@ class AlignedRaster:
                     f"reference band, {grid.width} × {grid.height}"
                 )
         else:
+            raise InputError(f"{path}: {NO_PLACE}")
+        scale = placed.scale if crs == grid.crs else None
+        if scale and max(abs(side / scale - 1) for side in (across, down)) > SCALE_TOLERANCE:
             raise InputError(
-                f"{path}: expected a coordinate reference system, found none; give `crs`, or "
-                "`placement: extent` or `placement: pixels`"
+                f"{path}: expected pixels {scale:g} times as large as those of the reference "
+                f"band, found {across:.3g} × {down:.3g}; is it another file?"
             )
-        if placed.scale and crs == grid.crs:
-            for found in (across, down):
-                if abs(found / placed.scale - 1) > SCALE_TOLERANCE:
-                    raise InputError(
-                        f"{path}: expected pixels {placed.scale:g} times as large as those of the "
-                        f"reference band, found {across:.3g} × {down:.3g}; is it another file?"
-                    )
         return crs, transform
 
 
-def _crs(path: Path, placed: Placed) -> Any:
+def _crs(path: Path, placed: Placed, raster: Any) -> Any:
+    """Return the coordinate reference system that the manifest gives a file, or else its own."""
+    if not placed.crs:
+        return raster.crs
     try:
         return rasterio.crs.CRS.from_user_input(placed.crs)
     except CRSError as error:
         raise InputError(f"{path}: `crs` {placed.crs!r} is not known ({error})") from error
-
-
-def _mat_array(path: Path) -> np.ndarray:
-    """Return the array of a .mat patch as [D, H, W]."""
-    try:
-        content = scipy.io.loadmat(path, variable_names=[MAT_VARIABLE])
-    except Exception as error:  # scipy raises anything on a damaged file
-        raise InputError(f"{path}: cannot be read as a .mat file ({error})") from error
-    array = content.get(MAT_VARIABLE)
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim not in (2, 3)
-        or array.dtype.kind not in "biuf"
-    ):
-        raise InputError(
-            f"{path}: expected a variable {MAT_VARIABLE} of numbers, [H, W] or [H, W, D]"
-        )
-    if array.dtype.itemsize == 8 or array.dtype.kind == "b":
-        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
-    return np.moveaxis(np.atleast_3d(array), -1, 0)
-
-
-def _in_memory(array: np.ndarray, stack: ExitStack) -> Any:
-    """Return an array [D, H, W] as a raster without georeference."""
-    memory = stack.enter_context(MemoryFile())
-    count, height, width = array.shape
-    shape = {"count": count, "height": height, "width": width}
-    with memory.open(driver="GTiff", dtype=array.dtype, **shape) as raster:
-        raster.write(array)
-    return memory.open()

@@ -1,4 +1,4 @@
-"""Say for every data set what is present, missing or damaged: `make data-check`."""
+"""Report for every data set what is present, missing or damaged: `make data-check`."""
 
 import argparse
 import sys
@@ -12,22 +12,21 @@ from tqdm.auto import tqdm
 from lsgs_core.errors import InputError, MissingFileError
 from study.data.alignment import ENVIRONMENT
 from study.data.manifest import Dataset, PackageSource, load_manifest
-from study.data.rasters import check_scene
-from study.data.raw_files import find_scenes
-from study.files import file_sha256
+from study.data.preparation import check_scene
+from study.data.raw_files import find_scenes, member_problem
 
 
 @dataclass
 class Report:
-    """What was found of a data set.
+    """The state of the raw files of a data set.
 
     Attributes:
-        state: "absent" (nothing is there), "missing" (something that is needed is not), "damaged"
-            (something is not what the manifest says), or "ready".
-        scenes: How many there are.
-        sizes: Height and width of every scene that is whole.
+        state: "absent" (there is nothing), "missing" (a file that is needed does not exist),
+            "damaged" (a file is not what the manifest says), or "ready".
+        scenes: Number of scenes.
+        sizes: Height and width of every scene without problems.
         problems: One sentence each, naming the file or field.
-        notes: What is good to know.
+        notes: Further sentences that are no problems.
     """
 
     state: Literal["absent", "missing", "damaged", "ready"]
@@ -38,19 +37,19 @@ class Report:
 
     def __str__(self) -> str:
         """Return the report in lines."""
-        lines = [f"{self.state}, {self.scenes} scenes" if self.scenes else self.state]
-        return "\n  ".join([*lines, *self.problems, *self.notes])
+        first = f"{self.state}, {self.scenes} scenes" if self.scenes else self.state
+        return "\n  ".join([first, *self.problems, *self.notes])
 
 
 def check_data(dataset: Dataset, folder: Path) -> Report:
-    """Look at all raw files of a data set; nothing is written.
+    """Read all raw files of a data set once, and write nothing.
 
-    Every file is opened and read once: its hash where it is known, its place on the grid, its
+    Checked are the hashes that the manifest lists, the place of every file on the grid, its
     channels, and whether the labels hold what the manifest says.
 
     Args:
-        dataset: From the manifest.
-        folder: Where its files are.
+        dataset: Definition from the manifest.
+        folder: Folder with the files.
     """
     source = dataset.source
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -59,70 +58,61 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
         else:
             note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
         return Report("absent", notes=[note])
-    known = source.members if isinstance(source, PackageSource) else source.files
-    wrong = []
-    for member in known:
-        path = folder / member.path
-        if not path.is_file():
-            return Report("missing", problems=[f"{path}: the file is missing"])
-        if path.stat().st_size != member.size or file_sha256(path) != member.sha256:
-            wrong.append(f"{path}: expected {member.size} bytes with SHA-256 {member.sha256}")
-    if wrong:
-        return Report("damaged", problems=wrong)
+    members = source.members if isinstance(source, PackageSource) else source.files
+    if problems := [p for p in (member_problem(member, folder) for member in members) if p]:
+        missing = not all((folder / member.path).is_file() for member in members)
+        return Report("missing" if missing else "damaged", problems=problems)
     try:
         scenes = find_scenes(dataset, folder)
     except InputError as error:
         missing = isinstance(error, MissingFileError)
         return Report("missing" if missing else "damaged", problems=[str(error)])
-    report, found = Report("ready", len(scenes)), set()
+    report, occurring = Report("ready", len(scenes)), set[str]()
     with rasterio.Env(**ENVIRONMENT):
         for scene in tqdm(scenes, desc="check", unit="scene"):
             try:
-                grid, values = check_scene(dataset, scene)
+                grid, values = check_scene(scene)
                 report.sizes[scene.name] = (grid.height, grid.width)
-                found |= values
+                occurring |= values
             except InputError as error:
                 report.problems.append(str(error))
-    absent = dataset.labels.not_in(found)
-    if absent and not report.problems:
-        report.problems.append(f"labels.values: {absent} occur in no scene")
+    unused = [value for value in dataset.labels.values if value not in occurring]
+    if unused and not report.problems:
+        report.problems.append(f"labels.values: {unused} occur in no scene")
     if report.problems:
         report.state = "damaged"
     expected = getattr(source, "scene_count", None)
     if expected and expected != len(scenes):
-        report.notes.append(f"the whole data set has {expected} scenes")
+        report.notes.append(f"the complete data set has {expected} scenes")
     for scene in scenes:
-        if lacking := [m for m in dataset.modalities if m not in scene.modalities(dataset)]:
-            report.notes.append(f"scene {scene.name}: {', '.join(lacking)} absent")
+        if absent := [name for name in dataset.modalities if name not in scene.modalities]:
+            report.notes.append(f"scene {scene.name}: {', '.join(absent)} absent")
     return report
 
 
 def main() -> int:
-    """Print a report for every data set, and return 1 when one that is there has problems."""
+    """Print a report for every data set; return 1 when one that exists has problems."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manifest", type=Path, default=Path("data_manifest.yaml"))
-    parser.add_argument("--dataset", default="", help="this one only")
-    parser.add_argument("--raw", type=Path, help="its folder; by default work/downloads/<dataset>")
+    parser.add_argument("--dataset", default="", help="name of the only data set to check")
+    parser.add_argument("--raw", type=Path, help="its folder, by default work/downloads/<dataset>")
     arguments = parser.parse_args()
     try:
         manifest = load_manifest(arguments.manifest)
         if arguments.raw and not arguments.dataset:
-            raise InputError("--raw: say of which --dataset")
-        if arguments.dataset:
-            chosen = {arguments.dataset: manifest.dataset(arguments.dataset)}
-        else:
-            chosen = manifest.datasets
+            raise InputError("--raw: expected a --dataset too, whose folder this is")
+        names = [arguments.dataset] if arguments.dataset else list(manifest.datasets)
+        datasets = {name: manifest.dataset(name) for name in names}
     except InputError as error:
         print(error, file=sys.stderr)
         return 1
+    # A data set that was never downloaded is a problem only when it was asked for by name.
+    problems = {"missing", "damaged"} | ({"absent"} if arguments.dataset else set())
     failed = False
-    for name, dataset in chosen.items():
+    for name, dataset in datasets.items():
         report = check_data(dataset, arguments.raw or Path("work/downloads") / name)
         print(f"{name} ({dataset.title}): {report}")
-        # What was never fetched is no fault unless it was asked for by name.
-        failed |= report.state in {"missing", "damaged"} or (
-            report.state == "absent" and bool(arguments.dataset)
-        )
+        failed |= report.state in problems
     return int(failed)
 
 

@@ -4,13 +4,13 @@ Exclusive labels are uint8: 0 background, 1 … V the label values in the manife
 unknown. Overlapping ones are uint16 bit masks: bit i for value i, 0 background, 65535 unknown.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import geopandas
 import numpy as np
+import pandas as pd
 import pyogrio
 import pyproj
 import rasterio
@@ -21,20 +21,22 @@ from rasterio.windows import Window
 
 from lsgs_core.errors import InputError
 from study.data.alignment import AlignedRaster, Grid
-from study.data.label_kinds import (
+from study.data.manifest import (
     BACKGROUND,
     ColourLabels,
+    Dataset,
     IdLabels,
     Labels,
     PolygonLabels,
     ScaledPolygonLabels,
 )
-from study.data.manifest import Dataset
 from study.data.raw_files import Scene, read_csv
 
 SHOWN = 8  # how many wrong numbers an error lists
 # From a window of the scene's grid to codes [h, w].
 Draw = Callable[[Window], NDArray[Any]]
+# Single polygons in pixels of the scene's grid, and the index of the label value of each.
+Areas = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 def membership(labels: Labels) -> NDArray[np.bool_]:
@@ -66,7 +68,7 @@ def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
 
 
 @contextmanager
-def open_labels(labels: Labels, scene: Scene, grid: Grid) -> Iterator[Draw]:
+def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
     """Open the labels of a scene.
 
     Yields:
@@ -75,46 +77,46 @@ def open_labels(labels: Labels, scene: Scene, grid: Grid) -> Iterator[Draw]:
     Raises:
         InputError: The file is damaged, lies elsewhere, or lacks what the manifest says.
     """
+    labels, path = scene.labels, scene.label_file
     if isinstance(labels, PolygonLabels):
-        yield _draw_exclusive(labels, *_polygons(labels, scene.labels, grid))
+        yield _burned(labels, _polygons(labels, scene, grid))
     elif isinstance(labels, ScaledPolygonLabels):
-        yield _draw_overlapping(labels, *_scaled_polygons(labels, scene, grid))
+        yield _burned(labels, _scaled_polygons(labels, scene, grid))
     else:
         colours = isinstance(labels, ColourLabels)
         channels = (1, 2, 3) if isinstance(labels, ColourLabels) else (labels.channel,)
-        with AlignedRaster(scene.labels, labels, grid, channels, colours=colours) as raster:
+        with AlignedRaster(path, labels, grid, channels, colours=colours) as raster:
             if colours and raster.kind != np.uint8:
-                raise InputError(f"{scene.labels}: expected colours of 8 bits, found {raster.kind}")
+                raise InputError(f"{path}: expected colours of 8 bits, found {raster.kind}")
             yield _looked_up(labels, raster)
 
 
 def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
     """Return a function that looks up the numbers, or colours, of a raster."""
     if isinstance(labels, IdLabels):
-        groups = list(labels.values.values())
+        groups = labels.groups
         background, ignored = labels.background, labels.ignored
     else:
-        groups = [[_packed(colour)] for colour in labels.values.values()]
-        background, ignored = [], [_packed(colour) for colour in labels.ignored]
+        groups = [[int(_packed(colour))] for colour in labels.groups]
+        background, ignored = [], [int(_packed(colour)) for colour in labels.ignored]
     table = {number: index for index, group in enumerate(groups, start=1) for number in group}
     table |= dict.fromkeys(background, 0) | dict.fromkeys(ignored, labels.ignore)
-    known = np.array(sorted(table))
-    codes = np.array([table[number] for number in known.tolist()], dtype=np.uint8)
+    listed_numbers = np.array(sorted(table))
+    codes = np.array([table[number] for number in listed_numbers.tolist()], dtype=np.uint8)
 
     def draw(window: Window) -> NDArray[Any]:
         pixels, seen = raster.read(window)
         if isinstance(labels, ColourLabels):
-            colours = pixels.astype(np.int64)
             if labels.threshold is not None:
-                colours = np.where(colours > labels.threshold, 255, 0)
-            numbers = (colours[0] << 16) | (colours[1] << 8) | colours[2]
+                pixels = np.where(pixels > labels.threshold, 255, 0)
+            numbers = _packed(pixels.astype(np.int64))
         else:
             numbers = np.where(seen, pixels[0], 0)
             if (numbers != np.round(numbers)).any():
                 raise InputError(f"{raster.path}: expected whole numbers as labels")
             numbers = numbers.astype(np.int64)
-        place = np.searchsorted(known, numbers).clip(max=len(known) - 1)
-        listed = known[place] == numbers
+        place = np.searchsorted(listed_numbers, numbers).clip(max=len(listed_numbers) - 1)
+        listed = listed_numbers[place] == numbers
         if labels.unlisted == "error" and not (listed | ~seen).all():
             wrong = np.unique(numbers[seen & ~listed])[:SHOWN].tolist()
             shown = wrong if isinstance(labels, IdLabels) else [f"#{n:06x}" for n in wrong]
@@ -127,50 +129,43 @@ def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
     return draw
 
 
-def _packed(colour: Sequence[int]) -> int:
+def _packed(colour: Any) -> Any:
+    """Return red, green and blue as one number each."""
     return (colour[0] << 16) | (colour[1] << 8) | colour[2]
 
 
-def _draw_exclusive(labels: PolygonLabels, shapes: NDArray[Any], numbers: NDArray[Any]) -> Draw:
-    """Return a function that burns shapes (in pixels), later values over earlier ones."""
-    order = np.argsort(numbers, kind="stable")
-    shapes, numbers = shapes[order], numbers[order]
-    tree = shapely.STRtree(shapes)
-    outside = 0 if labels.outside == BACKGROUND else labels.ignore
+def _burned(labels: PolygonLabels | ScaledPolygonLabels, areas: Areas) -> Draw:
+    """Return a function that burns polygons: a pixel belongs to one where its centre lies.
 
-    def draw(window: Window) -> NDArray[Any]:
-        codes = np.full((window.height, window.width), outside, dtype=np.uint8)
-        inside = np.sort(tree.query(_box(window)))
-        _burn(shapes[inside], numbers[inside] + 1, window, codes)
-        return codes
-
-    return draw
-
-
-def _draw_overlapping(
-    labels: ScaledPolygonLabels, shapes: NDArray[Any], numbers: NDArray[Any]
-) -> Draw:
-    """Return a function that burns every value's shapes (in pixels) into a bit of its own."""
+    Exclusive values are burned later over earlier ones, overlapping ones into a bit of their own.
+    """
+    shapes, values = areas
     tree = shapely.STRtree(shapes)
 
-    def draw(window: Window) -> NDArray[Any]:
-        codes = np.zeros((window.height, window.width), dtype=np.uint16)
-        inside = tree.query(_box(window))
-        for number in np.unique(numbers[inside]):
-            bit = np.zeros(codes.shape, dtype=np.uint8)
-            chosen = inside[numbers[inside] == number]
-            _burn(shapes[chosen], np.ones(len(chosen), dtype=int), window, bit)
-            codes |= bit.astype(np.uint16) << np.uint16(number)
-        return codes
-
-    return draw
-
-
-def _burn(shapes: NDArray[Any], codes: NDArray[Any], window: Window, out: NDArray[Any]) -> None:
-    """Burn shapes into the window: a pixel belongs where its centre lies."""
-    if len(shapes):
+    def burn(chosen: NDArray[Any], codes: NDArray[Any], window: Window, out: Any) -> None:
         offset = rasterio.Affine.translation(window.col_off, window.row_off)
-        rasterize(zip(shapes, codes.tolist(), strict=True), out=out, transform=offset)
+        if len(chosen):
+            pairs = zip(shapes[chosen], codes.tolist(), strict=True)
+            rasterize(pairs, out=out, transform=offset)
+
+    def draw(window: Window) -> NDArray[Any]:
+        near = np.sort(tree.query(_box(window)))
+        near = near[np.argsort(values[near], kind="stable")]
+        shape = window.height, window.width
+        if isinstance(labels, PolygonLabels):
+            outside = 0 if labels.outside == BACKGROUND else labels.ignore
+            codes = np.full(shape, outside, dtype=np.uint8)
+            burn(near, values[near] + 1, window, codes)
+            return codes
+        codes = np.zeros(shape, dtype=np.uint16)
+        for value in np.unique(values[near]):
+            bit = np.zeros(shape, dtype=np.uint8)
+            chosen = near[values[near] == value]
+            burn(chosen, np.ones_like(chosen), window, bit)
+            codes |= bit.astype(np.uint16) << np.uint16(value)
+        return codes
+
+    return draw
 
 
 def _box(window: Window) -> shapely.Polygon:
@@ -178,19 +173,24 @@ def _box(window: Window) -> shapely.Polygon:
     return shapely.box(left, top, left + window.width, top + window.height)
 
 
-def _areas(shapes: NDArray[Any], numbers: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return single valid polygons with their numbers; repaired where rings cross themselves."""
+def _value_numbers(labels: Labels) -> dict[str, int]:
+    """Return the index of the label value of every entry of the file."""
+    return {str(entry): n for n, group in enumerate(labels.groups) for entry in group}
+
+
+def _areas(shapes: NDArray[Any], entries: pd.Series, labels: Any) -> Areas:
+    """Return single valid polygons (repaired where rings cross themselves) with their values."""
+    values = entries.map(_value_numbers(labels)).to_numpy(np.int64)
     valid = shapely.make_valid(shapes, method="structure", keep_collapsed=False)
     parts, origin = shapely.get_parts(valid, return_index=True)
     parts, inner = shapely.get_parts(parts, return_index=True)  # of collections of multi-polygons
     keep = (shapely.get_type_id(parts) == 3) & ~shapely.is_empty(parts)
-    return parts[keep], numbers[origin[inner]][keep]
+    return parts[keep], values[origin[inner]][keep]
 
 
-def _polygons(
-    labels: PolygonLabels, path: Path, grid: Grid
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return polygons in pixels of the grid, and the index of the value of each."""
+def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
+    """Return the polygons of a vector file."""
+    path = scene.label_file
     try:
         layers = [name for name, kind in pyogrio.list_layers(path) if kind]
         if len(layers) != 1:
@@ -210,60 +210,53 @@ def _polygons(
         if frame.crs is None:
             raise InputError(f"{path}: expected a coordinate reference system, found none")
         frame = frame.to_crs(grid.crs)
-    table = {str(entry): n for n, group in enumerate(labels.values.values()) for entry in group}
-    given = frame[labels.column]
-    if given.dtype.kind == "f":  # so are whole numbers where some row has none
-        given = given.convert_dtypes()
-    given = given.astype(str)
-    numbers = given.map(table)
-    if numbers.isna().all():
-        found_there = sorted(given.dropna().unique())[:SHOWN]
+    entries = frame[labels.column]
+    if entries.dtype.kind == "f":  # whole numbers are floats where some row has none
+        entries = entries.convert_dtypes()
+    entries = entries.astype(str)
+    listed = entries.isin(_value_numbers(labels).keys())
+    if not listed.any():
         raise InputError(
-            f"{path}: column {labels.column!r} has none of labels.values, but {found_there}"
+            f"{path}: column {labels.column!r} has none of labels.values, but "
+            f"{sorted(entries.dropna().unique())[:SHOWN]}"
         )
-    listed = frame[numbers.notna() & ~(frame.geometry.isna() | frame.geometry.is_empty)]
-    backwards = ~grid.transform
-    shapes, found = _areas(
-        listed.geometry.affine_transform(backwards.to_shapely()).to_numpy(),
-        numbers[listed.index].to_numpy(np.int64),
-    )
-    if not len(shapes) or not shapely.STRtree(shapes).query(
-        _box(Window(0, 0, grid.width, grid.height)), predicate="intersects"
-    ).size:  # fmt: skip
+    listed &= ~(frame.geometry.isna() | frame.geometry.is_empty)
+    in_pixels = frame.geometry[listed].affine_transform((~grid.transform).to_shapely())
+    areas = _areas(in_pixels.to_numpy(), entries[listed], labels)
+    scene_box = _box(Window(0, 0, grid.width, grid.height))
+    if not shapely.intersects(areas[0], scene_box).any():
         raise InputError(f"{path}: no polygon of the listed values overlaps the scene")
-    return shapes, found
+    return areas
 
 
-def _scaled_polygons(
-    labels: ScaledPolygonLabels, scene: Scene, grid: Grid
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return DSTL's polygons of one image in its pixels, and the index of the value of each."""
-    assert scene.extents is not None
-    extents = read_csv(scene.extents, ["Xmax", "Ymin"])
+def _scaled_polygons(labels: ScaledPolygonLabels, scene: Scene, grid: Grid) -> Areas:
+    """Return DSTL's polygons of one image."""
+    path, extents_path = scene.label_file, scene.extents
+    assert extents_path is not None
+    extents = read_csv(extents_path, ["Xmax", "Ymin"])
     own = extents[extents.iloc[:, 0] == scene.name]  # the header of the first column is blank
     if len(own) != 1:
-        raise InputError(f"{scene.extents}: expected one row for {scene.name}, found {len(own)}")
-    rows = read_csv(scene.labels, ["ImageId", "ClassType", "MultipolygonWKT"])
+        raise InputError(f"{extents_path}: expected one row for {scene.name}, found {len(own)}")
+    rows = read_csv(path, ["ImageId", "ClassType", "MultipolygonWKT"])
     rows = rows[rows["ImageId"] == scene.name]
-    if (twice := rows["ClassType"].duplicated()).any():
-        classes = rows.loc[twice, "ClassType"].tolist()
-        raise InputError(f"{scene.labels}: class {classes[0]} of {scene.name} is there twice")
+    if (repeated := rows["ClassType"].duplicated()).any():
+        kind = rows.loc[repeated, "ClassType"].iloc[0]
+        raise InputError(f"{path}: class {kind} of {scene.name} is listed twice")
     try:
         x_max, y_min = (float(own[name].iloc[0]) for name in ("Xmax", "Ymin"))
     except ValueError as error:
-        raise InputError(f"{scene.extents}: {scene.name}: expected numbers ({error})") from error
+        raise InputError(f"{extents_path}: {scene.name}: expected numbers ({error})") from error
     if not np.isfinite([x_max, y_min]).all() or not x_max > 0 > y_min:
         raise InputError(
-            f"{scene.extents}: {scene.name}: expected Xmax > 0 > Ymin, found {x_max} and {y_min}"
+            f"{extents_path}: {scene.name}: expected Xmax > 0 > Ymin, found {x_max} and {y_min}"
         )
     across = grid.width * grid.width / (grid.width + 1) / x_max
     down = grid.height * grid.height / (grid.height + 1) / y_min
-    table = {str(entry): n for n, group in enumerate(labels.values.values()) for entry in group}
-    if unknown := sorted(set(rows["ClassType"]) - table.keys()):
-        raise InputError(f"{scene.labels}: ClassType {unknown} is not in labels.values")
+    if unknown := sorted(set(rows["ClassType"]) - _value_numbers(labels).keys()):
+        raise InputError(f"{path}: ClassType {unknown} is not in labels.values")
     try:
         shapes = shapely.from_wkt(rows["MultipolygonWKT"].to_numpy(dtype=object))
     except shapely.errors.GEOSException as error:
-        raise InputError(f"{scene.labels}: {scene.name}: no well-known text ({error})") from error
+        raise InputError(f"{path}: {scene.name}: is not well-known text ({error})") from error
     scaled = shapely.transform(shapes, lambda points: points * [across, down])
-    return _areas(scaled, rows["ClassType"].map(table).to_numpy(np.int64))
+    return _areas(scaled, rows["ClassType"], labels)

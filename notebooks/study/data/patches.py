@@ -1,12 +1,11 @@
-"""Patches of a prepared data set, read when they are needed, as batches of tensors."""
+"""Patches of a prepared data set as batches of tensors, read and normalised when needed."""
 
 import hashlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -15,31 +14,31 @@ import numpy as np
 import pandas as pd
 import rasterio
 import torch
+from pydantic import ValidationError
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from study.data.fold_kinds import DiagonalBlocks, Patches
+from study.data.alignment import windows
 from study.data.folds import (
-    TABLE,
-    LabelledScene,
+    check_separation,
+    coverage,
     leaks,
     patch_table,
     read_patch_table,
-    write_patch_table,
 )
 from study.data.labels import class_membership, membership
-from study.data.manifest import Dataset
-from study.data.normalisation import data_hashes, fold_statistics
-from study.data.prepared import (
+from study.data.manifest import Dataset, DiagonalBlocks, Patches
+from study.data.preparation import (
     LABELS,
-    PreparedScene,
+    PATCH_TABLE,
+    Prepared,
     matching_record,
     open_prepared,
 )
-from study.data.schema import validated
-from study.data.separation import check_separation
+from study.data.schema import Strict, validated
+from study.files import file_sha256, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +56,19 @@ def make_patches(
 ) -> pd.DataFrame:
     """Write `patches.csv` into a prepared folder and return it; see `folds.patch_table`.
 
-    No pixel is in two parts of a fold, which is proved here, but for shuffled patches, whose
+    It is proved here that no pixel is in two parts of a fold, except for shuffled patches, where
     neighbours are: a warning says so.
 
     Args:
-        dataset: gives the defaults (`patches` and `folds` of the manifest).
-        prepared_folder: where `rasters.prepare` wrote.
-        folds: name of folds of the manifest, "" for the first.
-        index_file: for shuffled patches, a permutation of their numbers, one a line.
+        dataset: Gives the defaults (`patches` and `folds` of the manifest).
+        prepared_folder: Folder that `prepare` wrote.
+        folds: Name of folds of the manifest, "" for the first.
+        index_file: For shuffled patches, a permutation of their numbers, one per line.
         **overrides: size, stride, minimum_labelled, or a field of the folds such as block_size;
             None keeps the manifest's value.
 
     Raises:
-        InputError: an unknown override, lengths that do not fit, or a scene is not prepared.
+        InputError: An override is unknown, lengths do not fit, or a scene is not prepared.
     """
     folder = Path(prepared_folder)
     record = matching_record(folder, dataset)
@@ -77,71 +76,141 @@ def make_patches(
     settings = [dataset.patches.model_dump(), chosen.model_dump()]
     for name, value in overrides.items():
         if not any(name in part for part in settings):
-            known = sorted((settings[0] | settings[1]).keys() - {"kind"})
-            raise InputError(f"unknown patch setting {name!r}; expected some of {known}")
+            names = sorted((settings[0] | settings[1]).keys() - {"kind"})
+            raise InputError(f"unknown patch setting {name!r}; expected some of {names}")
         if value is not None:
             settings = [part | {name: value} if name in part else part for part in settings]
     patches = validated(Patches, settings[0], "patches")
     chosen = validated(type(chosen), settings[1], "folds")
     labels = dataset.labels
-    with ExitStack() as stack:
-        scenes = (_labelled(folder, name, made, stack) for name, made in record.scenes.items())
-        table = patch_table(scenes, membership(labels), labels.names, patches, chosen, index_file)
+    rasters, member = _label_rasters(folder, record), membership(labels)
+    table = patch_table(rasters, member, labels.names, patches, chosen, index_file)
     if leaks(chosen):
         logger.warning("patches are shuffled: neighbours of test patches are trained on")
-    places = {name: made.place for name, made in record.scenes.items()}
     for fold in range(table.filter(regex="^fold_").shape[1]):
         margin = chosen.margin if isinstance(chosen, DiagonalBlocks) else 0
-        check_separation(table, fold, margin, {} if leaks(chosen) else places)
-    write_patch_table(table, folder / TABLE)
+        check_separation(table, fold, margin, {} if leaks(chosen) else record.scenes)
+    with written_beside(folder / PATCH_TABLE) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
     return table
 
 
-def _labelled(folder: Path, name: str, made: PreparedScene, stack: ExitStack) -> LabelledScene:
-    """Return the labels of a prepared scene, open until the next scene's are."""
-    stack.close()
-    raster = stack.enter_context(open_prepared(folder / name / f"{LABELS}.tif"))
+def _label_rasters(folder: Path, record: Prepared) -> Iterator[tuple[str, Any]]:
+    """Yield name and label raster of every scene, open until the next scene is asked for."""
+    for name in record.scenes:
+        with open_prepared(folder / name / f"{LABELS}.tif") as raster:
+            yield name, raster
 
-    def rows(top: int, bottom: int) -> np.ndarray:
-        return raster.read(1, window=Window(0, top, made.width, bottom - top))
 
-    return LabelledScene(name, (made.height, made.width), rows)
+class Statistics(Strict):
+    """Mean and population standard deviation per band of each modality, over training pixels.
+
+    Attributes:
+        made_from: Hashes of the patch table and of the rasters.
+    """
+
+    made_from: dict[str, str]
+    means: dict[str, list[float]]
+    deviations: dict[str, list[float]]
+
+
+def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
+    """Return the normalisation of a fold, computed once and kept beside the patch table.
+
+    Raises:
+        InputError: A band has no pixel with data in the training windows.
+    """
+    folder = Path(prepared_folder)
+    record = matching_record(folder, dataset)
+    made_from = _hashes(folder, record)
+    path = folder / f"normalisation_fold_{fold}.json"
+    try:
+        kept = Statistics.model_validate_json(path.read_bytes())
+        if kept.made_from == made_from:
+            return kept
+    except (OSError, ValidationError):
+        pass  # does not exist yet, or is not complete
+    table = read_patch_table(folder / PATCH_TABLE)
+    training = table[table[f"fold_{fold}"] == "training"]
+    means, deviations = {}, {}
+    for modality, bands in dataset.modalities.items():
+        mean, deviation = _moments(folder, modality, training, record)
+        # Below this part of the mean, float32 images cannot resolve a deviation.
+        flat = deviation <= 1e-6 * np.abs(mean)
+        if flat.any():
+            constant = [band for band, is_flat in zip(bands, flat, strict=True) if is_flat]
+            logger.warning("fold %d: bands %s of %s do not vary", fold, constant, modality)
+        means[modality] = mean.tolist()
+        deviations[modality] = np.where(flat, 1.0, deviation).tolist()
+    statistics = Statistics(made_from=made_from, means=means, deviations=deviations)
+    with written_beside(path) as temporary:
+        temporary.write_text(statistics.model_dump_json(indent=1) + "\n", "utf-8")
+    return statistics
+
+
+def _moments(
+    folder: Path, modality: str, training: pd.DataFrame, record: Prepared
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation [D], float64, of the pixels that the patches cover."""
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for scene, patches in training.groupby("scene", sort=False):
+        prepared = record.scenes[str(scene)]
+        if modality not in prepared.modalities:
+            continue
+        with open_prepared(folder / str(scene) / f"{modality}.tif") as raster:
+            for window in windows(prepared.height, prepared.width):
+                covered = coverage(patches, (window.height, window.width), window=window)
+                inside = covered & (raster.read_masks(1, window=window) > 0)
+                pixels = raster.read(window=window)[:, inside].astype(np.float64)
+                count += pixels.shape[1]
+                total = total + pixels.sum(axis=1)
+                squares = squares + (pixels**2).sum(axis=1)
+    if not count:
+        raise InputError(f"{folder}: {modality} has no pixel with data in the training windows")
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
+def _hashes(folder: Path, record: Prepared) -> dict[str, str]:
+    """Return the hash of the patch table and of every raster, by path."""
+    rasters = {name: sha for scene in record.scenes.values() for name, sha in scene.outputs.items()}
+    return {PATCH_TABLE: file_sha256(folder / PATCH_TABLE)} | rasters
 
 
 class PatchDataset:
     """The patches of one split of one fold, for one task.
 
-    Nothing but the patch table is held in memory: windows are read from the aligned rasters, and
-    GDAL's block cache keeps what is used again. Files are opened once per process and thread, so
-    an instance can be pickled and used after a fork.
+    Only the patch table is held in memory: windows are read from the aligned rasters, and GDAL's
+    block cache keeps what is used again. Files are opened once per process and thread, so an
+    instance can be pickled and used after a fork.
 
     Args:
-        prepared_folder: with the rasters of `rasters.prepare` and the table of `make_patches`.
-        dataset: the definition that the folder was prepared from.
-        task: name of a task of the data set.
-        fold: number of a fold, from 0.
+        prepared_folder: Folder with the rasters of `prepare` and the table of `make_patches`.
+        dataset: Definition that the folder was prepared from.
+        task: Name of a task of the data set.
+        fold: Number of a fold, from 0.
         split: "training", "validation" or "test".
         normalisation: "standardise" (subtract the mean, divide by the standard deviation, or by 1
             where a band does not vary, with a warning), "centre" (subtract the mean) or "none".
             Statistics are over all pixels with data in the fold's training windows, each once.
-        limit: keep only this many patches, spread evenly over the split.
-        workers: processes that read batches ahead; 0 reads them when they are asked for.
+        limit: Keep only this many patches, spread evenly over the split.
+        workers: Processes that read batches ahead; 0 reads them when they are asked for.
 
     Raises:
-        InputError: a name or number is unknown, the split is empty, or the folder is not prepared
+        InputError: A name or number is unknown, the split is empty, or the folder is not prepared
             from this definition.
 
     Attributes:
-        dataset: the definition.
-        table: the rows of the patch table that belong to the split.
-        patch_ids, block_ids: [N] int64.
-        modalities: names, in the order of `Batch.images`.
-        bands: number of bands D_m per modality.
-        classes: names, in the order of the target's channels.
+        dataset: The definition.
+        table: The rows of the patch table that belong to the split.
+        patch_ids, block_ids: Numbers of patches and blocks, [N] int64.
+        modalities: Names, in the order of `Batch.images`.
+        bands: Number of bands D_m per modality.
+        classes: Names, in the order of the target's channels.
         task_kind: "binary", "multilabel" or "multiclass".
-        size: side of a patch in pixels.
-        data_sha256: one hash of the patch table and of all rasters.
-        patches_sha256: hash of where all patches lie, and of which part of every fold they are.
+        size: Side of a patch in pixels.
+        data_sha256: One hash of the patch table and of all rasters.
+        patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
     """
 
     def __init__(
@@ -161,16 +230,16 @@ class PatchDataset:
         _expect("split", split, get_args(Split))
         _expect("normalisation", normalisation, get_args(Normalisation))
         record = matching_record(self.folder, dataset)
-        table = read_patch_table(self.folder / TABLE)
+        table = read_patch_table(self.folder / PATCH_TABLE)
         _expect("fold", fold, range(table.filter(regex="^fold_").shape[1]))
-        self._hashes = data_hashes(self.folder, record)
+        self._hashes = _hashes(self.folder, record)
         assignment = table.filter(regex="^(scene|row|column|size|fold_.*)$").to_csv(index=False)
         self.patches_sha256 = hashlib.sha256(assignment.encode()).hexdigest()
-        whole = json.dumps(self._hashes, sort_keys=True)
-        self.data_sha256 = hashlib.sha256(whole.encode()).hexdigest()
+        all_hashes = json.dumps(self._hashes, sort_keys=True)
+        self.data_sha256 = hashlib.sha256(all_hashes.encode()).hexdigest()
         chosen = table[table[f"fold_{fold}"] == split]
         if chosen.empty:
-            raise InputError(f"{self.folder / TABLE}: fold {fold} has no {split} patches")
+            raise InputError(f"{self.folder / PATCH_TABLE}: fold {fold} has no {split} patches")
         if limit is not None:
             if limit < 1:
                 raise InputError(f"limit: expected at least 1 patch, found {limit}")
@@ -191,14 +260,14 @@ class PatchDataset:
         self._member = member.astype(np.float32)
         self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
         self._ignore = dataset.labels.ignore
-        self._present = {name: set(made.modalities) for name, made in record.scenes.items()}
+        self._present = {name: set(scene.modalities) for name, scene in record.scenes.items()}
         self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
         self._scale: dict[str, Any] = dict.fromkeys(self.modalities, 1)
         if normalisation != "none":
             statistics = fold_statistics(self.folder, dataset, fold)
-            self._shift = {m: _column(mean) for m, mean in statistics.means.items()}
+            self._shift = {m: _column(means) for m, means in statistics.means.items()}
             if normalisation == "standardise":
-                self._scale = {m: _column(spread) for m, spread in statistics.deviations.items()}
+                self._scale = {m: _column(values) for m, values in statistics.deviations.items()}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -220,16 +289,16 @@ class PatchDataset:
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
         chosen = [int(index) for index in indices]
-        shape = len(chosen), self.size, self.size
-        seen = np.empty((len(chosen), len(self.modalities), *shape[1:]), dtype=bool)
-        images = [np.empty((len(chosen), bands, *shape[1:]), np.float32) for bands in self.bands]
+        shape = self.size, self.size
+        seen = np.empty((len(chosen), len(self.modalities), *shape), dtype=bool)
+        images = [np.empty((len(chosen), bands, *shape), np.float32) for bands in self.bands]
         for position, index in enumerate(chosen):
             for number, modality in enumerate(self.modalities):
                 image = images[number][position]
                 seen[position, number] = self._fill(image, index, modality)
-        sight = torch.from_numpy(seen)
-        available = sight.flatten(start_dim=2).any(dim=2)
-        whole = bool((sight == available[:, :, None, None]).all())
+        seen_pixels = torch.from_numpy(seen)
+        available = seen_pixels.flatten(start_dim=2).any(dim=2)
+        complete = bool((seen_pixels == available[:, :, None, None]).all())
         codes = np.stack([self._read(index, LABELS)[0][0] for index in chosen])
         if self.task_kind == "multiclass":
             target = self._class_of[codes]
@@ -243,7 +312,7 @@ class PatchDataset:
             available=available,
             target=torch.from_numpy(target),
             valid=torch.from_numpy(valid),
-            seen=None if whole else sight,
+            seen=None if complete else seen_pixels,
             patch_ids=torch.from_numpy(self.patch_ids[chosen]),
             block_ids=torch.from_numpy(self.block_ids[chosen]),
         )
@@ -260,24 +329,21 @@ class PatchDataset:
 
     def batches_of(self, parts: Sequence[Any]) -> Iterator[Batch]:
         """Yield a batch for each list of positions (0 … len − 1), in order."""
-        if not self.workers:
-            yield from map(self.batch, parts)
-            return
-        # One item is a whole batch, made in a worker process; their order is kept.
-        yield from DataLoader(
-            cast(Any, self),
-            sampler=cast(Any, list(parts)),
-            batch_size=None,
-            num_workers=self.workers,
-        )
+        batches: Iterable[Batch] = map(self.batch, parts)
+        if self.workers:  # one item is a whole batch, made in a worker process; order is kept
+            sampler = cast(Any, list(parts))
+            batches = DataLoader(
+                cast(Any, self), sampler=sampler, batch_size=None, num_workers=self.workers
+            )
+        yield from batches
 
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a patch of a raster [D, H, W], and where it has data [H, W] bool."""
         scene, row, column = self._places[index]
         shape = self.size, self.size
         if name != LABELS and name not in self._present[scene]:
-            absent = np.zeros(shape, dtype=bool)
-            return np.zeros((self.bands[self.modalities.index(name)], *shape), np.uint8), absent
+            bands = self.bands[self.modalities.index(name)]
+            return np.zeros((bands, *shape), np.uint8), np.zeros(shape, dtype=bool)
         file = f"{scene}/{name}.tif"
         raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
         window = Window(column, row, self.size, self.size)
@@ -304,6 +370,6 @@ def _column(values: list[float]) -> np.ndarray:
     return np.array(values, dtype=np.float32)[:, None, None]
 
 
-def _expect(name: str, value: object, known: Sequence[object]) -> None:
-    if value not in known:
-        raise InputError(f"{name}: expected one of {list(known)}, found {value!r}")
+def _expect(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {list(choices)}, found {value!r}")

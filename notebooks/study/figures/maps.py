@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from study.data.folds import split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
-from study.data.prepared import LABELS, matching_record, open_prepared
-from study.data.separation import split_roles
+from study.data.preparation import LABELS, matching_record, open_prepared
 from study.figures import GREY, PALETTE
 from study.predictions import NOTHING, UNKNOWN, Predictions, composite
 from study.statistics import method_title
