@@ -18,7 +18,7 @@ if "only" in config:
 # What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder
-manifest = load_manifest(Path(workflow.basedir, "data_manifest.yaml"))
+manifest = load_manifest(Path(workflow.basedir, "notebooks", tier.setting("data", "manifest")))
 grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
@@ -36,10 +36,12 @@ START = "{dataset}-{backbone}-fold{fold}"
 POINT = START + "-seed{seed}"
 
 # The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
+# What it says stays in a file where it fails, for the launcher, which has the last word.
+PYTHON = shlex.quote(sys.executable)
 PAPERMILL = (
-    shlex.quote(sys.executable) + " -m papermill notebooks/{params.notebook}.ipynb {log}"
-    " -f {params.file} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
-    " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
+    PYTHON + " -m papermill notebooks/{params.notebook:q}.ipynb {log:q} -f {params.file:q}"
+    " --cwd notebooks --execution-timeout 43200 --no-progress-bar --autosave-cell-every 0"
+    " 2> {log:q}.failed && rm -f {log:q}.failed"
 )
 
 
@@ -172,6 +174,7 @@ rule publish:
     output:
         study.root / "published.txt",
     params:
-        command=f"{shlex.quote(sys.executable)} -m study publish {tier.name}",
+        tier=tier.name,
     shell:
-        "{params.command} > {output}"
+        PYTHON + " -m study publish {params.tier:q} > {output:q}"
+        " 2> {output:q}.failed && rm -f {output:q}.failed"

@@ -31,7 +31,7 @@ from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
-from study.files import written_beside
+from study.files import make_folder, written_beside
 from study.freshness import fingerprint
 from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
@@ -91,7 +91,7 @@ def train(
         raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
     processes = Processes(device, settings.precision)
     _check_shares(len(dataset), settings, processes.count)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
     whole |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
