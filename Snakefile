@@ -5,7 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from study.data.manifest import load_manifest
 from study.freshness import fingerprint
 from study.reproduction import only
 from study.tiers import NOTEBOOKS, load_tier, notebook_sha256
@@ -18,7 +17,6 @@ if "only" in config:
 # What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder
-manifest = load_manifest(Path(workflow.basedir, "notebooks", tier.setting("data", "manifest")))
 grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
@@ -69,7 +67,7 @@ def committed_weights(wildcards):
     if tier.setting("pretraining", "weights") != "committed":
         return []
     point = wildcards.dataset, wildcards.backbone, int(wildcards.fold), pretraining_seed
-    return manifest.network(*point).weights
+    return tier.manifest.network(*point).weights
 
 
 wildcard_constraints:
@@ -96,7 +94,7 @@ rule data:
         study.executed_notebook(NOTEBOOKS["data"] + "-{dataset}"),
     params:
         **parameters("data", NOTEBOOKS["data"] + "-{dataset}"),
-        definition=lambda wildcards: manifest.dataset(wildcards.dataset).model_dump_json(),
+        definition=lambda wildcards: tier.manifest.dataset(wildcards.dataset).model_dump_json(),
     shell:
         PAPERMILL
 

@@ -24,7 +24,7 @@ import psutil
 from lsgs_core.errors import InputError
 from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
-from study.data.manifest import Dataset, load_manifest
+from study.data.manifest import Dataset
 from study.data.schema import read_json
 from study.durations import durations, estimate, executed
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
 TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pdf"}
-MANIFEST = ROOT / "data_manifest.yaml"
 NETWORKS = ROOT / "results" / "networks"
 DOWNLOADS = ROOT / "work" / "downloads"
 NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
@@ -146,7 +145,7 @@ def make_networks(tier: Tier, cores: int) -> int:
         if status := _snakemake(tier, ["--cores", str(cores)], (), targets):
             _say_what_failed(tier)
             return status
-    listed = {network.weights: network.sha256 for network in load_manifest(MANIFEST).networks}
+    listed = {network.weights: network.sha256 for network in tier.manifest.networks}
     for folder in starts.values():
         target = NETWORKS / folder.relative_to(tier.folder.root / "pretrained")
         make_folder(target)
@@ -157,7 +156,7 @@ def make_networks(tier: Tier, cores: int) -> int:
         weights = (target / NETWORK_FILES[0]).relative_to(ROOT).as_posix()
         sha256 = file_sha256(ROOT / weights)
         same = "the one that" if listed.get(weights) == sha256 else f"sha256 {sha256}, not what"
-        print(f"{weights}: {same} {MANIFEST.name} lists")
+        print(f"{weights}: {same} the manifest lists")
     return 0
 
 
@@ -288,9 +287,10 @@ def publish(tier: Tier) -> list[Path]:
     }
     with written_beside(beside / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=2) + "\n")
-    manifest = load_manifest(MANIFEST)
     with written_beside(beside / "NOTICE.txt") as temporary:
-        temporary.write_text(_notice({n: manifest.dataset(n) for n in tier.grid.datasets}), "utf-8")
+        temporary.write_text(
+            _notice({n: tier.manifest.dataset(n) for n in tier.grid.datasets}), "utf-8"
+        )
     with written_beside(beside / "README.md") as temporary:
         temporary.write_text(tier_page(beside), "utf-8")
     if target.is_dir():

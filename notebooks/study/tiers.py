@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS
 from study.data.folds import default_split
-from study.data.manifest import NAME, load_manifest
+from study.data.manifest import NAME, Manifest, load_manifest
 from study.data.schema import Exact, read_json, read_yaml, validated
 from study.files import file_sha256, make_folder, written_beside
 from study.parameters import Backbone, Method, check_against, notebook_model
@@ -162,6 +162,7 @@ class Tier:
         name: Of the tier.
         grid: Its runs.
         sections: Parameters per notebook.
+        manifest: The manifest that notebook 01 takes its data sets from.
         sha256: Of the file.
         folder: Where it writes, relative to the project's root.
     """
@@ -169,6 +170,7 @@ class Tier:
     name: str
     grid: Grid
     sections: Mapping[str, Mapping[str, Any]]
+    manifest: Manifest
     sha256: str
     folder: StudyFolder
 
@@ -268,9 +270,10 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     checked: Any = validated(schema, content, path.name)
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
     folder_of_tier = StudyFolder(work / name)
-    tier = Tier(name, Grid(checked.grid), values, file_sha256(path), folder_of_tier)
+    manifest = load_manifest(folder / values[NOTEBOOKS["data"]]["manifest"])
+    tier = Tier(name, Grid(checked.grid), values, manifest, file_sha256(path), folder_of_tier)
     try:
-        _check_grid(tier, folder)
+        _check_grid(tier)
         if "contrasts" in (content.get(NOTEBOOKS["evaluation"]) or {}):
             _check_replicates(tier.grid, tier.setting("evaluation", "contrasts"))
     except InputError as error:
@@ -278,17 +281,16 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     return tier
 
 
-def _check_grid(tier: Tier, folder: Path) -> None:
+def _check_grid(tier: Tier) -> None:
     """Check every start of the grid against the manifest, which knows data sets and networks."""
-    manifest = load_manifest(folder / tier.setting("data", "manifest"))
     for dataset, backbone, fold in tier.grid.starts():
-        definition = manifest.dataset(dataset)
+        definition = tier.manifest.dataset(dataset)
         split = tier.setting("data", "split") or default_split(tier.setting("data", "protocol"))
         start = {"split": split or next(iter(definition.folds)), "fold": fold, "backbone": backbone}
         for section in tier.sections.values():
             check_against(definition, {**section, **start})
         if tier.setting("pretraining", "weights") == "committed":
-            manifest.network(dataset, backbone, fold, tier.pretraining_seed)
+            tier.manifest.network(dataset, backbone, fold, tier.pretraining_seed)
 
 
 def _check_replicates(grid: Grid, contrasts: str) -> None:
