@@ -177,13 +177,13 @@ def complex_radar(folder: Path) -> Dataset:
 
 
 def without_numbers(folder: Path) -> Dataset:
-    dataset = polygons(folder, [1, 2])
-    frame = geopandas.read_file(folder / "fields.shp")
+    dataset = polygons(folder, [1, 2], "fields.gpkg", driver="GPKG")
+    frame = geopandas.read_file(folder / "fields.gpkg")
     corners = np.arange(10)[:, None] == 2
     frame.geometry = shapely.transform(
         frame.geometry.to_numpy(), lambda xy: np.where(corners, np.nan, xy)
     )
-    frame.to_file(folder / "fields.shp")
+    frame.to_file(folder / "fields.gpkg", driver="GPKG")
     return dataset
 
 
@@ -202,7 +202,7 @@ def placed_at(**place: Any) -> Any:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (without_numbers, r"fields.shp: holds a polygon with a coordinate that is no finite"),
+        (without_numbers, r"fields.gpkg: holds a polygon with a coordinate that is no finite"),
         (placed_at(transform=rasterio.Affine(10, 0, np.nan, 0, -10, 0)), "tif: .*finite numbers"),
         (placed_at(transform=rasterio.Affine(0, 0, 5e5, 0, 0, 3e6)), "tif: .*keeps the area"),
         (placed_at(width=200_000, height=200_000), "tif: expected at most 1,000,000,000 pixels"),
