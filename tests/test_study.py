@@ -173,6 +173,7 @@ FAILED_CELL = {
         ([], "a\nOSError: [Errno 28] No space left", "OSError: [Errno 28] No space left"),
         (None, "a\nDeadKernelError: Kernel died\n", "DeadKernelError: Kernel died"),
         (None, "", "was ended"),
+        ("half", "OSError: [Errno 28] No space left", "OSError: [Errno 28] No space left"),
     ],
 )
 def test_the_reason_of_a_failure_comes_last(tmp_path, monkeypatch, capsys, cells, said, sentence):
@@ -191,7 +192,8 @@ def fails(*_):
     """In place of Snakemake: a notebook fails."""
     fails.path.parent.mkdir(parents=True, exist_ok=True)
     if fails.cells is not None:
-        fails.path.write_text(json.dumps({"cells": fails.cells, "metadata": {}}))
+        text = json.dumps({"cells": fails.cells, "metadata": {}})
+        fails.path.write_text(text[:-5] if fails.cells == "half" else text)
     Path(f"{fails.path}.failed").write_text(fails.said)
     return 1
 
@@ -202,13 +204,13 @@ def test_how_long_it_takes_is_said(tmp_path):
     minutes = {cores: int(re.search(r"(\d+) minutes", text)[1]) for cores, text in said.items()}
     assert 5 <= minutes[2] < minutes[1] <= 60
     assert "11 notebooks" in said[1]
-    assert "preset 'demo' alone" in estimate(load_tier("paper", ROOT), 1, ROOT)
+    assert "preset 'demo' of cbc" in estimate(load_tier("paper", ROOT), 1, ROOT)
     path = tmp_path / tier.folder.executed_notebook("05_evaluation")
     path.parent.mkdir(parents=True)
     before = executed(tier, tmp_path)
     path.write_text(json.dumps({"metadata": {"papermill": {"duration": 61.3}}}))
     after = executed(tier, tmp_path)
-    assert list(durations(before, after)) == ["evaluation: 1 notebooks, 61 seconds together"]
+    assert list(durations(before, after)) == ["evaluation: 61 seconds in 1 notebook"]
     assert not list(durations(after, after))
 
 
@@ -235,6 +237,29 @@ def outputs(folder: Path) -> dict[str, str]:
         for path in (folder / "work" / "smoke").glob(pattern):
             found[path.relative_to(folder).as_posix()] = file_sha256(path)
     return found
+
+
+@pytest.mark.slow
+def test_what_a_study_says_last_is_why_it_failed(clone):
+    """No traceback and no dump of a command: the sentence, the notebook and the cell."""
+    tier = {
+        "grid": {
+            "datasets": ["potsdam"],  # whose files nobody can download freely
+            "backbones": ["cmx"],
+            "methods": ["uniform"],
+            "folds": [0],
+            "seeds": [0],
+        },
+        "02_pretraining_check": {"weights": "train"},
+    }
+    (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    process = launch(clone, "own")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 1
+    start = "error: 01_data_preparation-potsdam: notebooks/01_data_preparation.ipynb, cell ["
+    last = said[said.rindex(start) :]
+    assert re.fullmatch(r".*\]: .*potsdam: the folder is missing\n .*\n", last), said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -25,8 +25,7 @@ from lsgs_core.errors import InputError
 from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
 from study.data.manifest import Dataset
-from study.data.schema import read_json
-from study.durations import durations, estimate, executed
+from study.durations import durations, estimate, executed, read_executed
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.pages import tier_page
 from study.reproduction import compare, only
@@ -210,8 +209,7 @@ def _say_what_failed(tier: Tier) -> None:
 
 def _why(job: str, notebook: Path, log: Path) -> str:
     """Return a sentence that says in which cell a notebook failed, or what was said last."""
-    cells = read_json(notebook)["cells"] if job != "publish" and notebook.is_file() else []
-    for cell in cells:
+    for cell in read_executed(notebook).get("cells", []):
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 place = f"notebooks/{job.partition('-')[0]}.ipynb, cell [{cell['execution_count']}]"

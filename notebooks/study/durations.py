@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from lsgs_core.errors import InputError
 from study.data.schema import read_json
 from study.tiers import NOTEBOOKS, Tier
 
@@ -26,7 +27,7 @@ SECONDS: Mapping[str, tuple[float, float, float]] = {
     "cmx": (0.023, 0.006, 0.001),
 }
 # Seconds of a notebook besides: starting, importing, drawing. Notebook 01 downloads nothing.
-BESIDES = {"data": 30, "pretraining": 12, "scoring": 18, "finetuning": 14, "evaluation": 40}
+BESIDES = {"data": 50, "pretraining": 20, "scoring": 28, "finetuning": 24, "evaluation": 60}
 # Patches of the data sets that come with the repository, in the manifest's own folds: side in
 # pixels, number of training patches, and of test patches.
 PATCHES = {"demo": (64, 293, 93), "landsat7": (32, 268, 69)}
@@ -42,8 +43,10 @@ def estimate(tier: Tier, cores: int, root: Path) -> str:
         cores: CPU cores that the notebooks are shared out among.
         root: The project's root.
     """
-    if any(section.get("preset", "demo") != "demo" for section in tier.sections.values()):
-        return "how long this takes is not known: it was measured for the preset 'demo' alone"
+    other_size = any(section.get("preset", "demo") != "demo" for section in tier.sections.values())
+    if other_size or {backbone for _, backbone, _ in tier.grid.starts()} - SECONDS.keys():
+        measured = f"the preset 'demo' of {', '.join(SECONDS)}"
+        return f"how long this takes is not known: it was measured for {measured} alone"
     devices = {tier.setting(stage, "device") for stage in ("pretraining", "scoring", "finetuning")}
     if devices - {"auto", "cpu"} or torch.cuda.is_available():
         return "how long this takes is not known: it was measured on a CPU alone"
@@ -62,9 +65,9 @@ def estimate(tier: Tier, cores: int, root: Path) -> str:
         stages[stage].append(seconds)
     total = sum(max(max(jobs), sum(jobs) / cores) for jobs in stages.values())
     return (
-        f"{sum(map(len, stages.values()))} notebooks take about {_written(total)} on {cores} "
-        f"cores, after seconds per patch that were measured on {MEASURED_ON}; what was made "
-        "before is not made again"
+        f"{_counted(sum(map(len, stages.values())), 'notebook')} take about {_written(total)} on "
+        f"{_counted(cores, 'core')} with nothing else to do, by the seconds per patch that were "
+        f"measured on {MEASURED_ON}; what was made before is not made again"
     )
 
 
@@ -103,6 +106,15 @@ def executed(tier: Tier, root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
+def read_executed(path: Path) -> dict[str, Any]:
+    """Return an executed notebook; an empty one where it was not written, or not to its end."""
+    try:
+        content = read_json(path)
+    except InputError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def durations(before: Mapping[Path, int], after: Mapping[Path, int]) -> Iterator[str]:
     """Yield a line per stage: how many notebooks were executed, and how long they took together.
 
@@ -112,10 +124,10 @@ def durations(before: Mapping[Path, int], after: Mapping[Path, int]) -> Iterator
     """
     for stage, notebook in NOTEBOOKS.items():
         new = [p for p in after if p.name.startswith(notebook) and after[p] != before.get(p)]
-        taken = [read_json(path)["metadata"].get("papermill", {}).get("duration") for path in new]
+        about = [read_executed(path).get("metadata", {}).get("papermill", {}) for path in new]
         if new:
-            together = _written(sum(seconds or 0.0 for seconds in taken))
-            yield f"{stage}: {len(new)} notebooks, {together} together"
+            together = _written(sum(run.get("duration") or 0.0 for run in about))
+            yield f"{stage}: {together} in {_counted(len(new), 'notebook')}"
 
 
 def _written(seconds: float) -> str:
@@ -123,3 +135,7 @@ def _written(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
