@@ -15,12 +15,7 @@ import scene
 import torch
 from study.data import folds, preparation
 from study.data import patches as patches_module
-from study.data.folds import (
-    coverage,
-    default_split,
-    leaks,
-    read_patch_table,
-)
+from study.data.folds import coverage, default_split, leaks, read_patch_table
 from study.data.manifest import (
     Dataset,
     DiagonalBlocks,

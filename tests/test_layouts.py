@@ -23,13 +23,7 @@ from scene import label_raster
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 from study.data import alignment, preparation
 from study.data.check import check_data, main
-from study.data.folds import (
-    PARTS,
-    check_separation,
-    leaks,
-    patch_table,
-    shuffled_parts,
-)
+from study.data.folds import PARTS, check_separation, leaks, patch_table, shuffled_parts
 from study.data.manifest import Dataset, OfficialSplit, Patches, ShuffledPatches
 from study.data.patches import PatchDataset, make_patches
 from study.data.preparation import PreparedScene, prepare
@@ -569,11 +563,7 @@ V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
     ("name", "damage", "expected"),
     [
         ("dstl", on("*_M.tif", swap_m_and_a), "6010_0_0_M.tif: expected pixels 4 times .* 25 × 25"),
-        (
-            "dstl",
-            edit(TABLE, "_0_0,2,", "_0_0,6,"),
-            f"{TABLE}: class 6 of .* is listed twice",
-        ),
+        ("dstl", edit(TABLE, "_0_0,2,", "_0_0,6,"), f"{TABLE}: class 6 of .* is listed twice"),
         ("dstl", edit(TABLE, "_0_0,2,", "_0_0,11,"), f"{TABLE}: ClassType .'11'. is not in labels"),
         ("dstl", edit(TABLE, 'EMPTY"', 'NO"'), f"{TABLE}: 6010_0_0: is not well-known text"),
         ("dstl", edit(TABLE, "ClassType", "Class"), f"{TABLE}: expected the columns .'ClassType'"),
@@ -585,11 +575,7 @@ V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
         ("potsdam", rewrite("*3_12_label*", lambda p: p[:, :90]), "3_12_label.*96 × 96 .* 96 × 90"),
         ("hunan", twice("Hunan_Dataset/train/s2/s2_1.tif"), "train_1 exists twice: .*s2_1.tif"),
         ("dstl_patches", on(PATCH, Path.unlink), f"{PATCH}: the file is missing"),
-        (
-            "dstl_patches",
-            on(PATCH, lambda path: path.write_bytes(b"no")),
-            f"{PATCH}: cannot",
-        ),
+        ("dstl_patches", on(PATCH, lambda path: path.write_bytes(b"no")), f"{PATCH}: cannot"),
         ("dstl_patches", on(PATCH, lambda path: path.write_bytes(V7_3)), f"{PATCH}: .* v7.3 files"),
         ("dstl_patches", mat(np.zeros(9), "patch"), f"{PATCH}: expected a variable inputPatch"),
         ("dstl_patches", mat("text"), f"{PATCH}: expected a variable inputPatch of numbers"),

@@ -18,8 +18,7 @@ from lsgs_core.models.lora import add_lora
 
 NAMES = tuple(BACKBONES)
 SCENARIOS = torch.tensor(
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]],
-    dtype=torch.bool,
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool
 )
 
 

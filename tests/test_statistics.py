@@ -6,14 +6,7 @@ import pytest
 import scipy.stats
 from statistics_records import SCENARIOS, records_of
 from study.evaluation import summary
-from study.statistics import (
-    METRICS,
-    Counts,
-    contrast,
-    differences,
-    holm,
-    whole_replicates,
-)
+from study.statistics import METRICS, Counts, contrast, differences, holm, whole_replicates
 
 from lsgs_core import InputError
 

@@ -176,9 +176,7 @@ class Processes:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         # CBC has layers that its forward pass does not use.
         return nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[self._device.index] if on_gpu else None,
-            find_unused_parameters=True,
+            module, device_ids=[self._device.index] if on_gpu else None, find_unused_parameters=True
         )
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -194,10 +194,7 @@ def class_shares(
 
 
 def check_separation(
-    table: pd.DataFrame,
-    fold: int,
-    margin: int,
-    scenes: Mapping[str, PreparedScene] | None = None,
+    table: pd.DataFrame, fold: int, margin: int, scenes: Mapping[str, PreparedScene] | None = None
 ) -> None:
     """Prove that a fold's training, validation and test pixels lie apart, by their rectangles.
 

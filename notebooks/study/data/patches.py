@@ -21,22 +21,10 @@ from torch.utils.data import DataLoader
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from study.data.alignment import windows
-from study.data.folds import (
-    check_separation,
-    coverage,
-    leaks,
-    patch_table,
-    read_patch_table,
-)
+from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
 from study.data.manifest import Dataset, DiagonalBlocks, Patches
-from study.data.preparation import (
-    LABELS,
-    PATCH_TABLE,
-    Prepared,
-    matching_record,
-    open_prepared,
-)
+from study.data.preparation import LABELS, PATCH_TABLE, Prepared, matching_record, open_prepared
 from study.data.schema import Strict, validated
 from study.files import file_sha256, written_beside
 

@@ -179,10 +179,7 @@ def prediction_explorer(predictions: Predictions) -> View:
 
 
 def _show(
-    own: Sequence[Path],
-    committed: Sequence[Path],
-    view: Callable[[Path], View],
-    live: bool | None,
+    own: Sequence[Path], committed: Sequence[Path], view: Callable[[Path], View], live: bool | None
 ) -> widgets.Widget | None:
     live = is_live() if live is None else live
     # A static figure is part of the record of a run, so it never shows the results of others.
