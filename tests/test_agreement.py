@@ -169,7 +169,7 @@ def measure(prepared_demo, tmp_path, tier):
         if trained:
             settings = TrainingSettings(epochs=1, learning_rate=1e-4)
             sampler, folder = FixedSampler.uniform(7), tmp_path / "training"
-            train(model, elsewhere, SCENARIOS, sampler, settings, 0, folder, {}, progress=False)
+            train(model, elsewhere, SCENARIOS, sampler, settings, 0, folder, {})
         batches = map(change, training.batches(8))
         scores = score_scenarios(model, batches, SCENARIOS, progress=False)
         content = published_scoring(

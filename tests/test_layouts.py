@@ -99,7 +99,7 @@ def run(patches: PatchDataset, folder: Path, model: Any, *p: float) -> float:
     names = ScenarioSet.of(patches.modalities)
     sampler = FixedSampler(p) if p else FixedSampler.uniform(len(names))
     settings = TrainingSettings(epochs=1, batch_size=-(-len(patches) // 2))
-    history = train(model, patches, names, sampler, settings, 0, folder, {}, progress=False)
+    history = train(model, patches, names, sampler, settings, 0, folder, {})
     return history["loss"].item()
 
 

@@ -76,7 +76,6 @@ def run(folder: Path, model=None, settings=SETTINGS, patches=None, **changes):
         SCENARIOS,
         settings=settings,
         folder=folder,
-        progress=False,
         **arguments,
     )
     return model, history
