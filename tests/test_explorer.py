@@ -200,7 +200,8 @@ def test_every_file_has_controls_of_its_own(stored, tmp_path, monkeypatch, capsy
         save_predictions(path, predictions, Record({}))
     panels: list[widgets.Widget] = []
     monkeypatch.setattr(explorer, "display", panels.append)
-    choice = show_predictions(paths[:1], paths[1:], live=True).children[0]
+    monkeypatch.setenv("JPY_SESSION_NAME", "05_evaluation.ipynb")
+    choice = show_predictions(paths[:1], paths[1:]).children[0]
     for box in check_boxes(panels[0]):
         box.value = False
     assert "at least one" in capsys.readouterr().out
