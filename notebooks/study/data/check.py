@@ -46,10 +46,6 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
 
     Checked are the hashes that the manifest lists, the place of every file on the grid, its
     channels, and whether the labels hold what the manifest says.
-
-    Args:
-        dataset: Definition from the manifest.
-        folder: Folder with the files.
     """
     source = dataset.source
     if not folder.is_dir() or not any(folder.iterdir()):

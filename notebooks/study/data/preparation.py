@@ -97,11 +97,7 @@ def load_prepared(folder: Path) -> Prepared | None:
 
 
 def matching_record(folder: Path, dataset: Dataset) -> Prepared:
-    """Return the record of a prepared folder.
-
-    Raises:
-        InputError: There is none, it was made from another manifest, or it is not complete.
-    """
+    """Return the record of a prepared folder that is complete and of this definition."""
     record = load_prepared(folder)
     if record is None:
         raise InputError(f"{folder}: is not a prepared folder")
@@ -196,11 +192,7 @@ def _sha256(path: Path) -> str:
 
 
 def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
-    """Read all raw files of a scene once; return its grid and the label values that it has.
-
-    Raises:
-        InputError: As in `prepare`.
-    """
+    """Read all raw files of a scene once; return its grid and the label values that it has."""
     with open_scene(scene) as (grid, modalities, draw):
         rasters = [raster for modality in modalities.values() for raster in modality.rasters]
         for raster in {raster.path: raster for raster in rasters}.values():
@@ -214,7 +206,7 @@ def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
 
 @contextmanager
 def open_scene(scene: Scene) -> Iterator[tuple[Grid, dict[str, "AlignedModality"], Draw]]:
-    """Open a scene: its grid, modalities and labels. Raises `InputError` as in `prepare`."""
+    """Open a scene: its grid, modalities and labels."""
     grid = grid_of(scene.reference_file, scene.reference)
     with ExitStack() as stack:
         modalities = {
@@ -246,15 +238,13 @@ class AlignedModality:
         for file in modality.files:
             bands = list(file.bands.values())
             placed, channels = bands[0], [band.channel for band in bands]
-            raster = AlignedRaster(
-                file.path, placed, grid, channels, resampling, placed.nodata, file.data_channels
-            )
+            more = resampling, placed.nodata, file.data_channels
+            raster = AlignedRaster(file.path, placed, grid, channels, *more)
             self.rasters.append(stack.enter_context(raster))
-            if placed.channel_count not in (None, raster.raw.count):
-                raise InputError(
-                    f"{file.path}: expected {placed.channel_count} channels, "
-                    f"found {raster.raw.count}"
-                )
+            count = raster.raw.count
+            if placed.channel_count not in (None, count):
+                wanted = placed.channel_count
+                raise InputError(f"{file.path}: expected {wanted} channels, found {count}")
             for band, channel in zip(bands, raster.channels, strict=True):
                 description = raster.raw.descriptions[channel - 1]
                 if band.description and description and description != band.description:
@@ -315,19 +305,16 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
     counts = np.zeros(member.shape[1], dtype=np.int64)
     labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
     with open_scene(scene) as (grid, modalities, draw), ExitStack() as renamed:
-        paths = {
-            name: renamed.enter_context(written_beside(folder / file))
-            for name, file in files.items()
-        }
+        rename = renamed.enter_context
+        paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
         with ExitStack() as written:
             outputs = {
                 name: written.enter_context(_create(paths[name], grid, source.bands, source.kind))
                 for name, source in modalities.items()
             }
             kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
-            output = written.enter_context(
-                _create(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
-            )
+            codes_file = _create(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+            output = written.enter_context(codes_file)
             output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
             steps = windows(grid.height, grid.width)
             quiet = len(steps) == 1
