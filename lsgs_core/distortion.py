@@ -93,7 +93,7 @@ def score_scenarios(
             another, because distortion is measured against the full scenario.
         scenarios: The scenarios, with modalities in the order of the images.
         device: Device of the images, that of the model's parameters; None takes the latter.
-        until: Stopping rule, such as `diagnostics.stop_when_precise`, called after each batch with
+        until: Stopping rule, such as `uncertainty.stop_when_precise`, called after each batch with
             d_k(x) [N, K] and the block ids [N] of all patches so far; True ends the scoring.
             Patches must then come in random order.
         progress: True shows a progress bar over the batches.

@@ -15,7 +15,7 @@ BOXES = {
     "scenarios": "scenarios",
     "models": "models",
     "distortion": "distortion",
-    "probabilities": "probabilities diagnostics",
+    "probabilities": "probabilities uncertainty",
     "sampling": "sampling distributions adaptive",
     "methods": "methods scoring_file",
     "study": "study",

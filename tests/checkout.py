@@ -1,5 +1,6 @@
 """A copy of this checkout, as a fresh clone of it would be."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,3 +23,9 @@ def copy_checkout(folder: Path, results: bool = False) -> Path:
     if (ROOT / "work" / "downloads").is_dir():
         shutil.copytree(ROOT / "work" / "downloads", folder / "work" / "downloads")
     return folder
+
+
+def environment(folder: Path = ROOT) -> dict[str, str]:
+    """The environment of a process that runs the code of a checkout."""
+    path = os.pathsep.join([str(folder), str(folder / "notebooks")])
+    return {**os.environ, "PYTHONPATH": path, "JUPYTER_PLATFORM_DIRS": "1"}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import environment
 from study.commands import ROOT, main
 from study.tiers import load_tier
 from test_study import clone, outputs  # noqa: F401 - a fixture
@@ -30,7 +31,7 @@ def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
     done = subprocess.run(
         [sys.executable, "-m", "study", "run", "smoke", "--profile", "profiles/slurm"],
         cwd=clone,
-        env={**os.environ, "PYTHONPATH": str(clone)},
+        env=environment(clone),
         capture_output=True,
         text=True,
         timeout=900,

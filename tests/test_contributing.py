@@ -1,6 +1,5 @@
 """CONTRIBUTING.md's three recipes, followed word by word in a copy of this checkout."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 import yaml
-from checkout import ROOT, copy_checkout
+from checkout import ROOT, copy_checkout, environment
 from rasterio.transform import from_origin
 
 RECIPES = (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")[1:4]
@@ -64,11 +63,10 @@ def write_scene(folder: Path) -> None:
 
 
 def run(clone: Path, *command: str) -> str:
-    path = os.pathsep.join([str(clone), str(clone / "notebooks")])
     done = subprocess.run(
         [sys.executable, *command],
         cwd=clone,
-        env={**os.environ, "PYTHONPATH": path, "JUPYTER_PLATFORM_DIRS": "1"},
+        env=environment(clone),
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,7 +1,6 @@
 """The committed networks: the same probabilities under any rounding, and nothing else is taken."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import papermill
 import pytest
 import torch
 import yaml
-from checkout import ROOT
+from checkout import ROOT, environment
 from study.agreement import DISTORTION, PROBABILITY
 from study.artifacts import Record, save_weights, sidecar_path
 from study.checkpoints import load_pretrained
@@ -61,7 +60,6 @@ def built(network):
 def test_committed_networks_are_those_of_the_manifest(network):
     model = built(network)
     found = load_pretrained(model, "committed", MANIFEST, made_with(network))
-    assert found is not None
     assert found.origin == f"committed: {network.origin}"
     assert found.history is not None
     assert len(found.history) == found.trained_with["settings"]["epochs"]
@@ -156,9 +154,7 @@ def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
     save_weights(path, model.state_dict(), Record({**own, "dataset": "elsewhere"}))
     other = built(network)
     found = load_pretrained(other, str(path), write(), wanted)
-    assert found is not None
     assert found.history is None
-    assert load_pretrained(other, "train", write(), wanted) is None
     save_weights(path, model.state_dict(), Record({**own, "classes": ["a", "b", "c", "d", "e"]}))
     refused(copy, "made with classes", weights=str(path))
     refused(copy, "no such file", weights=str(tmp_path / "nowhere.pth"))
@@ -169,7 +165,7 @@ def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
     """D to 1e-4 of itself and p to 1e-4, in float32, against the committed scoring."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "score_committed.py"), str(prepared_demo)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **ROUNDINGS[rounding]},
+        env={**environment(), **ROUNDINGS[rounding]},
         capture_output=True,
         text=True,
         check=True,
@@ -207,5 +203,5 @@ def test_the_notebook_trains_where_it_is_asked_to(prepared_demo):
     assert "a checkpoint of this study" in said
     assert file_sha256(folder / "weights.safetensors") == file_sha256(own)
     again = json.loads((folder / "weights.safetensors.record.json").read_text())
-    assert again["inputs"] == {"weights": file_sha256(own)}
+    assert again["inputs"]["weights"] == file_sha256(own)
     assert again["parameters"]["trained_with"] == record["trained_with"]

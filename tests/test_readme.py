@@ -1,13 +1,12 @@
 """Every make command that the README names is run, in a copy of what is committed."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, copy_checkout
+from checkout import ROOT, copy_checkout, environment
 
 # A part of what they print, and a file that they make.
 RUN_HERE = {
@@ -47,7 +46,7 @@ def run(clone: Path, command: str) -> str:
     done = subprocess.run(
         ["make", "--old-file=.venv/installed", *command.split()[1:]],
         cwd=clone,
-        env={**os.environ, "PYTHONPATH": str(clone)},
+        env=environment(clone),
         capture_output=True,
         text=True,
     )

@@ -6,8 +6,8 @@ import torch
 from study.sensitivity import VARIED, sensitivity
 
 from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
-from lsgs_core.diagnostics import bootstrap_probabilities, smoothing_report, stop_when_precise
 from lsgs_core.distortion import clustered_standard_error
+from lsgs_core.uncertainty import bootstrap_probabilities, smoothing_report, stop_when_precise
 
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
 SETTINGS = {"lengthscale": 1.0, "ridge": 1e-3, "inverse_temperature": 0.5, "mixing": 0.5}

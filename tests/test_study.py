@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from checkout import copy_checkout
+from checkout import copy_checkout, environment
 from study.artifacts import Record, save_table
 from study.commands import MARK, _only_one, end_orphans, main, publish
 from study.files import file_sha256
@@ -104,7 +104,7 @@ def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> 
     return subprocess.Popen(
         [sys.executable, "-m", "study", "run", tier, "--cores", "2"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env=environment(folder),
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,

@@ -29,7 +29,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "scoring": (
         "study.scoring",
         "lsgs_core.probabilities",
-        "lsgs_core.diagnostics",
+        "lsgs_core.uncertainty",
         *NETWORK,
     ),
     "finetuning": ("study.finetuning", *NETWORK),

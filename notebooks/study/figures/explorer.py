@@ -16,12 +16,12 @@ import numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from lsgs_core.diagnostics import smoothing_report
 from lsgs_core.distributions import deployment_prior
 from lsgs_core.errors import InputError
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.scoring_file import read_evidence
+from lsgs_core.uncertainty import smoothing_report
 from study.figures.maps import prediction_view
 from study.figures.scoring import SETTING_TITLES, probability_steps
 from study.predictions import Predictions, load_predictions
