@@ -76,11 +76,6 @@ def test_make_commands_that_are_named_exist(document):
         assert {"study", "test", "test-slow", "lab"} <= commands
 
 
-def test_ci_runs_the_readmes_test_command():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert "```sh\nmake study\nmake test\n```" in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_documents_name_are_there(document):
     path = ROOT / document
