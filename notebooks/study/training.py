@@ -86,7 +86,11 @@ def train(
     if device.type == "cpu" and settings.precision == "bfloat16":
         raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
     processes = Processes(device, settings.precision)
-    _check_shares(len(dataset), settings, processes.count)
+    if (last := min(settings.batch_sizes(len(dataset)))) < processes.count:
+        raise InputError(
+            f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
+            f"for {processes.count} processes; expected at least a patch for each"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     complete = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
     complete |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
@@ -202,7 +206,9 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.sampler.state_dict()),
             "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
-            "random": self.processes.gather(_random_state()),
+            "random": self.processes.gather(
+                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            ),
         }
         if self.processes.rank == 0:
             with written_beside(self.path) as temporary:
@@ -219,7 +225,8 @@ class _Run:
         self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
         training_mode(self.model)
         if reached.step:
-            _set_random_state(reached.random)
+            torch.set_rng_state(reached.random[0])
+            torch.cuda.set_rng_state_all(reached.random[1:])
         else:
             # Dropout of an epoch does not depend on what ran before it.
             dropout = generator("dropout", seed, epoch, self.processes.rank, stage)
@@ -265,7 +272,11 @@ class _Run:
         for number, batch in enumerate(parts):
             assert batch.patch_ids is not None
             ids, seed, stage = batch.patch_ids.numpy(), self.seed, self.stage
-            servable = self._servable(batch)
+            absent = ~batch.available.numpy()
+            # Scenarios whose modalities every patch has, [B, K]; None when all have all.
+            servable = (
+                ~(self.scenarios.masks & absent[:, None]).any(axis=2) if absent.any() else None
+            )
             chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream, stage)
             if self.settings.augment:
                 numbers = uniform_numbers("augmentation", seed, epoch, ids, stage)
@@ -289,13 +300,6 @@ class _Run:
         self.sampler.observe(chosen[labelled], losses[labelled])
         return float(np.mean([loss for *_, loss in everyone])), chosen
 
-    def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:
-        """Scenarios whose modalities every patch has, bool [B, K]; None when all have all."""
-        absent = ~batch.available.numpy()
-        if not absent.any():
-            return None
-        return ~(self.scenarios.masks[None] & absent[:, None]).any(axis=2)
-
 
 class _Objective(nn.Module):
     """The network and its loss in one module, which is what several processes share."""
@@ -313,29 +317,14 @@ class _Objective(nn.Module):
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
         counted = batch.counted(available)
+        of_paper = self.protocol == "paper"
         with self.processes.autocast():
-            if self.protocol == "paper":
-                heads = self.model.heads(batch.images, available)
-            else:
-                logits = self.model(batch.images, available)
-        if self.protocol == "paper":
-            return paper_loss(_summable(heads), batch.target, counted)
-        return segmentation_loss(_summable(logits), batch.target, counted, self.kind)
-
-
-def _summable(logits: Tensor) -> Tensor:
-    """Logits of at least float32, which sums over millions of pixels need."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-
-def _check_shares(patches: int, settings: TrainingSettings, count: int) -> None:
-    """Raise `InputError` when a batch, such as the last one, has no patch for some process."""
-    last = min(settings.batch_sizes(patches))
-    if last < count:
-        raise InputError(
-            f"batch_size: {settings.batch_size} of {patches} patches leave a batch of {last} for "
-            f"{count} processes; expected at least a patch for each"
-        )
+            logits = (self.model.heads if of_paper else self.model)(batch.images, available)
+        if logits.dtype == torch.bfloat16:  # too coarse for sums over millions of pixels
+            logits = logits.float()
+        if of_paper:
+            return paper_loss(logits, batch.target, counted)
+        return segmentation_loss(logits, batch.target, counted, self.kind)
 
 
 def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -344,14 +333,3 @@ def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optim
     if settings.optimiser == "sgd":
         return torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
     return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)
-
-
-def _random_state() -> list[Tensor]:
-    """State of the generators of the CPU and of every GPU."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def _set_random_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, device)

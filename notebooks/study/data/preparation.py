@@ -154,7 +154,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     with rasterio.Env(**ENVIRONMENT):
         values = {name: set(scene.label_values) for name, scene in done.items()}
         for scene in tqdm(pending, desc="check", unit="scene"):
-            values[scene.name] = check_scene(scene)[1]
+            values[scene.name] = check_scene(scene)
         missing = set(dataset.labels.names) - set().union(*values.values()) - {BACKGROUND}
         if pending and missing:
             raise InputError(f"labels.values: {sorted(missing)} occur in no scene of {raw_folder}")
@@ -191,8 +191,8 @@ def _sha256(path: Path) -> str:
     return file_sha256(path) if path.is_file() else ""
 
 
-def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
-    """Read all raw files of a scene once; return its grid and the label values that it has."""
+def check_scene(scene: Scene) -> set[str]:
+    """Read all raw files of a scene once; return the label values that it has."""
     with open_scene(scene) as (grid, modalities, draw):
         rasters = [raster for modality in modalities.values() for raster in modality.rasters]
         for raster in {raster.path: raster for raster in rasters}.values():
@@ -201,7 +201,7 @@ def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
         occurs = np.zeros(member.shape[1], dtype=bool)
         for window in windows(grid.height, grid.width):
             occurs |= member[np.unique(draw(window))].any(axis=0)
-    return grid, set(np.array(scene.labels.names)[occurs].tolist())
+    return set(np.array(scene.labels.names)[occurs].tolist())
 
 
 @contextmanager
