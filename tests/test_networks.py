@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import papermill
 import pytest
 import torch
 import yaml
-from checkout import ROOT, environment
+from checkout import ROOT, printed
 from study.agreement import DISTORTION, PROBABILITY
 from study.artifacts import Record, save_weights, sidecar_path
 from study.checkpoints import load_pretrained
@@ -152,14 +151,9 @@ def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
     """D to 1e-4 of itself and p to 1e-4, in float32, against the committed scoring."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "score_committed.py"), str(prepared_demo)],
-        env={**environment(), **ROUNDINGS[rounding]},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout)
+    script = ROOT / "tests" / "score_committed.py"
+    said = printed(sys.executable, script, prepared_demo, **ROUNDINGS[rounding])
+    found = json.loads(said.splitlines()[0])
     for network in NETWORKS:
         place = re.sub("^results/networks", "results/reference/scores", network.weights)
         committed = json.loads((ROOT / place).with_name("probabilities.json").read_text())

@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from checkout import copy_checkout, environment
+from checkout import copy_checkout, environment, printed
 from study.artifacts import Record, save_table
 from study.commands import MARK, _only_one, end_orphans, main, publish
 from study.files import file_sha256
@@ -100,15 +100,8 @@ def clone(tmp_path):
     return copy_checkout(tmp_path)
 
 
-def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "study", "run", tier, "--cores", "2"],
-        cwd=folder,
-        env=environment(folder),
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def command(tier: str = "smoke") -> list[str]:
+    return [sys.executable, "-m", "study", "run", tier, "--cores", "2"]
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -132,13 +125,15 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
     (clone / "notebooks" / "tiers" / "smoke.yaml").write_text(yaml.safe_dump(tier))
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(clone, whole, dirs_exist_ok=True)
-    said, _ = (process := launch(whole)).communicate(timeout=900)
-    assert process.returncode == 0, said
+    printed(*command(), folder=whole)
     chance = random.Random()
     killed: Counter[str] = Counter()
     while killed.total() < 20:
         # Not through a pipe, which orphans would hold open.
-        process = launch(clone, output=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(), cwd=clone, env=environment(clone), stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
         time.sleep(chance.uniform(5, 25))
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
@@ -159,17 +154,14 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
             process.kill()
         process.wait()
     print(f"killed: {dict(killed)}")
-    said, _ = (process := launch(clone)).communicate(timeout=900)
-    assert process.returncode == 0, said
+    printed(*command(), folder=clone)
     assert set(killed) == {"launcher", "papermill", "ipykernel_launcher"}, killed
     assert not any(_is_marked(process, clone) for process in psutil.process_iter())
     before = outputs(clone)
     assert before == outputs(whole)
     assert len(before) >= 50
     # Nothing is left to do: this is said at once, and nothing changes.
-    said, _ = (process := launch(clone)).communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "results/smoke" in said
+    assert "results/smoke" in printed(*command(), folder=clone)
     assert outputs(clone) == before
 
 
@@ -189,9 +181,7 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
         "02_pretraining_check": {"weights": "train"},
     }
     (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
-    process = launch(clone, "own")
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    printed(*command("own"), folder=clone)
     folder = clone / "work" / "own"
     run = folder / "runs" / "demo" / "cmx" / "fold1" / "seed1" / "deployment"
     records = pd.read_csv(run / "records.csv")
@@ -205,6 +195,4 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
     assert (summary["expected_iou"] != summary["mean_iou"]).all()
     parts = pd.read_csv(folder / "prepared" / "demo" / "patches.csv")
     assert parts.filter(like="fold_").shape[1] == 5  # the authors' shuffled folds
-    again = launch(clone, "own")
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0, said
+    printed(*command("own"), folder=clone)
