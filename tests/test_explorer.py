@@ -6,12 +6,9 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import scene
 import torch
 from study.artifacts import Record
-from study.data.manifest import Manifest
-from study.data.patches import PatchDataset, make_patches
-from study.data.preparation import prepare
+from study.data.patches import PatchDataset
 from study.figures import explorer
 from study.figures.explorer import (
     prediction_explorer,
@@ -120,14 +117,8 @@ def test_a_static_version_shows_the_own_run_alone(published, tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def part(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explorer")
-    raw = scene.write_scene(folder / "raw")
-    content = scene.manifest_content(raw, scene.write_wheel(raw, folder / "wheel"))
-    dataset = Manifest.model_validate(content).dataset("demo")
-    prepare(dataset, raw, folder / "prepared")
-    make_patches(dataset, folder / "prepared")
-    return PatchDataset(folder / "prepared", dataset, "land_cover", 0, "test")
+def part(prepared, dataset):
+    return PatchDataset(prepared, dataset, "land_cover", 0, "test")
 
 
 @pytest.fixture(scope="module")
