@@ -272,11 +272,9 @@ class _Run:
         for number, batch in enumerate(parts):
             assert batch.patch_ids is not None
             ids, seed, stage = batch.patch_ids.numpy(), self.seed, self.stage
-            absent = ~batch.available.numpy()
-            # Scenarios whose modalities every patch has, [B, K]; None when all have all.
-            servable = (
-                ~(self.scenarios.masks & absent[:, None]).any(axis=2) if absent.any() else None
-            )
+            servable: NDArray[np.bool_] | None = None  # every patch has the modalities of all
+            if (absent := ~batch.available.numpy()).any():
+                servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
             chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream, stage)
             if self.settings.augment:
                 numbers = uniform_numbers("augmentation", seed, epoch, ids, stage)
