@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from checkout import copy_checkout, environment
+from checkout import copy_checkout, environment, printed
 from study import commands
 from study.artifacts import Record, save_table
 from study.commands import MARK, _only_one, end_orphans, main, publish, sweep
@@ -219,15 +219,8 @@ def clone(tmp_path):
     return copy_checkout(tmp_path)
 
 
-def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "study", "run", tier, "--cores", "2"],
-        cwd=folder,
-        env=environment(folder),
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def command(tier: str = "smoke") -> list[str]:
+    return [sys.executable, "-m", "study", "run", tier, "--cores", "2"]
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -253,44 +246,16 @@ def test_what_a_study_says_last_is_why_it_failed(clone):
         "02_pretraining_check": {"weights": "train"},
     }
     (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
-    process = launch(clone, "own")
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 1
+    done = subprocess.run(
+        command("own"), cwd=clone, env=environment(clone), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=600,
+    )  # fmt: skip
+    said = done.stdout
+    assert done.returncode == 1
     start = "error: 01_data_preparation-potsdam: notebooks/01_data_preparation.ipynb, cell ["
     last = said[said.rindex(start) :]
     assert re.fullmatch(r".*\]: .*potsdam: the folder is missing\n .*\n", last), said
     assert "Traceback" not in said
-
-
-@pytest.mark.slow
-def test_a_killed_study_ends_with_the_same_bytes(clone, tmp_path_factory):
-    """kill -9 of the launcher three times; the rerun ends the orphans and loses nothing."""
-    whole = tmp_path_factory.mktemp("whole")
-    shutil.copytree(clone, whole, dirs_exist_ok=True)
-    uninterrupted = launch(whole)
-    said, _ = uninterrupted.communicate(timeout=600)
-    assert uninterrupted.returncode == 0, said
-    ended = 0
-    for seconds in (20, 30, 40):
-        process = launch(clone)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-        ended += sum(_marked(clone))
-    assert ended > 0  # kills did leave processes behind
-    last = launch(clone)
-    said, _ = last.communicate(timeout=600)
-    assert last.returncode == 0, said
-    assert sum(_marked(clone)) == 0
-    assert outputs(clone) == outputs(whole)
-    assert len(outputs(clone)) >= 15
-    # nothing left to do: says so, at once, and changes nothing
-    before = outputs(clone)
-    again = launch(clone)
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0
-    assert "results/smoke" in said
-    assert outputs(clone) == before
 
 
 @pytest.mark.slow
@@ -305,13 +270,15 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
     (clone / "notebooks" / "tiers" / "smoke.yaml").write_text(yaml.safe_dump(tier))
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(clone, whole, dirs_exist_ok=True)
-    said, _ = (process := launch(whole)).communicate(timeout=900)
-    assert process.returncode == 0, said
+    printed(*command(), folder=whole)
     chance = random.Random()
     killed: Counter[str] = Counter()
     while killed.total() < 20:
         # Not through a pipe, which orphans would hold open.
-        process = launch(clone, output=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(), cwd=clone, env=environment(clone), stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
         time.sleep(chance.uniform(5, 25))
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
@@ -332,11 +299,15 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
             process.kill()
         process.wait()
     print(f"killed: {dict(killed)}")
-    said, _ = (process := launch(clone)).communicate(timeout=900)
-    assert process.returncode == 0, said
+    printed(*command(), folder=clone)
     assert set(killed) == {"launcher", "papermill", "ipykernel_launcher"}, killed
-    assert outputs(clone) == outputs(whole)
-    assert len(outputs(clone)) >= 50
+    assert not any(_is_marked(process, clone) for process in psutil.process_iter())
+    before = outputs(clone)
+    assert before == outputs(whole)
+    assert len(before) >= 50
+    # Nothing is left to do: this is said at once, and nothing changes.
+    assert "results/smoke" in printed(*command(), folder=clone)
+    assert outputs(clone) == before
 
 
 def _is_marked(process: psutil.Process, folder: Path) -> bool:
@@ -344,10 +315,6 @@ def _is_marked(process: psutil.Process, folder: Path) -> bool:
         return process.environ().get(MARK) == str(folder)
     except psutil.Error:
         return False
-
-
-def _marked(folder: Path) -> list[bool]:
-    return [_is_marked(process, folder) for process in psutil.process_iter()]
 
 
 @pytest.mark.slow
@@ -359,9 +326,7 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
         "02_pretraining_check": {"weights": "train"},
     }
     (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
-    process = launch(clone, "own")
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    printed(*command("own"), folder=clone)
     folder = clone / "work" / "own"
     run = folder / "runs" / "demo" / "cmx" / "fold1" / "seed1" / "deployment"
     records = pd.read_csv(run / "records.csv")
@@ -375,6 +340,4 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
     assert (summary["expected_iou"] != summary["mean_iou"]).all()
     parts = pd.read_csv(folder / "prepared" / "demo" / "patches.csv")
     assert parts.filter(like="fold_").shape[1] == 5  # the authors' shuffled folds
-    again = launch(clone, "own")
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0, said
+    printed(*command("own"), folder=clone)

@@ -10,7 +10,6 @@ from study.parameters import checked_parameters, notebook_parameters
 from study.tiers import NOTEBOOKS, StudyFolder, load_tier
 
 from lsgs_core import InputError
-from lsgs_core.models import BACKBONES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK_FOLDER = ROOT / "notebooks"
@@ -31,10 +30,6 @@ def project(tmp_path):
         return load_tier("own", tmp_path)
 
     return write
-
-
-def test_the_tiers_that_the_readme_names_are_there():
-    assert {"smoke", "demo", "study", "paper"} <= set(TIERS)
 
 
 @pytest.mark.parametrize("name", TIERS)
@@ -277,7 +272,3 @@ def test_runs_that_are_there_are_found(tmp_path):
         ("demo", "cbc", 1, 0): ["uniform", "lora"],
         ("demo", "cbc", 1, 11): ["lsgs"],
     }
-
-
-def test_backbones_of_the_grid_are_those_that_can_be_built():
-    assert set(BACKBONES) == {"cbc_slp", "cbc", "cmx"}

@@ -70,14 +70,7 @@ def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
 
 @contextmanager
 def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
-    """Open the labels of a scene.
-
-    Yields:
-        A function from a window to its codes.
-
-    Raises:
-        InputError: The file is damaged, lies elsewhere, or lacks what the manifest says.
-    """
+    """Open the labels of a scene, as a function from a window to its codes."""
     labels, path = scene.labels, scene.label_file
     if isinstance(labels, PolygonLabels):
         yield _burned(labels, _polygons(labels, scene, grid))
