@@ -57,19 +57,33 @@ def _contrasts(text: str) -> str:
 
 def _folder(text: str) -> str:
     path = Path(text)
-    if file := next((part for part in (path, *path.parents) if part.is_file()), None):
+    try:
+        file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"expected a folder: {error.strerror}") from error
+    if file:
         raise ValueError(f"expected a folder, and {file} is a file")
     return text
 
 
-Folder = Annotated[str, AfterValidator(_folder)]
+def _not_zero(number: float) -> float:
+    if number == 0:
+        raise ValueError("expected a number other than 0")
+    return number
+
+
+Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
+Folder = Annotated[Text, AfterValidator(_folder)]
+Tuning = Annotated[float, Field(ge=0, le=10**6)]
 Backbone, Method = _one_of(BACKBONES), _one_of(METHODS)
 # The values that a parameter can have, the same in all notebooks that have it. A parameter that is
 # not listed can have any value of the type of its default.
 TYPES: Mapping[str, Any] = {
     **settings.TYPES,
-    **dict.fromkeys(("work", "paper_work", "downloads", "raw", "results"), Folder),
-    **dict.fromkeys(("explored", "reference"), Folder),
+    **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
+    **dict.fromkeys(("paper_work", "raw", "explored", "reference"), Folder),
+    **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
+    **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
     "dataset": Name,
     "task": Name,
     "normalisation": _one_of(get_args(Normalisation)),
@@ -77,21 +91,19 @@ TYPES: Mapping[str, Any] = {
     "preset": _one_of({preset for _, presets in BACKBONES.values() for preset in presets}),
     **dict.fromkeys(("fold", "shown_fold", "seed", "pretraining_seed"), Index),
     "drawn_by": Method,
-    "methods": Annotated[str, AfterValidator(_methods)],
+    "methods": Annotated[Text, AfterValidator(_methods)],
     **dict.fromkeys(("patch_size", "patch_stride", "block_size"), Count),
     **dict.fromkeys(("margin", "validation_blocks"), OrDefault),
     **dict.fromkeys(("training_patches", "evaluation_patches", "shown_patches"), Count),
     "lora_learning_rate": Rate,
     "lora_rank": Annotated[int, Field(ge=1, le=1024)],
-    "direction": Annotated[float, Field(allow_inf_nan=False)],
+    "direction": Annotated[float, Field(ge=-(10**6), le=10**6), AfterValidator(_not_zero)],
     "descriptor": Literal["distortion", "latent_shift", "availability"],
-    "lengthscale": Annotated[float, Field(ge=0, allow_inf_nan=False)],
-    "ridge": Annotated[float, Field(gt=0, allow_inf_nan=False)],
-    "inverse_temperature": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    **dict.fromkeys(("lengthscale", "inverse_temperature", "tolerance"), Tuning),
+    "ridge": Annotated[float, Field(gt=0, le=10**6)],
     "mixing": Annotated[float, Field(ge=0, le=1)],
-    "tolerance": Annotated[float, Field(ge=0, allow_inf_nan=False)],
     "primary_metric": _one_of(METRICS),
-    "contrasts": Annotated[str, AfterValidator(_contrasts)],
+    "contrasts": Annotated[Text, AfterValidator(_contrasts)],
     "resamples": Annotated[int, Field(ge=1, le=10**6)],
     "repeats": Positive,
     "workers": Annotated[int, Field(ge=0, le=1024)],

@@ -38,6 +38,8 @@ NOTEBOOKS = {
     "evaluation": "05_evaluation",
 }
 MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
+# Parameters that can name a file, by stage.
+FILES = {"data": "index_file", "pretraining": "weights", "finetuning": "probabilities"}
 # Folders of other things in `work` and `results`.
 RESERVED = {"bench", "benchmarks", "downloads", "lock", "networks", "reproduction"}
 # Set per job from the grid and the folder, so a tier file must not set them.
@@ -274,6 +276,10 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     tier = Tier(name, Grid(checked.grid), values, manifest, file_sha256(path), folder_of_tier)
     try:
         _check_grid(tier)
+        for stage, setting in FILES.items():
+            file = tier.setting(stage, setting)
+            if file not in ("", "committed", "train") and not (folder / file).is_file():
+                raise InputError(f"{setting}: expected a file, seen from notebooks, found {file!r}")
         if "contrasts" in (content.get(NOTEBOOKS["evaluation"]) or {}):
             _check_replicates(tier.grid, tier.setting("evaluation", "contrasts"))
     except InputError as error:
