@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 from checkout import printed, tracked_files
-from study.tiers import notebook_parameters
+from study.parameters import notebook_parameters
 
 from lsgs_core.methods import METHODS
 

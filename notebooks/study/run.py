@@ -21,8 +21,9 @@ from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset
 from study.devices import choose_device, make_deterministic
 from study.freshness import NotebookStage, fingerprint
+from study.parameters import checked_parameters
 from study.settings import TrainingSettings
-from study.tiers import NOTEBOOKS, StudyFolder, notebook_parameters
+from study.tiers import NOTEBOOKS, StudyFolder
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:
     Raises:
         InputError: A parameter cannot be used, or the data are not prepared.
     """
-    defaults = notebook_parameters(Path(__file__).parents[1] / f"{NOTEBOOKS[stage]}.ipynb")
-    parameters = {name: notebook[name] for name in defaults}
+    parameters = checked_parameters(NOTEBOOKS[stage], notebook)
     make_deterministic(parameters["threads"])
     study = StudyFolder(Path(parameters["work"]))
     dataset = load_manifest(Path(parameters["manifest"])).dataset(parameters["dataset"])

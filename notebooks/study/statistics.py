@@ -230,7 +230,7 @@ def differences(
     Raises:
         InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
-    pairs = None if contrasts is None else _pairs(contrasts, {*METHODS, *records["method"]})
+    pairs = None if contrasts is None else planned_pairs(contrasts, {*METHODS, *records["method"]})
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
         seeds = part.groupby("method", sort=False)["seed"].agg(set)
@@ -250,8 +250,12 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def _pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
-    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs"."""
+def planned_pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
+    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
+
+    Raises:
+        InputError: A part is not two of the methods joined by a hyphen.
+    """
     pairs = []
     for part in contrasts.split(","):
         first, hyphen, second = part.strip().partition("-")

@@ -29,7 +29,7 @@ from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
-from study.files import written_beside
+from study.files import make_folder, written_beside
 from study.freshness import fingerprint
 from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
@@ -91,7 +91,7 @@ def train(
             f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
             f"for {processes.count} processes; expected at least a patch for each"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     complete = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
     complete |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)

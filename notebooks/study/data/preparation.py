@@ -25,7 +25,7 @@ from study.data.labels import Draw, code_names, membership, open_labels
 from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Modality, Scene, find_scenes
 from study.data.schema import Strict
-from study.files import file_sha256, written_beside
+from study.files import file_sha256, make_folder, written_beside
 
 RECORD = "prepared.json"
 PATCH_TABLE = "patches.csv"
@@ -181,7 +181,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
 
 def write_record(record: Prepared, folder: Path) -> None:
     """Write the record of a prepared folder, beside and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with written_beside(folder / RECORD) as path:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
@@ -299,7 +299,7 @@ def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice
 
 def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
     """Write all rasters of one scene and return what its record says of them."""
-    (folder / scene.name).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / scene.name)
     labels, member = scene.labels, membership(scene.labels)
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
     counts = np.zeros(member.shape[1], dtype=np.int64)
