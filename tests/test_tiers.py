@@ -156,6 +156,14 @@ def test_a_network_that_is_not_committed_is_named_before_anything_runs(project):
         project(change)
 
 
+def test_planned_contrasts_with_two_seeds_are_taken(project):
+    def change(tier):
+        tier["grid"] |= {"methods": ["uniform_again", "lsgs"], "seeds": 2}
+        tier["05_evaluation"] = {"contrasts": "lsgs-uniform, lsgs-pretrained"}
+
+    assert project(change).setting("evaluation", "contrasts").startswith("lsgs-uniform")
+
+
 def test_an_int_is_a_float(project):
     tier = project(changed("04_finetuning", learning_rate=1))
     assert tier.sections["04_finetuning"]["learning_rate"] == 1

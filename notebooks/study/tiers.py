@@ -298,9 +298,9 @@ def _check_replicates(grid: Grid, contrasts: str) -> None:
     seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
     for (dataset, backbone, _, seed), methods in grid.points().items():
         for method in methods:
-            for name in {method, "uniform" if method in UNIFORM_ARMS else method}:
+            for name in {method, "pretrained", "uniform" if method in UNIFORM_ARMS else method}:
                 seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)
-    for first, second in planned_pairs(contrasts, {*METHODS}):
+    for first, second in planned_pairs(contrasts, {*METHODS, "pretrained"}):
         shared = [of.get(first, set()) & of.get(second, set()) for of in seeds.values()]
         if max(map(len, shared)) < 2:
             raise InputError(

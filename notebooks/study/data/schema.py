@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from reprlib import repr as shortened
+from reprlib import Repr
 from typing import Any, TypeVar
 
 import yaml
@@ -14,6 +14,8 @@ from lsgs_core.errors import InputError
 SHOWN_PROBLEMS = 8  # one mistake can cause many messages, of which the first ones tell enough
 LARGEST_FILE = 4 << 20  # bytes of a YAML file; a larger one is another kind of file
 MOST_NODES = 100_000  # of a YAML file once every alias is written out
+SHORTENED = Repr()
+SHORTENED.maxstring = 200  # characters of a text that a message shows
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -99,7 +101,9 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
         problems = []
         for problem in error.errors():
             field, value = _field(problem["loc"], content), problem["input"]
-            found = f" (found {shortened(value)})" if isinstance(value, (str, int, float)) else ""
+            found = (
+                f" (found {SHORTENED.repr(value)})" if isinstance(value, (str, int, float)) else ""
+            )
             problems.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{found}")
         if more := len(problems[SHOWN_PROBLEMS:]):
             problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
