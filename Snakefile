@@ -5,7 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from study.data.manifest import load_manifest
 from study.freshness import fingerprint
 from study.reproduction import only
 from study.tiers import NOTEBOOKS, load_tier, notebook_sha256
@@ -18,7 +17,6 @@ if "only" in config:
 # What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder
-manifest = load_manifest(Path(workflow.basedir, "data_manifest.yaml"))
 grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
@@ -36,10 +34,12 @@ START = "{dataset}-{backbone}-fold{fold}"
 POINT = START + "-seed{seed}"
 
 # The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
+# What it says stays in a file where it fails, for the launcher, which has the last word.
+PYTHON = shlex.quote(sys.executable)
 PAPERMILL = (
-    shlex.quote(sys.executable) + " -m papermill notebooks/{params.notebook}.ipynb {log}"
-    " -f {params.file} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
-    " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
+    PYTHON + " -m papermill notebooks/{params.notebook:q}.ipynb {log:q} -f {params.file:q}"
+    " --cwd notebooks --execution-timeout 43200 --no-progress-bar --autosave-cell-every 0"
+    " 2> {log:q}.failed && rm -f {log:q}.failed"
 )
 
 
@@ -67,7 +67,7 @@ def committed_weights(wildcards):
     if tier.setting("pretraining", "weights") != "committed":
         return []
     point = wildcards.dataset, wildcards.backbone, int(wildcards.fold), pretraining_seed
-    return manifest.network(*point).weights
+    return tier.manifest.network(*point).weights
 
 
 wildcard_constraints:
@@ -94,7 +94,7 @@ rule data:
         study.executed_notebook(NOTEBOOKS["data"] + "-{dataset}"),
     params:
         **parameters("data", NOTEBOOKS["data"] + "-{dataset}"),
-        definition=lambda wildcards: manifest.dataset(wildcards.dataset).model_dump_json(),
+        definition=lambda wildcards: tier.manifest.dataset(wildcards.dataset).model_dump_json(),
     shell:
         PAPERMILL
 
@@ -172,6 +172,7 @@ rule publish:
     output:
         study.root / "published.txt",
     params:
-        command=f"{shlex.quote(sys.executable)} -m study publish {tier.name}",
+        tier=tier.name,
     shell:
-        "{params.command} > {output}"
+        PYTHON + " -m study publish {params.tier:q} > {output:q}"
+        " 2> {output:q}.failed && rm -f {output:q}.failed"

@@ -1,7 +1,6 @@
 """CONTRIBUTING.md's three recipes, followed word by word in a copy of this checkout."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 import yaml
-from checkout import ROOT, copy_checkout, environment
+from checkout import ROOT, copy_checkout, printed
 from rasterio.transform import from_origin
 
 RECIPES = (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")[1:4]
@@ -62,35 +61,17 @@ def write_scene(folder: Path) -> None:
             raster.write(pattern.repeat(side // 16, 2).astype(kind))
 
 
-def run(clone: Path, *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=clone,
-        env=environment(clone),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_the_three_recipes_make_a_study(clone):
     """The data set is checked and prepared, the backbone trained, the sampler drawn from."""
-    said = run(clone, "-m", "study.data.check", "--dataset", "my_scene")
-    assert "my_scene" in said
+    check = sys.executable, "-m", "study.data.check", "--dataset", "my_scene"
+    assert "my_scene" in printed(*check, folder=clone)
     tier = {
-        "grid": {
-            "datasets": ["my_scene"],
-            "backbones": ["unet2"],
-            "methods": ["full_twice"],
-            "folds": [0],
-            "seeds": [0],
-        },
+        "grid": {"datasets": ["my_scene"], "backbones": ["unet2"], "methods": ["full_twice"]}
+        | {"folds": [0], "seeds": [0]},
         "02_pretraining_check": {"weights": "train"},
         "05_evaluation": {"shown_patches": 0},
     }
     (clone / "notebooks" / "tiers" / "mine.yaml").write_text(yaml.safe_dump(tier))
-    run(clone, "-m", "study", "run", "mine", "--cores", "2")
+    printed(sys.executable, "-m", "study", "run", "mine", "--cores", 2, folder=clone)
     summary = (clone / "results" / "mine" / "evaluation" / "summary.csv").read_text()
     assert "my_scene,unet2,full_twice" in summary

@@ -15,17 +15,11 @@ import scene
 import torch
 from study.data import folds, preparation
 from study.data import patches as patches_module
-from study.data.folds import (
-    coverage,
-    default_split,
-    leaks,
-    read_patch_table,
-)
+from study.data.folds import coverage, default_split, leaks, read_patch_table
 from study.data.manifest import (
     Dataset,
     DiagonalBlocks,
     Labels,
-    Manifest,
     OfficialSplit,
     Patches,
     load_manifest,
@@ -60,29 +54,6 @@ class LabelHolder(Strict):
 def read_labels(folder: Path) -> np.ndarray:
     with rasterio.open(folder / scene.SCENE / "labels.tif") as raster:
         return raster.read(1)
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scene.write_scene(tmp_path_factory.mktemp("raw"))
-
-
-@pytest.fixture(scope="session")
-def wheel(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scene.write_wheel(raw, tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="session")
-def dataset(raw: Path, wheel: Path) -> Dataset:
-    return Manifest.model_validate(scene.manifest_content(raw, wheel)).dataset("demo")
-
-
-@pytest.fixture(scope="session")
-def prepared(raw: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare(dataset, raw, folder)
-    make_patches(dataset, folder)
-    return folder
 
 
 @pytest.fixture
@@ -121,6 +92,9 @@ DEMO = "datasets.demo"
         ("source.package", "--proxy==x", f"{DEMO}.source.package", "pattern"),
         ("source.wheel_sha256", "00", f"{DEMO}.source.wheel_sha256", "pattern"),
         ("modalities", {"RGB": ["B02"]}, f"{DEMO}.modalities", "at least 2"),
+        ("modalities", {f"m{n}": ["B02"] for n in range(13)}, f"{DEMO}.modalities", "at most 12"),
+        ("patches.size", 10**400, f"{DEMO}.patches.size", "less than or equal to 1000000000"),
+        ("folds.spatial.count", 10**9, f"{DEMO}.folds.spatial.count", "less than or equal to"),
         ("modalities.NIR", ["B99"], DEMO, "modalities.NIR: no band ['B99']"),
         ("reference_band", "B99", DEMO, "reference_band: no band"),
         ("bands.B02.file", "other.jp2", DEMO, "source.members: does not list other.jp2"),

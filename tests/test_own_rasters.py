@@ -176,9 +176,37 @@ def complex_radar(folder: Path) -> Dataset:
     return PAIR
 
 
+def without_numbers(folder: Path) -> Dataset:
+    dataset = polygons(folder, [1, 2], "fields.gpkg", driver="GPKG")
+    frame = geopandas.read_file(folder / "fields.gpkg")
+    corners = np.arange(10)[:, None] == 2
+    frame.geometry = shapely.transform(
+        frame.geometry.to_numpy(), lambda xy: np.where(corners, np.nan, xy)
+    )
+    frame.to_file(folder / "fields.gpkg", driver="GPKG")
+    return dataset
+
+
+def placed_at(**place: Any) -> Any:
+    """The reference band with another place or size; of the size alone, no pixel is written."""
+
+    def damage(folder: Path) -> Dataset:
+        profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "SPARSE_OK": True}
+        profile |= {"width": 96, "height": 96, **raw.ground(), **place}
+        with rasterio.open(folder / "radar.tif", "w", **profile):
+            return PAIR
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
+        (without_numbers, r"fields.gpkg: holds a polygon with a coordinate that is no finite"),
+        (placed_at(transform=rasterio.Affine(10, 0, np.nan, 0, -10, 0)), "tif: .*finite numbers"),
+        (placed_at(transform=rasterio.Affine(0, 0, 5e5, 0, 0, 3e6)), "tif: .*keeps the area"),
+        (placed_at(width=200_000, height=200_000), "tif: expected at most 1,000,000,000 pixels"),
+        (placed_at(width=2_000_000_000, height=1), "tif: expected at most 1,000,000,000 pixels"),
         (lambda folder: polygons(folder, [7, 8]), r"'use' has none of .* \['7', '8'\]"),
         (lambda folder: polygons(folder, [8, 7, None]), r"'use' has none of .* \['7', '8'\]"),
         (lambda folder: polygons(folder, ["b", "a", None]), r"'use' has none of .* \['a', 'b'"),

@@ -16,8 +16,7 @@ from lsgs_core.probabilities import scenario_probabilities
 REFERENCE = Path(__file__).parent / "reference"
 NAMES = ("cbc_slp", "cbc", "cmx")
 SCENARIOS = torch.tensor(
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]],
-    dtype=torch.bool,
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool
 )
 
 

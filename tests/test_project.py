@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
@@ -12,7 +11,8 @@ import architecture
 import nbformat
 import pytest
 import yaml
-from study.tiers import notebook_parameters
+from checkout import printed, tracked_files
+from study.parameters import notebook_parameters
 
 from lsgs_core.methods import METHODS
 
@@ -49,13 +49,6 @@ def test_what_is_installed_is_what_the_extras_say():
         assert version(name).split("+")[0] == pinned, name
 
 
-def make(*arguments: str) -> str:
-    done = subprocess.run(
-        ["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    return done.stdout
-
-
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
@@ -71,14 +64,9 @@ def test_make_commands_that_are_named_exist(document):
     text = (ROOT / document).read_text()
     commands = set(re.findall(r"`?\bmake ((?:[a-z]+-?)+(?: [A-Z]+=\w+)*)`", text))
     for command in commands:
-        make(*command.split())
+        printed("make", "--dry-run", *command.split())
     if document == "README.md":
         assert {"study", "test", "test-slow", "lab"} <= commands
-
-
-def test_ci_runs_the_readmes_test_command():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert "```sh\nmake study\nmake test\n```" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -142,13 +130,10 @@ def test_every_parameter_of_a_notebook_is_used(path):
 
 
 def test_no_path_of_a_machine_and_no_registry_in_tracked_files():
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split("\0")
     bad = re.compile(r"(?<![\w./-])/(?:work|tmp|root|home)/[\w.-]+|index-" r"url|pypi\.org/simple")
-    for name in filter(None, listed):
+    for name in tracked_files():
         path = ROOT / name
-        if not path.is_file() or path.suffix in {".png", ".pdf", ".npz", ".xz", ".safetensors"}:
+        if path.suffix in {".png", ".pdf", ".npz", ".xz", ".safetensors"}:
             continue
         found = bad.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{name}: {found}"
@@ -156,5 +141,4 @@ def test_no_path_of_a_machine_and_no_registry_in_tracked_files():
 
 def test_importing_is_cheap():
     code = "import sys, lsgs_core; print([m for m in ('torch', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed(sys.executable, "-c", code).startswith("[]")

@@ -26,7 +26,7 @@ def test_every_part_is_a_module() -> None:
 @pytest.mark.parametrize("task", ["scoring", "training"])
 def test_compare(task: str, backbone: str) -> None:
     case = Case(task, backbone, "demo", size=32, batch=2)
-    timings = speed.compare([case], repeats=2, progress=False)
+    timings = speed.compare([case], repeats=2)
     runs = timings.groupby(["form", "repeat"], sort=False)
     assert len(runs) == 4
     expected = {*PARTS, "other"} | ({"backward", "optimiser"} if task == "training" else set())
@@ -49,12 +49,12 @@ def test_the_plain_scoring_is_one_pass_per_scenario_and_patch(
         passes.append((tuple(images.shape[:2]), masks[0].tolist()))
 
     monkeypatch.setattr("lsgs_core.models.cbc.CBC.heads", counted)
-    speed.compare([case], repeats=1, progress=False)
+    speed.compare([case], repeats=1)
     # The full scenario stands last, and goes first as the reference.
     wanted = [[True, True], [True, False], [False, True], [True, True]]
     assert passes == [((1, 2), mask) for _ in range(4) for mask in wanted]
     passes.clear()
-    speed.compare([case], repeats=1, plain_forwards=3, progress=False)
+    speed.compare([case], repeats=1, plain_forwards=3)
     assert passes == [((1, 2), mask) for _ in range(2) for mask in wanted[:3]]
 
 
@@ -87,7 +87,7 @@ def test_distortion_error() -> None:
 
 
 def test_peak_memory() -> None:
-    table = speed.peak_memory([SMALL], threads=1, progress=False)
+    table = speed.peak_memory([SMALL], threads=1)
     assert list(table.columns[-3:]) == [*FORMS, "ratio"]
     assert table[[*FORMS]].to_numpy().min() > 0.1  # GB: PyTorch alone takes more
     assert table["ratio"][0] == pytest.approx(table["ours"][0] / table["plain"][0])

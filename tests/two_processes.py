@@ -43,7 +43,7 @@ def train_score_evaluate(folder: Path) -> dict:
     patches = Patches(10)
     sampler = LossProportional([1 / 7] * 7, 0.5, 0.5 if protocol == "paper" else 0.0)
     history = train(
-        model, patches, SCENARIOS, sampler, settings, 0, folder, {"data": 1}, progress=False,
+        model, patches, SCENARIOS, sampler, settings, 0, folder, {"data": 1},
         validate=lambda network: validation_scores(
             network, patches.batches(4, range(10)), SCENARIOS, ("bright",), "binary"
         ),

@@ -5,8 +5,6 @@ another processor changes them at rounding level only. Fine-tuning amplifies rou
 change of seed, so a fine-tuned IoU is compared with the range of further seeds.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pandas as pd
 import scipy.stats
 
 from lsgs_core.errors import InputError
-from study.tiers import NOTEBOOKS, Tier
+from study.tiers import NOTEBOOKS, StudyFolder, Tier
 
 AGREEMENT = "agreement.txt"  # the sentence of notebook 05 ...
 NOT_COMPARED = "not compared with the committed results"  # ... which may start like this
@@ -38,14 +36,7 @@ BEFORE = {"processes": 1}
 
 
 def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
-    """Compare a scoring with the committed one of the same settings.
-
-    Args:
-        here: A probabilities.json.
-        committed: The committed one.
-
-    Returns:
-        The largest difference of D, relative to the committed D, and that of p.
+    """Return the largest differences of D, relative to the committed D, and of p of two scorings.
 
     Raises:
         InputError: A file is no scoring; or the scenarios, settings or numbers of patches differ.
@@ -67,11 +58,7 @@ def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
 
 
 def scoring_sentence(here: Path, committed: Path) -> str:
-    """Say in a sentence how far a scoring is from the committed one of the same network.
-
-    Raises:
-        InputError: A file is no scoring.
-    """
+    """Say in a sentence how far a scoring is from the committed one of the same network."""
     if not committed.is_file():
         return f"{NOT_COMPARED}, which have no such scoring"
     networks = [_scoring(path)["meta_info"].get("weights_sha256") for path in (here, committed)]
@@ -89,12 +76,7 @@ def scoring_sentence(here: Path, committed: Path) -> str:
 
 
 def why_not_compared(tier: Tier, reference: Path) -> str:
-    """Say why a tier cannot be compared with committed results; "" if it can.
-
-    Args:
-        tier: Tier of this run.
-        reference: Folder of a published tier.
-    """
+    """Say why a tier cannot be compared with the folder of a published one; "" if it can."""
     try:
         made_with = json.loads((reference / "provenance.json").read_text())["parameters"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -134,31 +116,29 @@ def compared_with_committed(
         return pd.DataFrame(), f"{NOT_COMPARED}: {reason}"
     committed = Path(reference)
     keys = ["dataset", "backbone"]
-    rows: list[dict[str, Any]] = []
-
-    def add(part: str, metric: str, place: tuple[Any, ...], here: float, high: float) -> None:
-        names = {"dataset": place[0], "backbone": place[1], "method": "pretrained"}
-        rows.append(
-            {"part": part, **names, "metric": metric, "here": here, "low": 0.0, "high": high}
-        )
-
+    rows: list[list[Any]] = []
     for dataset, backbone, fold in tier.grid.starts():
-        path = Path("scores", dataset, backbone, f"fold{fold}", f"seed{tier.pretraining_seed}")
-        path /= "probabilities.json"
-        if not (committed / path).is_file():
+        network = dataset, backbone, fold, tier.pretraining_seed
+        own, theirs = (
+            StudyFolder(root).scores(*network) / "probabilities.json" for root in (work, committed)
+        )
+        if not theirs.is_file():
             continue
         try:
-            d, p = scoring_difference(work / path, committed / path)
+            d, p = scoring_difference(own, theirs)
         except InputError:  # the settings of the tiers are equal, so the data differ
             d = p = np.inf
-        add("distortion", "D", (dataset, backbone), d, DISTORTION)
-        add("probabilities", "p", (dataset, backbone), p, PROBABILITY)
+        place = dataset, backbone, "pretrained"
+        rows.append(["distortion", *place, "D", d, 0.0, DISTORTION])
+        rows.append(["probabilities", *place, "p", p, 0.0, PROBABILITY])
     tables = [by_scenario, pd.read_csv(committed / "evaluation" / "iou_per_scenario.csv")]
     pretrained = [table[table["method"] == "pretrained"] for table in tables]
     both = pretrained[0].merge(pretrained[1], on=[*keys, "scenario"])
     both["difference"] = (both["iou_x"] - both["iou_y"]).abs()
-    for place, part in both.groupby(keys):
-        add("pretrained IoU", "IoU of every scenario", place, part["difference"].max(), IOU)
+    largest = both.groupby(keys, as_index=False)["difference"].max()
+    for dataset, backbone, value in largest.itertuples(index=False, name=None):
+        place = dataset, backbone, "pretrained"
+        rows.append(["pretrained IoU", *place, "IoU of every scenario", value, 0.0, IOU])
     fine_tuned = _fine_tuned(summary, pd.read_csv(committed / "evaluation" / "summary.csv"))
     columns = ["part", *keys, "method", "metric", "here", "low", "high"]
     tables = [pd.DataFrame(rows, columns=columns), fine_tuned[columns]]
@@ -182,13 +162,11 @@ def _scoring(path: Path) -> dict[str, Any]:
 def _fine_tuned(summary: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
     """Compare the metrics of fine-tuned methods with the ranges of further seeds."""
     keys = ["dataset", "backbone", "method"]
-    seeds = committed[committed["method"] != "pretrained"].melt(
-        keys, METRICS, "metric", "committed"
-    )
+    fine_tuned = committed[committed["method"] != "pretrained"]
+    seeds = fine_tuned.melt(keys, METRICS, "metric", "committed")
     ranges = seeds.groupby([*keys, "metric"])["committed"].agg(["mean", "std", "count"])
-    here = (
-        summary[[*keys, *METRICS]].reset_index().melt(["index", *keys], METRICS, "metric", "here")
-    )
+    rows = summary[[*keys, *METRICS]].reset_index()
+    here = rows.melt(["index", *keys], METRICS, "metric", "here")
     table = here.sort_values("index", kind="stable").join(ranges, [*keys, "metric"], how="inner")
     chance = (1 - CONFIDENCE) / max(1, len(table))
     quantile = scipy.stats.t.ppf(1 - chance / 2, table["count"] - 1)

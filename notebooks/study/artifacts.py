@@ -25,8 +25,9 @@ import torch
 from safetensors import SafetensorError
 
 from lsgs_core.errors import InputError
+from study.data.schema import read_json
 from study.devices import is_first_process
-from study.files import file_sha256, written_beside
+from study.files import file_sha256, make_folder, written_beside
 
 RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas", "safetensors")
 
@@ -93,7 +94,7 @@ def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
     """
     if not is_first_process():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with written_beside(path) as temporary:
         write(temporary)
         _write_record(path, file_sha256(temporary), record)
@@ -147,11 +148,13 @@ def check(
     for needed in (path, sidecar):
         if not needed.is_file():
             raise InputError(f"{needed}: not there; has the notebook that writes it been run?")
-    try:
-        record = json.loads(sidecar.read_text())
-        described, parameters, inputs = record["sha256"], record["parameters"], record["inputs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{sidecar}: expected the record of an output: {error}") from error
+    record = read_json(sidecar)
+    content = record if isinstance(record, dict) else {}
+    described, parameters, inputs = (content.get(n) for n in ("sha256", "parameters", "inputs"))
+    if not (isinstance(parameters, dict) and isinstance(inputs, dict)):
+        raise InputError(
+            f"{sidecar}: expected the record of an output, with sha256, parameters and inputs"
+        )
     if file_sha256(path) != described:
         raise InputError(f"{path}: not the file that {sidecar.name} describes; make it again")
     for name, value in (expected or {}).items():
@@ -184,7 +187,11 @@ def load_weights(
     record = check(path, expected)
     try:
         return safetensors.torch.load_file(path), record
-    except SafetensorError as error:  # it is never read in another way, which could run code
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+    ) as error:  # it is never read in another way, which could run code
         raise InputError(f"{path}: expected weights as safetensors: {error}") from error
 
 

@@ -1,7 +1,5 @@
 """Pretrained weights: committed, of one's own, or the authors'."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +21,12 @@ COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where the weights of a network were taken from.
-
-    Attributes:
-        path: Their file.
-        origin: What they are, in words.
-        trained_with: Settings of their training, from their record; empty where that is not known.
-        history: Of their training, as `train` returns it; None where that is not known.
-    """
+    """Where the weights of a network were taken from."""
 
     path: Path
-    origin: str
-    trained_with: Mapping[str, Any]
-    history: pd.DataFrame | None
+    origin: str  # in words
+    trained_with: Mapping[str, Any]  # settings of the training; empty where they are not known
+    history: pd.DataFrame | None  # of the training, as `train` returns it; None where not known
 
 
 def load_pretrained(
@@ -49,11 +40,8 @@ def load_pretrained(
             the user's own weights with their record, or the authors' checkpoint.
         manifest: Path of data_manifest.yaml, to which the paths of networks are relative.
         made_with: What the weights must have been made with: model, modalities, classes, dataset,
-            task, fold, normalisation, pretraining_seed and patches_sha256. Of the user's own only
-            the first three are looked at.
-
-    Returns:
-        Where the weights come from.
+            task, fold, normalisation, pretraining_seed and patches_sha256. Only the first three
+            are looked at in the user's own weights.
 
     Raises:
         InputError: No such network or file, another hash than the manifest lists, weights of
@@ -63,8 +51,8 @@ def load_pretrained(
         path, origin = Path(weights), "a checkpoint of this study"
         expected = {name: made_with[name] for name in OWN}
         if not path.is_file():
-            known = "'committed', 'train' or the path of a checkpoint"
-            raise InputError(f"weights: no such file: {weights!r}; expected {known}")
+            accepted = "'committed', 'train' or the path of a checkpoint"
+            raise InputError(f"weights: no such file: {weights!r}; expected {accepted}")
     else:
         names = ("dataset", "backbone", "fold", "pretraining_seed")
         wanted = {**made_with, "backbone": made_with["model"]["name"]}

@@ -1,7 +1,5 @@
 """All runs of a grid put together."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,23 +17,19 @@ def collect(
     expected: Mapping[str, Mapping[str, Any]],
     pretraining_seed: int | None = None,
 ) -> pd.DataFrame:
-    """Read one table of every run.
+    """Read one table of every run; dataset, backbone, fold, seed and method are its first columns.
 
     Args:
         study: Where the runs are.
         points: Methods of every (dataset, backbone, fold, seed), as `Grid.points` gives them.
-        name: Of the table in the folder of a run.
+        name: Name of the table in the folder of a run.
         expected: Parameters that every run of a data set must have been made with.
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
             every seed that started from it; None: do not.
 
-    Returns:
-        The tables one below the other, with columns dataset, backbone, fold, seed and method in
-        front.
-
     Raises:
-        InputError: A run is not there, is damaged, or was made with other parameters; or there is
-            none at all.
+        InputError: A run does not exist, is damaged, or was made with other parameters; or there
+            is none at all.
     """
     tables = []
     for (dataset, backbone, fold, seed), methods in points.items():
@@ -48,7 +42,6 @@ def collect(
             table = load_table(folder / name, {**expected[dataset], "fold": fold})
             keys: dict[str, Any] = {"dataset": dataset, "backbone": backbone}
             keys |= {"fold": fold, "seed": seed, "method": method}
-
             table = table.assign(**keys)
             tables.append(table[[*keys, *table.columns.difference(list(keys), sort=False)]])
     if not tables:

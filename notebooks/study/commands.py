@@ -24,8 +24,9 @@ import psutil
 from lsgs_core.errors import InputError
 from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
-from study.data.manifest import Dataset, load_manifest
-from study.files import file_sha256, written_beside
+from study.data.manifest import Dataset
+from study.durations import durations, estimate, executed, read_executed
+from study.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.pages import tier_page
 from study.reproduction import compare, only
 from study.tiers import StudyFolder, Tier, load_tier
@@ -34,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
 TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pdf"}
-MANIFEST = ROOT / "data_manifest.yaml"
 NETWORKS = ROOT / "results" / "networks"
+DOWNLOADS = ROOT / "work" / "downloads"
 NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
@@ -58,8 +59,11 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
+    _expect_folders(tier)
     with _only_one(ROOT):
-        _clear_up(tier)
+        _clear_up(tier, elsewhere=bool(profile))
+        print(estimate(tier, cores, ROOT), flush=True)
+        before = executed(tier, ROOT)
         if dry_run:
             options = ["--cores", str(cores), "--dry-run"]
         elif profile:
@@ -67,8 +71,11 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
         else:
             options = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}", "--keep-going"]
         status = _snakemake(tier, options)
+    if not dry_run:
+        for line in durations(before, executed(tier, ROOT)):
+            print(line, flush=True)
     if status:
-        print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks")
+        _say_what_failed(tier)
     elif not dry_run:
         print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
         print((ROOT / tier.folder.evaluation / AGREEMENT).read_text().strip())
@@ -106,7 +113,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
         [point] = single.grid.points()
         target = str(single.folder.runs(*point) / "scores.csv")
         if _snakemake(single, ["--cores", str(cores)], [f"only={run}"], [target]):
-            print(f"did not finish; executed notebooks: {single.folder.root}/notebooks")
+            _say_what_failed(single)
             return 1
     here = replace(single, folder=StudyFolder(ROOT / single.folder.root))
     same, sentence = compare(here, published)
@@ -135,11 +142,12 @@ def make_networks(tier: Tier, cores: int) -> int:
         _clear_up(tier)
         targets = [str(folder / "weights.safetensors") for folder in starts.values()]
         if status := _snakemake(tier, ["--cores", str(cores)], (), targets):
+            _say_what_failed(tier)
             return status
-    listed = {network.weights: network.sha256 for network in load_manifest(MANIFEST).networks}
+    listed = {network.weights: network.sha256 for network in tier.manifest.networks}
     for folder in starts.values():
         target = NETWORKS / folder.relative_to(tier.folder.root / "pretrained")
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         for name in NETWORK_FILES:
             for path in (ROOT / folder / name, sidecar_path(ROOT / folder / name)):
                 with written_beside(target / path.name) as temporary:
@@ -147,16 +155,68 @@ def make_networks(tier: Tier, cores: int) -> int:
         weights = (target / NETWORK_FILES[0]).relative_to(ROOT).as_posix()
         sha256 = file_sha256(ROOT / weights)
         same = "the one that" if listed.get(weights) == sha256 else f"sha256 {sha256}, not what"
-        print(f"{weights}: {same} {MANIFEST.name} lists")
+        print(f"{weights}: {same} the manifest lists")
     return 0
 
 
-def _clear_up(tier: Tier) -> None:
-    """End what an earlier run that was killed left behind, and take its lock away."""
+def _expect_folders(tier: Tier) -> None:
+    """Raise `InputError` where a run could not write its last files, hours later."""
+    for path in (tier.folder.root / "parameters", tier.folder.root / "notebooks", Path("results")):
+        if not os.access(make_folder(ROOT / path), os.W_OK):
+            raise InputError(f"{path}: expected a folder that can be written to")
+    if (ROOT / "results" / tier.name).is_file():
+        raise InputError(f"results/{tier.name}: expected a folder, found a file")
+
+
+def _clear_up(tier: Tier, elsewhere: bool = False) -> None:
+    """End what an earlier run that was killed left behind, and take its lock and files away.
+
+    Args:
+        tier: The tier that is to run.
+        elsewhere: Jobs may run on other machines, whose temporary files are left alone.
+    """
     if ended := end_orphans(ROOT):
         print(f"ended {ended} processes that an earlier run had left behind", flush=True)
+    for folder in () if elsewhere else (ROOT / tier.folder.root, DOWNLOADS, NETWORKS):
+        sweep(folder)
+    for log in (ROOT / tier.folder.root).rglob("*.failed"):  # with what an earlier run executed
+        log.with_suffix("").unlink(missing_ok=True)
+        log.unlink()
     if any((ROOT / ".snakemake" / "locks").glob("*")):
         _snakemake(tier, ["--unlock"])
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files below a folder whose process has ended."""
+    for path in [*folder.rglob(".*")]:
+        match = TEMPORARY.fullmatch(path.name)
+        if match and not psutil.pid_exists(int(match[2])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _say_what_failed(tier: Tier) -> None:
+    """Print, as the last lines of all, why each notebook failed and in which cell."""
+    print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks", flush=True)
+    jobs = [(job, tier.folder.executed_notebook(job)) for job, _ in tier.jobs()]
+    for job, path in [*jobs, ("publish", tier.folder.root / "published.txt")]:
+        log = ROOT / f"{path}.failed"
+        if log.is_file():
+            print(_why(job, ROOT / path, log), file=sys.stderr, flush=True)
+
+
+def _why(job: str, notebook: Path, log: Path) -> str:
+    """Return a sentence that says in which cell a notebook failed, or what was said last."""
+    for cell in read_executed(notebook).get("cells", []):
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                place = f"notebooks/{job.partition('-')[0]}.ipynb, cell [{cell['execution_count']}]"
+                kind = "" if output["ename"] == "InputError" else f"{output['ename']}: "
+                return f"error: {job}: {place}: {kind}{output['evalue']}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"error: {job}: {lines[-1].removeprefix('error: ') if lines else 'was ended'}"
 
 
 def _snakemake(
@@ -182,6 +242,8 @@ def _snakemake(
 def publish(tier: Tier) -> list[Path]:
     """Copy tables and figures of a finished tier into `results/<tier>`, in place of older ones.
 
+    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole.
+
     Records with dates and package versions stay behind but for one, `provenance.json`, so that
     `git diff results` shows what changed in the figures and not that time went by.
 
@@ -193,8 +255,11 @@ def publish(tier: Tier) -> list[Path]:
     """
     record = check(ROOT / tier.folder.evaluation / "summary.csv")
     target = ROOT / "results" / tier.name
-    beside = target.with_name(f".{tier.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside, old = (target.with_name(f".{tier.name}.{part}") for part in ("new", "old"))
+    if old.is_dir() and not target.exists():  # killed between the two renames below
+        old.replace(target)
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     sources = {
         **{f"data/{name}": tier.folder.prepared(name) / "figures" for name in tier.grid.datasets},
         "pretrained": tier.folder.root / "pretrained",
@@ -205,9 +270,10 @@ def publish(tier: Tier) -> list[Path]:
     for name, source in sources.items():
         kinds = TABLES if many and name in ("pretrained", "scores") else TABLES | FIGURES
         for path in sorted((ROOT / source).rglob("*")):
-            if path.suffix in kinds and not path.name.endswith(".record.json"):
+            hidden = any(part.startswith(".") for part in path.relative_to(ROOT / source).parts)
+            if path.suffix in kinds and not hidden and not path.name.endswith(".record.json"):
                 copy = beside / name / path.relative_to(ROOT / source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(copy.parent)
                 shutil.copyfile(path, copy)
     provenance = {
         "command": f"make study TIER={tier.name}",
@@ -219,13 +285,16 @@ def publish(tier: Tier) -> list[Path]:
     }
     with written_beside(beside / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=2) + "\n")
-    manifest = load_manifest(MANIFEST)
     with written_beside(beside / "NOTICE.txt") as temporary:
-        temporary.write_text(_notice({n: manifest.dataset(n) for n in tier.grid.datasets}), "utf-8")
+        temporary.write_text(
+            _notice({n: tier.manifest.dataset(n) for n in tier.grid.datasets}), "utf-8"
+        )
     with written_beside(beside / "README.md") as temporary:
         temporary.write_text(tier_page(beside), "utf-8")
-    shutil.rmtree(target, ignore_errors=True)
+    if target.is_dir():
+        target.replace(old)
     beside.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
@@ -233,7 +302,7 @@ def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
     """How many runs there are of every data set and backbone, of which commit and date."""
     found: dict[tuple[str, ...], list[str]] = {}
     for path in sorted((ROOT / tier.folder.root / "runs").rglob("records.csv.record.json")):
-        record = json.loads(path.read_text())
+        record = check(path.with_name(path.name.removesuffix(".record.json")))
         parameters, environment = record["parameters"], record["environment"]
         keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
         found.setdefault(keys, []).append(environment["date"])
@@ -277,7 +346,7 @@ def end_orphans(root: Path) -> int:
 def _only_one(root: Path) -> Iterator[None]:
     """Hold the checkout's lock, which a killed process gives up by itself."""
     lock = root / "work" / "study.lock"
-    lock.parent.mkdir(exist_ok=True)
+    make_folder(lock.parent)
     with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -306,6 +375,6 @@ def main(arguments: list[str] | None = None) -> int:
             return make_networks(tier, options.cores)
         print(f"published {len(publish(tier))} files in results/{tier.name}")
         return 0
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,8 +6,6 @@ two. Training averages the gradients of the processes, each of which has the los
 another computation where a loss pools the batch, as the soft Jaccard loss does.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import tempfile
@@ -32,9 +30,6 @@ def make_deterministic(threads: int) -> None:
     """Fix what PyTorch leaves open: the number of CPU threads and the choice of kernels.
 
     One and two threads differ after some steps, so the number is a parameter that is recorded.
-
-    Raises:
-        InputError: Fewer than one thread.
     """
     if threads < 1:
         raise InputError(f"threads: expected 1 or more, found {threads}")
@@ -99,9 +94,6 @@ def in_processes(
         processes: Number of processes; 1 calls the function here.
         device: Name of the device. On GPUs accelerate's `notebook_launcher` starts one process per
             GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
-
-    Raises:
-        InputError: Fewer than one process.
     """
     if processes < 1:
         raise InputError(f"processes: expected 1 or more, found {processes}")
@@ -129,16 +121,9 @@ def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) ->
 class Processes:
     """The processes that share a run, as they were launched, and the precision of a forward pass.
 
-    Args:
-        device: Where this process computes.
-        precision: "float32", or "bfloat16" for mixed precision.
-
     Attributes:
         rank: Number of this process, from 0.
         count: Number of processes.
-
-    Raises:
-        InputError: Another precision.
     """
 
     def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
@@ -176,9 +161,7 @@ class Processes:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         # CBC has layers that its forward pass does not use.
         return nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[self._device.index] if on_gpu else None,
-            find_unused_parameters=True,
+            module, device_ids=[self._device.index] if on_gpu else None, find_unused_parameters=True
         )
 
     def autocast(self) -> AbstractContextManager[Any]:

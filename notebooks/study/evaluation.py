@@ -9,8 +9,6 @@ Protocol "paper": one row per patch, scenario and class with the soft Jaccard in
 authors, which are then averaged over patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np
@@ -31,11 +29,7 @@ THRESHOLD = 0.5  # on probabilities, of binary and multi-label targets
 
 
 class AlwaysPositive(nn.Module):
-    """The trivial predictor, which predicts every class at every pixel.
-
-    Args:
-        classes: Number of classes C.
-    """
+    """The trivial predictor, which predicts every class at every pixel."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -81,7 +75,7 @@ def evaluate(
             the device of its parameters.
         batches: Batches with targets.
         scenarios: The scenarios, each evaluated separately.
-        classes: Names of the classes.
+        classes: Names of the C classes.
         kind: Kind of the target.
         protocol: See the module.
 
@@ -97,8 +91,7 @@ def evaluate(
     masks = torch.tensor(scenarios.masks, device=parameter.device)
     processes = Processes(parameter.device)
     rows: list[pd.DataFrame] = []
-    count = 0
-    training = model.training
+    count, training = 0, model.training
     model.eval()
     try:
         for count, batch in enumerate(batches, start=1):
@@ -137,10 +130,8 @@ def _measure(
     columns = COUNTS if protocol == "strict" else SOFT
     present = batch.available & mask
     served = present.any(dim=1)  # networks need at least one modality
-    values = torch.full(
-        (*truth.shape[:2], len(columns)), 0.0 if protocol == "strict" else torch.nan
-    )
-    values = values.double()
+    unserved = 0.0 if protocol == "strict" else torch.nan
+    values = torch.full((*truth.shape[:2], len(columns)), unserved, dtype=torch.float64)
     if bool(served.any()):
         logits = model([image[served] for image in batch.images], present[served])
         counted = batch.counted(present)[served, None]
@@ -174,10 +165,6 @@ def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
     Strict records: from pooled counts. Paper records: the mean over patches.
 
-    Args:
-        records: Records of `evaluate`.
-        by: Columns to group by, such as ["method", "scenario"].
-
     Returns:
         The columns of `by`, class, iou and f1, NaN where undefined (see the module); for paper
         records also the standard deviations over patches, iou_deviation and f1_deviation.
@@ -196,18 +183,10 @@ def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def scenario_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Average IoU and F1 over the classes, per scenario.
-
-    Args:
-        records: Records of `evaluate`.
-        by: Further columns to group by, such as ["backbone", "method"].
-
-    Returns:
-        The columns of `by`, scenario, iou, f1.
-    """
-    scores = class_scores(records, [*by, "scenario"])
-    grouped = scores.groupby([*by, "scenario"], sort=False)[["iou", "f1"]]
-    return grouped.mean().reset_index()
+    """Average IoU and F1 over the classes: the columns of `by`, scenario, iou and f1."""
+    keys = [*by, "scenario"]
+    grouped = class_scores(records, keys).groupby(keys, sort=False)
+    return grouped[["iou", "f1"]].mean().reset_index()
 
 
 def summary(
@@ -221,7 +200,7 @@ def summary(
     Args:
         records: Records of `evaluate`.
         scenarios: The K scenarios.
-        by: Columns to group by.
+        by: Columns to group by, such as ["backbone", "method"].
         prior: Probability of every scenario in deployment, [K]; None is uniform.
 
     Returns:

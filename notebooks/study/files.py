@@ -1,15 +1,18 @@
 """Files that are whole or not there."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lsgs_core.errors import InputError
+
+# What `written_beside` calls a file until it is whole.
+TEMPORARY = re.compile(r"\.(.+)\.(\d+)(\.[^.]*)?")
 FULL = 1 << 20  # bytes; with less than that left, a failed write is for want of space
 
 
@@ -43,6 +46,19 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, with those around it, and return its path.
+
+    Raises:
+        InputError: It is not there and cannot be made, or it is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: expected a folder, or a place for one: {error}") from error
+    return path
 
 
 def file_sha256(path: Path) -> str:

@@ -1,7 +1,5 @@
 """One fine-tuning run: from pretrained weights and a scoring to records, with any method."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,15 +29,12 @@ class Start:
     """What the runs of one backbone, fold and seed have in common: all but the method.
 
     Attributes:
-        build: Gives the pretrained network, anew for every run, on its device.
-        evidence: Of the scoring of this network.
-        training: Patches.
+        build: Returns the pretrained network, anew for every run, on its device.
+        evidence: What the scoring of this network says.
         validation: Patches for the learning curve.
         test: Patches that no training saw.
-        settings: How to train.
-        seed: Of order, scenarios, augmentation, dropout, and what a method draws.
+        seed: Random seed of order, scenarios, augmentation, dropout, and what a method draws.
         lora_learning_rate: Low-rank updates start at zero and need larger steps.
-        lora_rank: Of the low-rank updates.
         parameters: What else decides the result, for the records.
         inputs: Hashes of weights and probabilities.
     """
@@ -59,21 +54,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run gave.
-
-    Attributes:
-        method: Its name.
-        history: One row per epoch, as `train` returns it.
-        records: As `evaluate` returns them, of the test patches.
-        probabilities: p before the first step, [K].
-        trained_parameters: Number of them.
-    """
+    """The results of a run."""
 
     method: str
-    history: pd.DataFrame
-    records: pd.DataFrame
-    probabilities: NDArray[np.float64]
-    trained_parameters: int
+    history: pd.DataFrame  # of `train`
+    records: pd.DataFrame  # of `evaluate` on the test patches
+    probabilities: NDArray[np.float64]  # p before the first step, [K]
+    trained_parameters: int  # their number
 
 
 def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -> Run:
@@ -84,12 +71,12 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
 
     Args:
         start: What this run shares with those of other methods.
-        name: Of the method.
-        folder: Where it writes: history.csv, records.csv, weights.safetensors and a model card.
+        name: Name of the method.
+        folder: Where it writes history.csv, records.csv, weights.safetensors and a model card.
         keep_weights: Write the weights too (low-rank updates merged).
 
     Raises:
-        InputError: No such method, or one that needs what the scoring does not hold.
+        InputError: There is no such method, or it needs what the scoring does not hold.
     """
     method = find_method(name)
     model, settings = start.build(), start.settings
@@ -108,14 +95,10 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         )
     )
     p, trained = sampler.probabilities(0), trained_parameters(model)
-    how = {
-        **start.parameters,
-        "method": name,
-        "seed": start.seed,
-        "settings": asdict(settings),
-        "lora_rank": start.lora_rank if method.low_rank else 0,
-    }
-    record = Record(how, {**start.inputs, "code": fingerprint("finetuning")}, device)
+    decisive = {**start.parameters, "method": name, "seed": start.seed}
+    decisive |= {"settings": asdict(settings)}
+    decisive |= {"lora_rank": start.lora_rank if method.low_rank else 0}
+    record = Record(decisive, {**start.inputs, "code": fingerprint("finetuning")}, device)
     paths = [folder / "history.csv", folder / "records.csv"]
     if keep_weights:
         paths += [folder / "weights.safetensors", folder / CARD]
@@ -132,7 +115,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         settings,
         start.seed,
         folder,
-        identity={**how, **record.inputs, "device": device},
+        identity={**decisive, **record.inputs, "device": device},
         validate=lambda network: validation_scores(
             network, start.validation.batches(size), *tested
         ),

@@ -1,7 +1,5 @@
 """Losses over the labelled pixels, for binary, multi-label and multi-class targets."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -32,9 +30,9 @@ def segmentation_loss(
         detached, for samplers that watch the loss (NaN for a sample without any valid pixel).
     """
     if kind == "multiclass":
-        known = torch.where(valid, target, 0)
-        per_pixel = F.cross_entropy(logits, known, reduction="none")
-        truth = F.one_hot(known, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+        classes = torch.where(valid, target, 0)
+        per_pixel = F.cross_entropy(logits, classes, reduction="none")
+        truth = F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
         probability = logits.softmax(dim=1)
     else:
         truth = torch.where(valid[:, None], target, 0.0)
@@ -48,12 +46,8 @@ def soft_jaccard_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tens
     """One minus the Jaccard index of probabilities, pooled over the batch, averaged over classes.
 
     With sums over all valid pixels of the batch, (sum p y + 1) / (sum p + sum y - sum p y + 1). The
-    one pixel that is added makes a class that is nowhere, and is predicted nowhere, no loss.
-
-    Args:
-        probability: [B, C, H, W], from 0 to 1.
-        truth: The same shape, 0 or 1.
-        valid: [B, H, W] bool.
+    one pixel that is added makes a class that is nowhere, and is predicted nowhere, no loss. The
+    probability p and the truth y are [B, C, H, W], valid is bool [B, H, W].
     """
     weight = valid[:, None].to(probability.dtype)
     shared = (probability * truth * weight).sum(dim=(0, 2, 3))
@@ -68,16 +62,11 @@ def paper_loss(heads: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Te
     network's three heads. Kept for those who want to reproduce it: it cannot fall below
     log(1 + exp(-1)) = 0.313 where the target is 1 and log(2) = 0.693 where it is 0.
 
-    Args:
-        heads: Logits of every head, [B, heads, C, H, W].
-        target: [B, C, H, W] float in {0, 1}.
-        valid: [B, H, W] bool.
-
-    Returns:
-        As `segmentation_loss`.
+    Heads are the logits of every head, [B, heads, C, H, W]; the others are those of
+    `segmentation_loss`, and so is the result.
     """
-    known = torch.where(valid[:, None], target, 0.0)[:, None].expand_as(heads)
-    per_pixel = F.binary_cross_entropy_with_logits(heads.sigmoid(), known, reduction="none")
+    truth = torch.where(valid[:, None], target, 0.0)[:, None].expand_as(heads)
+    per_pixel = F.binary_cross_entropy_with_logits(heads.sigmoid(), truth, reduction="none")
     return _mean_over_valid(per_pixel.mean(dim=(1, 2)), valid)
 
 

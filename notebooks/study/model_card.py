@@ -1,7 +1,5 @@
 """A page beside every saved checkpoint: how it was made, from which data, and its scores."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -21,14 +19,10 @@ def save_model_card(
     records: pd.DataFrame,
     record: Record,
 ) -> Path:
-    """Write `model_card.md` into the folder of a checkpoint.
+    """Write `model_card.md` into the folder of a checkpoint, whose record is given.
 
-    Args:
-        folder: Folder with weights.safetensors.
-        training: The training patches.
-        history: History of `train`; None if a checkpoint was loaded.
-        records: Records of `evaluate` on the test patches.
-        record: Record of the checkpoint.
+    History is that of `train`, None if a checkpoint was loaded; records are those of `evaluate` on
+    the test patches.
     """
     dataset, made_with = training.dataset, dict(record.parameters)
     # The code's fingerprint stays in the record: an edit is no news about the network.

@@ -1,7 +1,5 @@
 """Pages of results, written from the tables beside them, so that no number in them is typed."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -22,11 +20,7 @@ PICTURES = {
 
 
 def tier_page(folder: Path) -> str:
-    """Return the page of a published tier, in Markdown.
-
-    Args:
-        folder: With provenance.json and the tables and figures of notebook 05 in `evaluation`.
-    """
+    """Return the page of a published tier in Markdown, from provenance.json and `evaluation`."""
     provenance = json.loads((folder / "provenance.json").read_text())
     environment = provenance["evaluation"]["environment"]
     tables = folder / "evaluation"
@@ -38,15 +32,12 @@ def tier_page(folder: Path) -> str:
         f"{backbone} on {dataset}: {part['seed'].nunique()}"
         for (dataset, backbone), part in summary.groupby(["dataset", "backbone"], sort=False)
     )
-    lines = [
-        f"# Results of `{provenance['command']}`",
-        "",
-        *_prose(
-            f"{device}, {environment['threads']} thread a run, PyTorch "
-            f"{environment['packages']['torch']}, {environment['date'][:10]}; "
-            f"[provenance.json](provenance.json) has every parameter. Number of seeds: {counts}."
-        ),
-    ]
+    lines = [f"# Results of `{provenance['command']}`", ""]
+    lines += _prose(
+        f"{device}, {environment['threads']} thread a run, PyTorch "
+        f"{environment['packages']['torch']}, {environment['date'][:10]}; "
+        f"[provenance.json](provenance.json) has every parameter. Number of seeds: {counts}."
+    )
     if (tables / AGREEMENT).is_file():
         agreement = (tables / AGREEMENT).read_text().strip()
         if agreement and not agreement.startswith(NOT_COMPARED):
@@ -81,11 +72,7 @@ def tier_page(folder: Path) -> str:
 
 
 def benchmark_page(folder: Path) -> str:
-    """Return the page of the benchmark, in Markdown.
-
-    Args:
-        folder: With ratios.csv, its record, and memory.csv of notebook A2.
-    """
+    """Return the page of the benchmark in Markdown, from ratios.csv and memory.csv of A2."""
     record = json.loads((folder / "ratios.csv.record.json").read_text())
     environment = record["environment"]
     ratios = pd.read_csv(folder / "ratios.csv").itertuples(index=False)
@@ -155,17 +142,10 @@ def _contrast_table(table: pd.DataFrame) -> list[str]:
     shown = table[table["metric"].isin(["worst_iou", "mean_iou"])]
     name = "contrast" if "contrast" in shown else "method"
     head = ["data set", "backbone", "metric", name, "difference", "95 % interval", "p (Holm)"]
-    rows = [
-        [
-            row["dataset"],
-            row["backbone"],
-            METRICS[row["metric"]],
-            row[name],
-            f"{row['difference']:+.4f}",
-            f"{row['low']:+.4f} to {row['high']:+.4f}",
-            "" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}",
-            row["replicates"],
-        ]
-        for _, row in shown.iterrows()
-    ]
+    rows = []
+    for _, row in shown.iterrows():
+        interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
+        p = "" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}"
+        place = row["dataset"], row["backbone"], METRICS[row["metric"]], row[name]
+        rows.append([*place, f"{row['difference']:+.4f}", interval, p, row["replicates"]])
     return _table([*head, "replicates"], rows)

@@ -3,8 +3,6 @@
 They are small enough to be committed, and are shown without networks and data.
 """
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,11 +49,7 @@ class Predictions:
     maps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the shapes.
-
-        Raises:
-            InputError: They do not fit together.
-        """
+        """Raise `InputError` when the shapes do not fit together."""
         count, *size = self.truth.shape
         found = {"patches": self.patch_ids.shape, "pictures": self.pictures.shape}
         found |= {name: array.shape for name, array in self.maps.items()}
@@ -70,11 +64,7 @@ class Predictions:
         return ScenarioSet.of(self.modalities)
 
     def of(self, backbone: str, method: str) -> NDArray[np.uint8]:
-        """Return the predictions of a network, uint8 [P, K, H, W].
-
-        Raises:
-            InputError: There are none.
-        """
+        """Return the predictions of a network, uint8 [P, K, H, W], or raise `InputError`."""
         name = f"{backbone}/{method}"
         if name not in self.maps:
             raise InputError(f"predictions: none of {name}; there are {list(self.maps)}")
@@ -117,12 +107,7 @@ def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
 
 
 def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
-    """Return the pictures and the truth of patches, without predictions.
-
-    Args:
-        dataset: Patches with labels.
-        indices: Positions in the data set, at least one.
-    """
+    """Return the pictures and the truth of the patches at some positions, without predictions."""
     pictures, truth = [], []
     for index in indices:
         batch = dataset.batch([index])
@@ -148,15 +133,9 @@ def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
 def predict_patches(
     model: Backbone, dataset: PatchDataset, indices: Sequence[int]
 ) -> NDArray[np.uint8]:
-    """Predict patches under every scenario.
+    """Predict the patches at some positions under every scenario, uint8 [P, K, H, W].
 
-    Args:
-        model: The network; it is left in evaluation mode.
-        dataset: The patches.
-        indices: Positions in the data set.
-
-    Returns:
-        uint8 [P, K, H, W], as in `Predictions.maps`.
+    The network is left in evaluation mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -193,9 +172,6 @@ def predictions_of_runs(
         pretraining_seed: Seed of the networks before fine-tuning, which are method "pretrained".
         count: Number of patches per data set.
         device: Where to compute.
-
-    Returns:
-        Predictions by data set.
 
     Raises:
         InputError: A checkpoint is missing, or was made with other parameters.
@@ -234,11 +210,7 @@ def save_predictions(path: Path, predictions: Predictions, record: Record) -> Pa
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read predictions that `save_predictions` wrote.
-
-    Raises:
-        InputError: The file is something else.
-    """
+    """Read predictions that `save_predictions` wrote; another file raises `InputError`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

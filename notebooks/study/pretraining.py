@@ -1,7 +1,5 @@
 """Pretraining with random modality dropout, and what scoring takes for granted of a network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,22 +30,15 @@ CHECKED_PATCHES = 3
 
 @dataclass(frozen=True)
 class PretrainedNetwork:
-    """A network before fine-tuning.
-
-    Attributes:
-        model: The network with its weights, on the device of the run.
-        origin: Where the weights come from, in words.
-        history: History of the training, as `train` returns it; None where it is unknown.
-        record: Record of what is written about the network.
-    """
+    """A network before fine-tuning, on the device of its run."""
 
     model: Backbone
-    origin: str
-    history: pd.DataFrame | None
-    record: Record
+    origin: str  # of the weights, in words
+    history: pd.DataFrame | None  # of the training, as `train` returns it; None where not known
+    record: Record  # of what is written about the network
 
 
-def pretrained_network(run: NetworkRun) -> PretrainedNetwork:
+def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
     """Load the pretrained network of a run, or train it.
 
     A training that was finished with the same parameters, data and code is read instead.
@@ -80,15 +71,11 @@ def pretrained_network(run: NetworkRun) -> PretrainedNetwork:
     return PretrainedNetwork(model, "trained here", trained, record)
 
 
-def pretrain(run: NetworkRun, record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
     """Train a network from fresh weights; every process that shares the training calls this.
 
-    Args:
-        run: What is trained, on what, and how.
-        record: Its parameters identify a training that was interrupted.
-
-    Returns:
-        The history, as `train` returns it, and the weights on the CPU.
+    The record's parameters identify a training that was interrupted. Returns the history, as
+    `train` returns it, and the weights on the CPU.
     """
     seed, size = run.parameters["pretraining_seed"], run.settings.batch_size
     patches, scenarios = run.validation, run.scenarios
@@ -117,9 +104,9 @@ def check_network(
     """Make sure of what scoring takes for granted.
 
     Args:
-        model: Left in evaluation mode.
+        model: The network; it is left in evaluation mode.
         batches: The first complete patches of these are used.
-        scenarios: For the model's modalities.
+        scenarios: The scenarios of the model's modalities.
 
     Returns:
         One row per check: check, found (largest relative difference, or count), allowed, passed.
@@ -135,12 +122,8 @@ def check_network(
     with torch.inference_mode():
         shared = model.scenario_latents(images, masks)
         together = model.latent(images, full)
-        alone = torch.cat(
-            [
-                model.latent([image[i : i + 1] for image in images], full[i : i + 1])
-                for i in range(len(full))
-            ]
-        )
+        patches = zip(*(image.split(1) for image in images), strict=True)
+        alone = torch.cat([model.latent(list(patch), full[:1]) for patch in patches])
         absent = [_latents_without(model, images, gone) for gone in range(len(images))]
     not_finite = sum(not bool(torch.isfinite(value).all()) for value in model.state_dict().values())
     differences = {
@@ -158,26 +141,24 @@ def check_network(
 
 def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
     """Images of the first complete patches, one tensor per modality."""
-    found: list[list[torch.Tensor]] = []
+    parts: list[list[torch.Tensor]] = []
     count = 0
     for batch in batches:
-        found.append([image[batch.complete] for image in batch.images])
+        parts.append([image[batch.complete] for image in batch.images])
         count += int(batch.complete.sum())
         if count >= CHECKED_PATCHES:
             break
     if not count:
         raise InputError("expected a patch that every modality sees, found none")
-    joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    return [images[:CHECKED_PATCHES] for images in joined]
+    return [torch.cat(images)[:CHECKED_PATCHES] for images in zip(*parts, strict=True)]
 
 
 def _latents_without(
     model: Backbone, images: list[torch.Tensor], gone: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents when a modality is not there, with its pixels as they are and with others."""
-    available = (
-        torch.arange(len(images), device=images[0].device).ne(gone).expand(len(images[0]), -1)
-    )
+    available = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=images[0].device)
+    available[:, gone] = False
     others = [torch.full_like(i, 1e3) if m == gone else i for m, i in enumerate(images)]
     return model.latent(images, available), model.latent(others, available)
 

@@ -3,8 +3,6 @@
 Tests compare the networks of `lsgs_core.models` with it, and the benchmark measures against it.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -16,11 +14,7 @@ from lsgs_core.models.cbc import Encoder
 
 
 def as_published(model: Backbone) -> Backbone:
-    """Return a copy of a network in its published form, with the same parameters.
-
-    Args:
-        model: A network of `build_backbone`, not accelerated; it is not changed.
-    """
+    """Return a copy of a network, not accelerated, in its published form with equal parameters."""
     published = copy.deepcopy(model)
     for module in published.modules():
         if type(module) is Encoder:

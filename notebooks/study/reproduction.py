@@ -1,7 +1,5 @@
 """Repeat one committed run, from the download on, and compare its records."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

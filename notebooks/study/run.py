@@ -4,8 +4,6 @@ The three notebooks work on one network: a backbone that is trained on one fold 
 `open_run` gives them its patches, its settings, its folders and the records of what they write.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -23,23 +21,14 @@ from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset
 from study.devices import choose_device, make_deterministic
 from study.freshness import NotebookStage, fingerprint
+from study.parameters import checked_parameters
 from study.settings import TrainingSettings
-from study.tiers import NOTEBOOKS, StudyFolder, notebook_parameters
+from study.tiers import NOTEBOOKS, StudyFolder
 
 
 @dataclass(frozen=True)
 class NetworkRun:
-    """One network on one fold of a data set, as the parameters of a notebook ask for it.
-
-    Attributes:
-        stage: NotebookStage of the notebook.
-        parameters: The notebook's parameters by name.
-        study: Folders of the tier.
-        dataset: Definition of the data set.
-        training: Training patches of the fold.
-        validation: Validation patches of the fold.
-        test: Test patches of the fold.
-    """
+    """One network on one fold of a data set, as the parameters of a notebook ask for it."""
 
     stage: NotebookStage
     parameters: Mapping[str, Any]
@@ -102,11 +91,7 @@ class NetworkRun:
         return accelerate_on_cpu(build_backbone(*self._sizes)).to(self.device)
 
     def pretrained(self) -> Backbone:
-        """Return the network with the pretrained weights of notebook 02.
-
-        Raises:
-            InputError: The weights are not there, or are those of another network.
-        """
+        """Return the network with the pretrained weights of notebook 02, or raise `InputError`."""
         model = self.build()
         load_checkpoint(model, self.weights, self.made_with)
         return model
@@ -124,9 +109,8 @@ class NetworkRun:
             **more: What else decides it.
         """
         chosen = {name: self.parameters[name] for name in ("threads", *names)}
-        code = {"code": fingerprint(self.stage)}
-        return Record({**self.made_with, **chosen, **more}, {**(inputs or {}), **code},
-                      str(self.device))  # fmt: skip
+        made_from = {**(inputs or {}), "code": fingerprint(self.stage)}
+        return Record({**self.made_with, **chosen, **more}, made_from, str(self.device))
 
     @property
     def _sizes(self) -> tuple[str, str, tuple[int, ...], int]:
@@ -142,23 +126,17 @@ def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:
         notebook: Names and values of the notebook, as `globals()` gives them there.
 
     Raises:
-        InputError: A parameter that cannot be used, or data that are not prepared.
+        InputError: A parameter cannot be used, or the data are not prepared.
     """
-    defaults = notebook_parameters(Path(__file__).parents[1] / f"{NOTEBOOKS[stage]}.ipynb")
-    parameters = {name: notebook[name] for name in defaults}
+    parameters = checked_parameters(NOTEBOOKS[stage], notebook)
     make_deterministic(parameters["threads"])
     study = StudyFolder(Path(parameters["work"]))
     dataset = load_manifest(Path(parameters["manifest"])).dataset(parameters["dataset"])
     source = study.prepared(parameters["dataset"]), dataset, parameters["task"], parameters["fold"]
-    normalisation = parameters["normalisation"]
+    normalisation, workers = parameters["normalisation"], parameters["workers"]
     limit = parameters.get("evaluation_patches") or None
-    return NetworkRun(
-        stage,
-        parameters,
-        study,
-        dataset,
-        PatchDataset(*source, "training", normalisation, parameters["training_patches"] or None,
-                     parameters["workers"]),
-        PatchDataset(*source, "validation", normalisation, limit),
-        PatchDataset(*source, "test", normalisation, limit),
-    )  # fmt: skip
+    most = parameters["training_patches"] or None
+    training = PatchDataset(*source, "training", normalisation, most, workers)
+    validation = PatchDataset(*source, "validation", normalisation, limit)
+    test = PatchDataset(*source, "test", normalisation, limit)
+    return NetworkRun(stage, parameters, study, dataset, training, validation, test)

@@ -1,7 +1,5 @@
 """Scoring of a pretrained network: shared out over processes, and read where it was done before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -29,7 +27,7 @@ Until = Callable[[NDArray[np.float64], NDArray[np.int64]], bool]
 
 
 def scored(
-    run: NetworkRun, until: Until | None = None, stopped_by: Mapping[str, Any] | None = None
+    run: "NetworkRun", until: Until | None = None, stopped_by: Mapping[str, Any] | None = None
 ) -> ScenarioScores:
     """Return the scoring of a run's pretrained network on its training patches.
 
@@ -39,9 +37,6 @@ def scored(
         run: The run of notebook 03.
         until: Stops the scoring, as in `score_scenarios`; patches come in random order then.
         stopped_by: The settings that decide when `until` stops.
-
-    Raises:
-        InputError: The weights are not there, or are those of another network.
     """
     inputs = {"weights": run.weights_sha256()}
     more = {"stopped_by": dict(stopped_by or {})}
@@ -57,7 +52,7 @@ def scored(
     return scores
 
 
-def score(run: NetworkRun, until: Until | None) -> ScenarioScores:
+def score(run: "NetworkRun", until: Until | None) -> ScenarioScores:
     """Score a network; every process that shares the scoring calls this.
 
     Each takes every n-th batch. The result is that of one process.
@@ -65,19 +60,15 @@ def score(run: NetworkRun, until: Until | None) -> ScenarioScores:
     size = run.parameters["batch_size"]
     model, scenarios = run.pretrained(), run.scenarios
     if until is not None:
-        order = generator("order", run.parameters["pretraining_seed"]).permutation(
-            len(run.training)
-        )
-        return score_scenarios(model, run.training.batches(size, order), scenarios, until=until)
+        order = generator("order", run.parameters["pretraining_seed"])
+        batches = run.training.batches(size, order.permutation(len(run.training)))
+        return score_scenarios(model, batches, scenarios, until=until)
     processes = Processes(run.device)
     positions = np.arange(len(run.training))
     starts = range(processes.rank * size, len(positions), processes.count * size)
     batches = run.training.batches_of([positions[start : start + size] for start in starts])
     own = [*score_batches(model, batches, scenarios, progress=is_first_process())]
-    position_of = {patch: place for place, patch in enumerate(run.training.patch_ids.tolist())}
-
-    def place(part: BatchScores) -> int:
-        return position_of[int(part.patch_ids[0])]
-
-    parts = [part for share in processes.gather(own) for part in share]
-    return joined_scores(sorted(parts, key=place), scenarios)
+    position = {patch: place for place, patch in enumerate(run.training.patch_ids.tolist())}
+    parts: list[BatchScores] = [part for share in processes.gather(own) for part in share]
+    parts.sort(key=lambda part: position[int(part.patch_ids[0])])
+    return joined_scores(parts, scenarios)

@@ -1,7 +1,5 @@
 """How p depends on the settings of the method."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

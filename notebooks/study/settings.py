@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, get_type_hints
 
-from lsgs_core.errors import InputError
+from pydantic import Field, create_model
+
+from study.data.schema import Exact, validated
 from study.devices import Precision
 from study.losses import Protocol
+
+# Ranges of numbers. Beyond the upper ends, which no run comes near, a value is a typing error.
+Positive = Annotated[int, Field(ge=1, le=100_000)]
+Rate = Annotated[float, Field(gt=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,16 @@ class TrainingSettings:
         augment: Turn and mirror every patch at random (the eight symmetries of the square).
     """
 
-    epochs: int
-    batch_size: int = 8
-    learning_rate: float = 2e-3
+    epochs: Positive
+    batch_size: Positive = 8
+    learning_rate: Rate = 2e-3
     optimiser: Literal["adam", "sgd"] = "adam"
-    weight_decay: float = 0.0
-    rate_decay: float = 1.0
-    rate_decay_every: int = 5
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rate_decay_every: Positive = 5
     protocol: Protocol = "strict"
     augment: bool = True
-    accumulation: int = 1
+    accumulation: Positive = 1
     precision: Precision = "float32"
 
     def batch_sizes(self, patches: int) -> list[int]:
@@ -60,19 +66,9 @@ class TrainingSettings:
         Raises:
             InputError: Names the setting and what was expected.
         """
-        for name, least in (
-            ("epochs", 0),
-            ("batch_size", 1),
-            ("rate_decay_every", 1),
-            ("accumulation", 1),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: expected {least} or more, found {getattr(self, name)}")
-        if not self.learning_rate > 0 or not 0 < self.rate_decay <= 1 or self.weight_decay < 0:
-            raise InputError(
-                "learning_rate > 0, 0 < rate_decay <= 1 and weight_decay >= 0 expected, found "
-                f"{self.learning_rate}, {self.rate_decay}, {self.weight_decay}"
-            )
-        for name, known in (("optimiser", ("adam", "sgd")), ("protocol", ("strict", "paper"))):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}: expected one of {known}, found {getattr(self, name)!r}")
+        validated(_CHECKED, asdict(self), "settings of the training")
+
+
+TYPES = get_type_hints(TrainingSettings, include_extras=True)  # of every setting, with its range
+_FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in TYPES.items()}
+_CHECKED = create_model("TrainingSettings", __base__=Exact, **_FIELDS)

@@ -6,8 +6,6 @@ Both forms have the same weights and take turns in one process, so that whatever
 machine down slows both. Results are ratios of medians.
 """
 
-from __future__ import annotations
-
 import re
 import resource
 import sys
@@ -31,10 +29,8 @@ from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.published_form import as_published
 
-FORMS: dict[str, Callable[[Backbone], Backbone]] = {
-    "plain": as_published,
-    "ours": accelerate_on_cpu,
-}
+Form = Callable[[Backbone], Backbone]
+FORMS: dict[str, Form] = {"plain": as_published, "ours": accelerate_on_cpu}
 # The children of the backbones by the part that figures show; everything else is "other".
 PARTS = {
     "encoders": ("encoders", "starts", "stages"),
@@ -109,8 +105,8 @@ class _Workload:
 
     @torch.inference_mode()
     def _score_plainly(self, model: Backbone, forwards: int) -> dict[str, float]:
-        passes = [(image[None], mask[None]) for image in self.images
-                  for mask in [self.masks[-1], *self.masks]]  # fmt: skip
+        masks = [self.masks[-1], *self.masks]
+        passes = [(image[None], mask[None]) for image in self.images for mask in masks]
         timed = passes[: min(forwards, len(self.masks) + 1) or None]
         with _timed(model) as seconds:
             for image, mask in timed:
@@ -147,24 +143,22 @@ def compare(
     repeats: int,
     device: str = "cpu",
     plain_forwards: int = 0,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Time both forms in turns.
 
     Args:
-        cases: The cases.
+        cases: What is timed.
         repeats: Number of timed runs of each form, after one that is not counted.
         device: Where to compute.
         plain_forwards: Time only so many of the equal forward passes of the plain scoring, on the
             first patch, and extrapolate; 0 times all.
-        progress: Show a progress bar over the runs.
 
     Returns:
         One row per case, form, repeat and part, with `seconds` per patch.
     """
     rows = []
     total = len(cases) * (repeats + 1) * len(FORMS)
-    with tqdm(total=total, unit="run", desc="timing", disable=not progress) as bar:
+    with tqdm(total=total, unit="run", desc="timing") as bar:
         for case in cases:
             workload = _Workload(case, device)
             runs = {form: workload.run(form, plain_forwards) for form in FORMS}
@@ -180,10 +174,9 @@ def compare(
 
 
 def ratios(timings: pd.DataFrame) -> pd.DataFrame:
-    """Return the median seconds per patch of both forms, and the ratio of plain to ours.
+    """Return the median seconds per patch of both forms in a table of `compare`, and their ratio.
 
-    Args:
-        timings: Table of `compare`.
+    The ratio is plain divided by ours.
     """
     runs = timings.groupby([*CASE, "form", "repeat"], sort=False, as_index=False)["seconds"].sum()
     table = runs.pivot_table("seconds", CASE, "form", aggfunc="median", sort=False)[list(FORMS)]
@@ -206,13 +199,8 @@ def distortion_error(case: Case, device: str = "cpu") -> float:
     return float(((found - expected).abs() / expected).max())
 
 
-def peak_memory(cases: Sequence[Case], threads: int, progress: bool = True) -> pd.DataFrame:
+def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
     """Measure the largest resident memory of two runs, each in a fresh process on the CPU.
-
-    Args:
-        cases: The cases.
-        threads: Number of CPU threads.
-        progress: Show a progress bar over the processes.
 
     Returns:
         The cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`, ours
@@ -221,16 +209,16 @@ def peak_memory(cases: Sequence[Case], threads: int, progress: bool = True) -> p
     rows = [asdict(case) for case in cases]
     jobs = [(row, case, form) for row, case in zip(rows, cases, strict=True) for form in FORMS]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for row, case, form in tqdm(jobs, unit="process", desc="memory", disable=not progress):
+        for row, case, form in tqdm(jobs, unit="process", desc="memory"):
             row[form] = processes.submit(_peak_of_runs, case, form, threads).result()
     table = pd.DataFrame(rows)
     return table.assign(ratio=table["ours"] / table["plain"])
 
 
-def loader_rates(dataset: PatchDataset, batch_size: int, passes: int = 3) -> list[float]:
-    """Return the patches per second of every pass over a data set; the first one is cold."""
+def loader_rates(dataset: PatchDataset, batch_size: int) -> list[float]:
+    """Return the patches per second of three passes over a data set; the first one is cold."""
     rates = []
-    for _ in range(passes):
+    for _ in range(3):
         start = time.perf_counter()
         count = sum(len(batch.available) for batch in dataset.batches(batch_size))
         rates.append(count / (time.perf_counter() - start))

@@ -8,12 +8,10 @@ fold: the intervals do not tell how results vary with the pretraining. "Uniform"
 arms, and the difference between the arms is the noise floor.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -63,13 +61,13 @@ class Counts:
     values: Array
 
     @classmethod
-    def of(cls, records: pd.DataFrame, methods: Sequence[str], scenarios: ScenarioSet) -> Counts:
+    def of(cls, records: pd.DataFrame, methods: Sequence[str], scenarios: ScenarioSet) -> Self:
         """Put records into an array.
 
         Args:
             records: The columns seed, fold, method, block, scenario, class, tp, fp and fn, of one
                 data set and backbone.
-            methods: Names of the methods.
+            methods: Names of the methods, in order.
             scenarios: The K scenarios.
 
         Raises:
@@ -101,21 +99,15 @@ class Counts:
         return cls(list(methods), seeds, axes["block"], values)
 
     def metric(self, name: str, weights: Array, prior: Array) -> Array:
-        """Compute a metric of every method and replicate for weighted blocks.
+        """Compute a metric of every method and replicate, float64 [R, M, S], for weighted blocks.
 
         It is computed from the IoU averaged over classes. A class, and then a scenario, without any
         pixel in truth and prediction is left out.
 
         Args:
-            name: One of `METRICS`.
+            name: One of `METRICS`; another one raises `InputError`.
             weights: Weights of the blocks, [R, B].
             prior: Probability of every scenario in deployment, [K].
-
-        Returns:
-            float64 [R, M, S].
-
-        Raises:
-            InputError: There is no such metric.
         """
         shape = self.values.shape[1:]
         pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
@@ -135,11 +127,7 @@ class Counts:
 
 
 def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the seeds of a method that lack folds, as in a study that is still running.
-
-    Args:
-        records: Rows with the columns dataset, backbone, method, seed and fold.
-    """
+    """Leave out the seeds of a method that lack folds, as in a study that is still running."""
     keys = ["dataset", "backbone"]
     wanted = records.groupby(keys)["fold"].transform("nunique")
     present = records.groupby([*keys, "method", "seed"])["fold"].transform("nunique")
@@ -154,7 +142,6 @@ def contrast(
     metric: str,
     prior: Array | None = None,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Compute the difference of a method to reference methods, with its bootstrap interval.
 
@@ -162,11 +149,10 @@ def contrast(
         records: Records of one data set and backbone.
         scenarios: The K scenarios.
         method: Name of the method.
-        reference: Names of the reference methods, whose metrics are averaged in every replicate.
+        reference: Names of the methods whose metrics are averaged in every replicate.
         metric: One of `METRICS`.
         prior: Probability of every scenario, [K], for expected_iou; None is uniform.
         resamples: Number of bootstrap resamples.
-        seed: Random seed of the bootstrap.
 
     Returns:
         replicates, blocks, difference, low and high (95 %, percentiles), standard_error, p
@@ -182,10 +168,8 @@ def contrast(
         found = f"{replicates} and {blocks}"
         raise InputError(f"contrast: expected at least 2 replicates and 2 blocks, found {found}")
     if blocks < FEWEST_BLOCKS:
-        warnings.warn(
-            f"{blocks} spatial blocks: intervals over fewer than {FEWEST_BLOCKS} are unreliable",
-            stacklevel=2,
-        )
+        message = f"{blocks} spatial blocks: intervals of fewer than {FEWEST_BLOCKS} are unreliable"
+        warnings.warn(message, stacklevel=2)
     weights = np.full(len(scenarios), 1 / len(scenarios)) if prior is None else prior
 
     def difference(
@@ -199,22 +183,17 @@ def contrast(
 
     sample = np.arange(blocks), np.arange(replicates)
     bootstrap = scipy.stats.bootstrap(
-        sample,
-        difference,
-        n_resamples=resamples,
-        batch=50,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    resampled = bootstrap.bootstrap_distribution
+        sample, difference, n_resamples=resamples, batch=50, method="percentile", vectorized=True,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    resampled, interval = bootstrap.bootstrap_distribution, bootstrap.confidence_interval
     smaller_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return {
         "replicates": replicates,
         "blocks": blocks,
         "difference": float(difference(*sample)),
-        "low": float(bootstrap.confidence_interval.low),
-        "high": float(bootstrap.confidence_interval.high),
+        "low": float(interval.low),
+        "high": float(interval.high),
         "standard_error": float(bootstrap.standard_error),
         "p": float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1))),
         "detectable": DETECTABLE * float(bootstrap.standard_error),
@@ -251,7 +230,7 @@ def differences(
     Raises:
         InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
-    pairs = None if contrasts is None else _pairs(contrasts, {*METHODS, *records["method"]})
+    pairs = None if contrasts is None else planned_pairs(contrasts, {*METHODS, *records["method"]})
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
         seeds = part.groupby("method", sort=False)["seed"].agg(set)
@@ -271,8 +250,12 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def _pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
-    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs"."""
+def planned_pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
+    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
+
+    Raises:
+        InputError: A part is not two of the methods joined by a hyphen.
+    """
     pairs = []
     for part in contrasts.split(","):
         first, hyphen, second = part.strip().partition("-")
@@ -309,11 +292,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(table: pd.DataFrame, column: str) -> float:
-    """Return Spearman's correlation of a column with the IoU that is lost, as a mean over folds.
-
-    Args:
-        table: The columns fold, lost and `column`.
-    """
+    """Return Spearman's correlation of a column with the column lost, as a mean over folds."""
     folds = [rows for _, rows in table.groupby("fold")]
     return float(np.mean([rows[column].corr(rows["lost"], method="spearman") for rows in folds]))
 

@@ -4,15 +4,14 @@ A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, one section pe
 parameters that differ from the notebook's own defaults, and perhaps a section `all` for those that
 several notebooks have. The grid says which data sets, backbones, methods, folds and seeds; it can
 be a list of such products, whose runs are put together. Everything is checked against the
-notebooks' `parameters` cells before anything runs, since papermill itself only warns about a
-parameter that a notebook does not have.
+notebooks' `parameters` cells and the data manifest before anything runs (`study.parameters`).
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -20,14 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS
-from lsgs_core.models import BACKBONES
-from study.data.manifest import load_manifest
-from study.data.schema import Strict, read_yaml, validated
-from study.files import file_sha256, written_beside
+from study.data.folds import default_split
+from study.data.manifest import NAME, Manifest, load_manifest
+from study.data.schema import Exact, read_json, read_yaml, validated
+from study.files import file_sha256, make_folder, written_beside
+from study.parameters import Backbone, Method, check_against, notebook_model
+from study.statistics import UNIFORM_ARMS, planned_pairs
 
 NOTEBOOKS = {
     "data": "01_data_preparation",
@@ -37,17 +38,10 @@ NOTEBOOKS = {
     "evaluation": "05_evaluation",
 }
 MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
+# Folders of other things in `work` and `results`.
+RESERVED = {"bench", "benchmarks", "downloads", "lock", "networks", "reproduction"}
 # Set per job from the grid and the folder, so a tier file must not set them.
 SET_BY_GRID = {"work", "dataset", "backbone", "fold", "seed", "methods", "tier"}
-
-
-def _known(names: Mapping[str, object] | tuple[str, ...]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name not in names:
-            raise ValueError(f"expected one of {sorted(names)}")
-        return name
-
-    return AfterValidator(check)
 
 
 def _different(values: list[Any]) -> list[Any]:
@@ -71,18 +65,12 @@ Indices = Annotated[
 ]  # or their number
 
 
-class Exact(Strict):
-    """Base of the parts of a tier file: no value is converted, except an int where a float fits."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class Runs(Exact):
     """The product of all five: one part of a grid."""
 
     datasets: Annotated[list[str], *Entries] = ["demo"]
-    backbones: Annotated[list[Annotated[str, _known(BACKBONES)]], *Entries]
-    methods: Annotated[list[Annotated[str, _known(METHODS)]], *Entries]
+    backbones: Annotated[list[Backbone], *Entries]
+    methods: Annotated[list[Method], *Entries]
     folds: Indices
     seeds: Indices
 
@@ -174,6 +162,7 @@ class Tier:
         name: Of the tier.
         grid: Its runs.
         sections: Parameters per notebook.
+        manifest: The manifest that notebook 01 takes its data sets from.
         sha256: Of the file.
         folder: Where it writes, relative to the project's root.
     """
@@ -181,6 +170,7 @@ class Tier:
     name: str
     grid: Grid
     sections: Mapping[str, Mapping[str, Any]]
+    manifest: Manifest
     sha256: str
     folder: StudyFolder
 
@@ -233,7 +223,7 @@ class Tier:
             path = self.folder.parameter_file(job)
             text = yaml.safe_dump(parameters)
             if not path.is_file() or path.read_text() != text:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 with written_beside(path) as temporary:
                     temporary.write_text(text)
 
@@ -247,14 +237,17 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
         work: Where tiers write, relative to the root.
 
     Raises:
-        InputError: No such tier, or an unknown section or parameter, or a value of another type
-            than the notebook's default, or a network that does not come with the repository.
+        InputError: No such tier, an unknown section or parameter, a value that a parameter cannot
+            have, a data set, task, fold or network that the manifest does not list, or a planned
+            contrast without two replicates.
     """
     folder = root / "notebooks"
     path = folder / "tiers" / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
-        raise InputError(f"tier: expected one of {known}, found {name!r}")
+    tiers = sorted(file.stem for file in path.parent.glob("*.yaml"))
+    if name not in tiers:
+        raise InputError(f"tier: expected one of {tiers}, found {name!r}")
+    if name in RESERVED or not re.fullmatch(NAME, name):
+        raise InputError(f"tier: {name!r} cannot be the name of a tier; rename its file")
     content = read_yaml(path)
     sections: dict[str, Any] = {}
     shared = content.pop("all", {}) if isinstance(content, dict) else {}
@@ -262,13 +255,9 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
         raise InputError(f"{path.name}: all: expected parameters with their values")
     unused = set(shared)
     for notebook in NOTEBOOKS.values():
-        defaults = notebook_parameters(folder / f"{notebook}.ipynb")
-        fields: dict[str, Any] = {
-            key: (type(value), value) for key, value in defaults.items() if key not in SET_BY_GRID
-        }
-        section = create_model(notebook, __base__=Exact, **fields)
+        section = notebook_model(notebook, folder, SET_BY_GRID)
         sections[notebook] = (section, section())
-        common = {name: value for name, value in shared.items() if name in fields}
+        common = {name: value for name, value in shared.items() if name in section.model_fields}
         unused -= common.keys()
         if common and isinstance(content.setdefault(notebook, {}), dict):
             content[notebook] = common | content[notebook]
@@ -281,46 +270,51 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     checked: Any = validated(schema, content, path.name)
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
     folder_of_tier = StudyFolder(work / name)
-    tier = Tier(name, Grid(checked.grid), values, file_sha256(path), folder_of_tier)
-    if tier.setting("pretraining", "weights") == "committed":
-        manifest = load_manifest(root / "data_manifest.yaml")
-        for dataset, backbone, fold in tier.grid.starts():  # named now, and not by a notebook later
-            manifest.network(dataset, backbone, fold, tier.pretraining_seed)
+    manifest = load_manifest(folder / values[NOTEBOOKS["data"]]["manifest"])
+    tier = Tier(name, Grid(checked.grid), values, manifest, file_sha256(path), folder_of_tier)
+    try:
+        _check_grid(tier)
+        if "contrasts" in (content.get(NOTEBOOKS["evaluation"]) or {}):
+            _check_replicates(tier.grid, tier.setting("evaluation", "contrasts"))
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
     return tier
+
+
+def _check_grid(tier: Tier) -> None:
+    """Check every start of the grid against the manifest, which knows data sets and networks."""
+    for dataset, backbone, fold in tier.grid.starts():
+        definition = tier.manifest.dataset(dataset)
+        split = tier.setting("data", "split") or default_split(tier.setting("data", "protocol"))
+        start = {"split": split or next(iter(definition.folds)), "fold": fold, "backbone": backbone}
+        for section in tier.sections.values():
+            check_against(definition, {**section, **start})
+        if tier.setting("pretraining", "weights") == "committed":
+            tier.manifest.network(dataset, backbone, fold, tier.pretraining_seed)
+
+
+def _check_replicates(grid: Grid, contrasts: str) -> None:
+    """Raise `InputError` where a planned contrast has no data set and backbone with two seeds."""
+    seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
+    for (dataset, backbone, _, seed), methods in grid.points().items():
+        for method in methods:
+            for name in {method, "uniform" if method in UNIFORM_ARMS else method}:
+                seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)
+    for first, second in planned_pairs(contrasts, {*METHODS}):
+        shared = [of.get(first, set()) & of.get(second, set()) for of in seeds.values()]
+        if max(map(len, shared)) < 2:
+            raise InputError(
+                f"contrasts: {first}-{second} needs both methods in the grid, with at least two "
+                "seeds of one data set and backbone"
+            )
 
 
 def notebook_sha256(path: Path) -> str:
     """SHA-256 over a notebook's code cells but for its `parameters` cell."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = read_json(path)["cells"]
     code = [
         cell["source"]
         for cell in cells
         if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
     ]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()
-
-
-def notebook_parameters(path: Path) -> dict[str, Any]:
-    """Names and default values in a notebook's `parameters` cell.
-
-    The cell is parsed, never run: every line is `name: type = literal`, perhaps with a comment.
-
-    Raises:
-        InputError: No such cell, or a line in it that is something else.
-    """
-    # Plain JSON: importing nbformat takes as long as importing torch, in every notebook.
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise InputError(f"{path.name}: expected one cell tagged 'parameters', found {len(tagged)}")
-    defaults = {}
-    for line in ast.parse("".join(tagged[0]["source"])).body:
-        if not (
-            isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value
-        ):
-            raise InputError(
-                f"{path.name}: expected 'name: type = value' in the parameters cell, "
-                f"found {ast.unparse(line)!r}"
-            )
-        defaults[line.target.id] = ast.literal_eval(line.value)
-    return defaults

@@ -6,12 +6,10 @@ epoch. So a killed run goes on at the step where it was last saved, and ends wit
 one that was never killed (CPU, same number of threads).
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from lsgs_core.sampling import ScenarioSampler, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
-from study.files import written_beside
+from study.files import make_folder, written_beside
 from study.freshness import fingerprint
 from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
@@ -53,24 +51,22 @@ def train(
     validate: Validation | None = None,
     stream: str = "scenario",
     stage: Stage = "finetuning",
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Train a model in place.
 
     Args:
-        model: On its device; frozen parameters stay as they are.
+        model: A network on its device; frozen parameters stay as they are.
         dataset: Training patches.
-        scenarios: What the sampler's probabilities are over.
-        sampler: Gives the probabilities; sees the loss of every sample.
+        scenarios: The scenarios of the sampler's probabilities.
+        sampler: Gives the probabilities, and sees the loss of every sample.
         settings: How to train.
         seed: Decides order, scenarios, augmentation and dropout.
         folder: Where the training state goes while the run lasts.
-        identity: Everything else that the result depends on (data and initial weights); a training
-            state left with another identity, seed, settings or code is not gone on with.
-        validate: Called after every epoch; its figures become columns of the history.
-        stream: Random numbers that scenarios are drawn with (`lsgs_core.randomness.STREAMS`).
-        stage: Decides the random numbers too, so that a fine-tuning never replays a pretraining.
-        progress: Show a progress bar over the steps.
+        identity: Everything else that the result depends on (data and initial weights). A training
+            state with another identity, seed, settings or code is discarded.
+        validate: Called after every epoch; its values become columns of the history.
+        stream: One of `lsgs_core.randomness.STREAMS`, which scenarios are drawn with.
+        stage: Decides the random numbers too, so that fine-tuning never replays pretraining.
 
     Returns:
         One row per epoch: epoch, learning_rate, loss, the share of samples drawn per scenario
@@ -90,26 +86,30 @@ def train(
     if device.type == "cpu" and settings.precision == "bfloat16":
         raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
     processes = Processes(device, settings.precision)
-    _check_shares(len(dataset), settings, processes.count)
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
-    whole |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
+    if (last := min(settings.batch_sizes(len(dataset)))) < processes.count:
+        raise InputError(
+            f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
+            f"for {processes.count} processes; expected at least a patch for each"
+        )
+    make_folder(folder)
+    complete = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
+    complete |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
     run = _Run(
         model, dataset, scenarios, sampler, settings, seed, stream, stage,
-        _optimiser(model, settings), folder / STATE, json.dumps(whole, sort_keys=True),
+        _optimiser(model, settings), folder / STATE, json.dumps(complete, sort_keys=True),
         processes, processes.wrap(objective),
     )  # fmt: skip
     reached = run.restore()
     steps = len(settings.batch_sizes(len(dataset)))
     done, total = len(reached.history) * steps + reached.step, settings.epochs * steps
-    hidden = not progress or processes.rank > 0
-    with tqdm(initial=done, total=total, unit="step", desc="training", disable=hidden) as bar:
+    bar = tqdm(initial=done, total=total, unit="step", desc="training", disable=processes.rank > 0)
+    with bar:
         while len(reached.history) < settings.epochs:
             row = run.epoch(reached, bar)
             if validate is not None:
                 row |= validate(model)
-            reached = _Reached([*reached.history, row], len(scenarios))
+            reached = _Reached([*reached.history, row], np.zeros(len(scenarios)))
             run.keep(reached)
     return pd.DataFrame(reached.history)
 
@@ -121,12 +121,7 @@ def discard_state(folder: Path) -> None:
 
 
 def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
-    """Apply one of the eight symmetries of the square to every patch, chosen by its number.
-
-    Args:
-        batch: Square patches.
-        numbers: In [0, 1), [B].
-    """
+    """Apply one of the eight symmetries of the square to every patch, by numbers in [0, 1), [B]."""
 
     def turn(tensor: Tensor) -> Tensor:
         patches = []
@@ -144,23 +139,15 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
     )
 
 
+@dataclass
 class _Reached:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        history: A row for every whole epoch.
-        step: Steps of the next epoch that are done.
-        loss: Sum of the losses of their samples.
-        drawn: How often they drew each scenario, [K].
-        random: State of PyTorch's generators after them.
-    """
-
-    def __init__(self, history: list[dict[str, float]], scenarios: int) -> None:
-        self.history = history
-        self.step = 0
-        self.loss = 0.0
-        self.drawn = np.zeros(scenarios)
-        self.random: list[Tensor] = []
+    history: list[dict[str, float]]  # a row for every complete epoch
+    drawn: NDArray[np.float64]  # how often the next epoch drew each scenario so far, [K]
+    step: int = 0  # steps of that epoch that are done
+    loss: float = 0.0  # sum of the losses of their samples
+    random: list[Tensor] = field(default_factory=list)  # PyTorch's generators after them
 
 
 @dataclass(frozen=True)
@@ -183,7 +170,7 @@ class _Run:
 
     def restore(self) -> _Reached:
         """Load the state if it is this run's, and return where it stands."""
-        reached = _Reached([], len(self.scenarios))
+        reached = _Reached([], np.zeros(len(self.scenarios)))
         if not self.path.is_file():
             return reached
         try:
@@ -219,7 +206,9 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.sampler.state_dict()),
             "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
-            "random": self.processes.gather(_random_state()),
+            "random": self.processes.gather(
+                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            ),
         }
         if self.processes.rank == 0:
             with written_beside(self.path) as temporary:
@@ -236,7 +225,8 @@ class _Run:
         self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
         training_mode(self.model)
         if reached.step:
-            _set_random_state(reached.random)
+            torch.set_rng_state(reached.random[0])
+            torch.cuda.set_rng_state_all(reached.random[1:])
         else:
             # Dropout of an epoch does not depend on what ran before it.
             dropout = generator("dropout", seed, epoch, self.processes.rank, stage)
@@ -265,10 +255,10 @@ class _Run:
         """This process's share of every batch from the first on, in the parts of accumulation."""
         count = self.processes.count
         ends = np.cumsum(self.settings.batch_sizes(len(order)))
-        whole = np.split(order, ends[:-1])[first:]
+        remaining = np.split(order, ends[:-1])[first:]
         # As many parts in every process, though shares may differ by a patch.
-        numbers = [min(self.settings.accumulation, len(batch) // count) for batch in whole]
-        shares = map(self.processes.mine, whole)
+        numbers = [min(self.settings.accumulation, len(batch) // count) for batch in remaining]
+        shares = map(self.processes.mine, remaining)
         parts = [np.array_split(s, number) for s, number in zip(shares, numbers, strict=True)]
         batches = self.dataset.batches_of([part for share in parts for part in share])
         for share in parts:
@@ -282,7 +272,9 @@ class _Run:
         for number, batch in enumerate(parts):
             assert batch.patch_ids is not None
             ids, seed, stage = batch.patch_ids.numpy(), self.seed, self.stage
-            servable = self._servable(batch)
+            servable: NDArray[np.bool_] | None = None  # every patch has the modalities of all
+            if (absent := ~batch.available.numpy()).any():
+                servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
             chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream, stage)
             if self.settings.augment:
                 numbers = uniform_numbers("augmentation", seed, epoch, ids, stage)
@@ -306,13 +298,6 @@ class _Run:
         self.sampler.observe(chosen[labelled], losses[labelled])
         return float(np.mean([loss for *_, loss in everyone])), chosen
 
-    def _servable(self, batch: Batch) -> NDArray[np.bool_] | None:
-        """Scenarios whose modalities every patch has, bool [B, K]; None when all have all."""
-        absent = ~batch.available.numpy()
-        if not absent.any():
-            return None
-        return ~(self.scenarios.masks[None] & absent[:, None]).any(axis=2)
-
 
 class _Objective(nn.Module):
     """The network and its loss in one module, which is what several processes share."""
@@ -330,33 +315,14 @@ class _Objective(nn.Module):
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
         counted = batch.counted(available)
+        of_paper = self.protocol == "paper"
         with self.processes.autocast():
-            if self.protocol == "paper":
-                heads = self.model.heads(batch.images, available)
-            else:
-                logits = self.model(batch.images, available)
-        if self.protocol == "paper":
-            return paper_loss(_summable(heads), batch.target, counted)
-        return segmentation_loss(_summable(logits), batch.target, counted, self.kind)
-
-
-def _summable(logits: Tensor) -> Tensor:
-    """Logits of at least float32, which sums over millions of pixels need."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-
-def _check_shares(patches: int, settings: TrainingSettings, count: int) -> None:
-    """Every process needs a patch of every batch.
-
-    Raises:
-        InputError: There are more processes than patches in a batch, or in the last one.
-    """
-    last = min(settings.batch_sizes(patches))
-    if last < count:
-        raise InputError(
-            f"batch_size: {settings.batch_size} of {patches} patches leave a batch of {last} for "
-            f"{count} processes; expected at least a patch for each"
-        )
+            logits = (self.model.heads if of_paper else self.model)(batch.images, available)
+        if logits.dtype == torch.bfloat16:  # too coarse for sums over millions of pixels
+            logits = logits.float()
+        if of_paper:
+            return paper_loss(logits, batch.target, counted)
+        return segmentation_loss(logits, batch.target, counted, self.kind)
 
 
 def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -365,14 +331,3 @@ def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optim
     if settings.optimiser == "sgd":
         return torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
     return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)
-
-
-def _random_state() -> list[Tensor]:
-    """State of the generators of the CPU and of every GPU."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def _set_random_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, device)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Rasters without georeference are common here; what they need is checked.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
+MOST_PIXELS = 10**9  # of a raster
 STEP = 1024  # side in pixels of the windows that are processed: it bounds the memory
 # With several threads, GDAL returns a truncated JPEG 2000 file without raising an error. The mask
 # is kept inside the GeoTIFF, so that a scene is one file per modality. The cache is bounded, since
@@ -102,6 +103,13 @@ def open_raster(path: Path) -> Iterator[Any]:
                 with memory.open(driver="GTiff", dtype=array.dtype, **shape) as written:
                     written.write(array)
                 raster = stack.enter_context(memory.open())
+        if not np.isfinite(raster.transform[:6]).all() or raster.transform.determinant == 0:
+            raise InputError(f"{path}: expected a transform of finite numbers that keeps the area")
+        if raster.width * raster.height > MOST_PIXELS:
+            raise InputError(
+                f"{path}: expected at most {MOST_PIXELS:,} pixels, found {raster.width} × "
+                f"{raster.height}; cut the scene into several"
+            )
         yield raster
 
 

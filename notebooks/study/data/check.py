@@ -24,14 +24,12 @@ class Report:
         state: "absent" (there is nothing), "missing" (a file that is needed does not exist),
             "damaged" (a file is not what the manifest says), or "ready".
         scenes: Number of scenes.
-        sizes: Height and width of every scene without problems.
         problems: One sentence each, naming the file or field.
         notes: Further sentences that are no problems.
     """
 
     state: Literal["absent", "missing", "damaged", "ready"]
     scenes: int = 0
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -46,10 +44,6 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
 
     Checked are the hashes that the manifest lists, the place of every file on the grid, its
     channels, and whether the labels hold what the manifest says.
-
-    Args:
-        dataset: Definition from the manifest.
-        folder: Folder with the files.
     """
     source = dataset.source
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -71,9 +65,7 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
     with rasterio.Env(**ENVIRONMENT):
         for scene in tqdm(scenes, desc="check", unit="scene"):
             try:
-                grid, values = check_scene(scene)
-                report.sizes[scene.name] = (grid.height, grid.width)
-                occurring |= values
+                occurring |= check_scene(scene)
             except InputError as error:
                 report.problems.append(str(error))
     unused = [value for value in dataset.labels.values if value not in occurring]

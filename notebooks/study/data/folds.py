@@ -64,7 +64,6 @@ def patch_table(
     per label value, and `fold_<f>` with "training", "validation", "test" or "" (not used).
 
     With diagonal blocks:
-
     - test: the tiles of the test blocks, all pixels of which are in the block.
     - validation: tiles in the middle of `validation_blocks` other blocks, `margin` pixels away
       from the block's edge, because every block has test blocks beside it. The blocks are chosen
@@ -155,11 +154,7 @@ def read_patch_table(path: Path) -> pd.DataFrame:
 
 
 def default_split(protocol: str) -> str:
-    """Return the name of the folds that a protocol takes; "" is the first of a data set.
-
-    Raises:
-        InputError: The protocol is neither "strict" nor "paper".
-    """
+    """Return the name of the folds that a protocol takes; "" is the first of a data set."""
     splits = {"strict": "", "paper": "shuffled"}
     if protocol not in splits:
         raise InputError(f"protocol: expected one of {sorted(splits)}, found {protocol!r}")
@@ -173,11 +168,6 @@ def class_shares(
 
     Pixels in several training windows count once for each, and pixels of several values of a class
     (where labels overlap) once for each value.
-
-    Args:
-        table: Table of patches.
-        classes: Label values of every class.
-        fold: Number of the fold.
 
     Returns:
         One row per class, one column per part.
@@ -194,16 +184,13 @@ def class_shares(
 
 
 def check_separation(
-    table: pd.DataFrame,
-    fold: int,
-    margin: int,
-    scenes: Mapping[str, PreparedScene] | None = None,
+    table: pd.DataFrame, fold: int, margin: int, scenes: Mapping[str, PreparedScene] | None = None
 ) -> None:
     """Prove that a fold's training, validation and test pixels lie apart, by their rectangles.
 
     Args:
         table: Table of patches.
-        fold: Number of the fold.
+        fold: Number of the fold, from 0.
         margin: Pixels that must lie between two parts, along rows, columns or diagonals.
         scenes: Prepared scenes; those that overlap on the ground are compared with each other too.
 
@@ -215,11 +202,10 @@ def check_separation(
         corner = rows[["column", "row"]].to_numpy()
         boxes[key] = np.hstack([corner, corner + rows[["size"]].to_numpy()])
     scenes, nothing = scenes or {}, np.zeros((0, 4))
+    around = margin * np.array([-1, -1, 1, 1])
     for scene in table["scene"].unique():
         for first, second in combinations(PARTS, 2):
-            beside = boxes.get((scene, second), nothing) + np.array(
-                [-margin, -margin, margin, margin]
-            )
+            beside = boxes.get((scene, second), nothing) + around
             close = _meeting(_polygons(boxes.get((scene, first), nothing)), _polygons(beside))
             if close:
                 raise InputError(
@@ -244,9 +230,8 @@ def _polygons(boxes: NDArray[Any], scene: PreparedScene | None = None) -> NDArra
     if scene is None:
         return polygons
     to_ground = rasterio.Affine(*scene.transform).to_shapely()
-    return (
-        geopandas.GeoSeries(polygons, crs=scene.crs).affine_transform(to_ground).to_crs(4326).array
-    )
+    outlines = geopandas.GeoSeries(polygons, crs=scene.crs).affine_transform(to_ground)
+    return outlines.to_crs(4326).array
 
 
 def _meeting(first: NDArray[Any], second: NDArray[Any]) -> int:
@@ -268,12 +253,9 @@ def _overlapping(scenes: Mapping[str, PreparedScene]) -> list[tuple[str, str]]:
 def coverage(
     patches: pd.DataFrame, shape: Sequence[int], window: Window | None = None
 ) -> NDArray[np.bool_]:
-    """Return which pixels are in a patch, bool [H, W].
+    """Return which pixels of a scene are in one of its patches, bool [H, W].
 
-    Args:
-        patches: Rows of a patch table, of one scene.
-        shape: H and W.
-        window: Where the H × W pixels lie in the scene, by default at its top left corner.
+    The window says where these pixels lie, by default at the scene's top left corner.
     """
     covered = np.zeros(shape, dtype=np.bool_)
     start = np.array([window.row_off, window.col_off] if window else [0, 0])
@@ -290,11 +272,7 @@ def split_roles(
 ) -> tuple[NDArray[np.uint8], dict[int, str]]:
     """Return a fold's parts in one scene, uint8 [H, W], 0 for none, and the name of every id.
 
-    Args:
-        patches: Rows of a patch table, of one scene.
-        fold: Number of the fold.
-        shape: H and W of the picture.
-        factor: Pixels of the scene along one pixel of the picture.
+    The factor is how many pixels of the scene lie along one of the H × W pixels.
     """
     roles = np.zeros(shape, dtype=np.uint8)
     names = dict(enumerate(PARTS, start=1))
@@ -371,8 +349,7 @@ def _add_blocks(
     """Add which blocks, numbered from `number`, patches touch; return the number of blocks.
 
     Added are the block of the centre, the set of all blocks (`touched`), and the first and the last
-    diagonal r + c that a patch touches, a sliding one with `margin` pixels around it. It touches
-    all diagonals between them too.
+    diagonal r + c that a patch touches, a sliding one with `margin` pixels around it.
     """
     block_size, margin = folds.block_size, folds.margin
     top, left = table["row"].to_numpy(), table["column"].to_numpy()
@@ -467,15 +444,8 @@ def shuffled_parts(
     """Return the part of every patch in every fold, by the formula of the paper's authors.
 
     Fold f (from 0) of F tests the places f · ⌊N/F⌋ … (f + 1) · ⌊N/F⌋ of the permutation; of the
-    others, in their order, the first ⌊0.1 · (N − ⌊N/F⌋)⌋ are validation and the rest training.
-
-    Args:
-        count: N, the number of patches.
-        folds: Number of folds, and the seed of the permutation.
-        index_file: File with another permutation of 0 … N - 1, one number per line.
-
-    Raises:
-        InputError: The file holds no such permutation.
+    others, in their order, the first ⌊0.1 · (N − ⌊N/F⌋)⌋ are validation and the rest training. The
+    permutation is seeded, or that of a file with the numbers 0 … N - 1, one per line.
     """
     if index_file is not None:
         permutation = _read_permutation(index_file, count)

@@ -6,6 +6,7 @@ unknown. Overlapping ones are uint16 bit masks: bit i for value i, 0 background,
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import geopandas
@@ -69,14 +70,7 @@ def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
 
 @contextmanager
 def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
-    """Open the labels of a scene.
-
-    Yields:
-        A function from a window to its codes.
-
-    Raises:
-        InputError: The file is damaged, lies elsewhere, or lacks what the manifest says.
-    """
+    """Open the labels of a scene, as a function from a window to its codes."""
     labels, path = scene.labels, scene.label_file
     if isinstance(labels, PolygonLabels):
         yield _burned(labels, _polygons(labels, scene, grid))
@@ -178,6 +172,11 @@ def _value_numbers(labels: Labels) -> dict[str, int]:
     return {str(entry): n for n, group in enumerate(labels.groups) for entry in group}
 
 
+def _expect_finite(path: Path, shapes: NDArray[Any]) -> None:
+    if not np.isfinite(shapely.get_coordinates(shapes)).all():
+        raise InputError(f"{path}: holds a polygon with a coordinate that is no finite number")
+
+
 def _areas(shapes: NDArray[Any], entries: pd.Series, labels: Any) -> Areas:
     """Return single valid polygons (repaired where rings cross themselves) with their values."""
     values = entries.map(_value_numbers(labels)).to_numpy(np.int64)
@@ -198,6 +197,7 @@ def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
         frame = geopandas.read_file(path)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
         raise InputError(f"{path}: cannot be read as polygons ({error})") from error
+    _expect_finite(path, frame.geometry.to_numpy())
     columns = list(frame.columns.drop("geometry", errors="ignore"))
     if labels.column not in columns:
         raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
@@ -258,5 +258,6 @@ def _scaled_polygons(labels: ScaledPolygonLabels, scene: Scene, grid: Grid) -> A
         shapes = shapely.from_wkt(rows["MultipolygonWKT"].to_numpy(dtype=object))
     except shapely.errors.GEOSException as error:
         raise InputError(f"{path}: {scene.name}: is not well-known text ({error})") from error
+    _expect_finite(path, shapes)
     scaled = shapely.transform(shapes, lambda points: points * [across, down])
     return _areas(scaled, rows["ClassType"], labels)

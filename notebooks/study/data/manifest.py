@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lsgs_core.errors import InputError
+from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
 from study.data.schema import Strict, read_yaml, validated
 
 BACKGROUND = "background"  # labelled, and none of the label values
@@ -68,9 +69,10 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=64)]
 RelativePath = Annotated[str, AfterValidator(relative_path)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-FoldCount = Annotated[int, Field(ge=2)]
+# Beyond the upper ends, which no data set comes near, a number is a typing error.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+FoldCount = Annotated[int, Field(ge=2, le=1000)]
 NOT_EMPTY = Field(min_length=1)
 Names = Annotated[list[Name], NOT_EMPTY]
 # Of several files, the first that exists is taken.
@@ -91,7 +93,7 @@ class Member(Strict):
     """One file with its size in bytes and its hash."""
 
     path: RelativePath
-    size: Count
+    size: Annotated[int, Field(ge=0, le=10**15)]
     sha256: Sha256
 
 
@@ -442,7 +444,7 @@ class Dataset(Strict):
     scenes: dict[Name, dict[str, str]] = {}
     find_scenes: FoundScenes | None = None
     bands: Annotated[dict[Name, Band], NOT_EMPTY]
-    modalities: Annotated[dict[Name, Names], Field(min_length=2)]
+    modalities: Annotated[dict[Name, Names], Field(min_length=2, max_length=LARGEST_MODALITY_COUNT)]
     may_be_absent: list[Name] = []
     masks: dict[Name, PixelMask] = {}
     reference_band: Name

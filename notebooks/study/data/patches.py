@@ -21,22 +21,10 @@ from torch.utils.data import DataLoader
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from study.data.alignment import windows
-from study.data.folds import (
-    check_separation,
-    coverage,
-    leaks,
-    patch_table,
-    read_patch_table,
-)
+from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
 from study.data.manifest import Dataset, DiagonalBlocks, Patches
-from study.data.preparation import (
-    LABELS,
-    PATCH_TABLE,
-    Prepared,
-    matching_record,
-    open_prepared,
-)
+from study.data.preparation import LABELS, PATCH_TABLE, Prepared, matching_record, open_prepared
 from study.data.schema import Strict, validated
 from study.files import file_sha256, written_beside
 
@@ -103,23 +91,15 @@ def _label_rasters(folder: Path, record: Prepared) -> Iterator[tuple[str, Any]]:
 
 
 class Statistics(Strict):
-    """Mean and population standard deviation per band of each modality, over training pixels.
+    """Mean and population standard deviation per band of each modality, over training pixels."""
 
-    Attributes:
-        made_from: Hashes of the patch table and of the rasters.
-    """
-
-    made_from: dict[str, str]
+    made_from: dict[str, str]  # hashes of the patch table and of the rasters
     means: dict[str, list[float]]
     deviations: dict[str, list[float]]
 
 
 def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
-    """Return the normalisation of a fold, computed once and kept beside the patch table.
-
-    Raises:
-        InputError: A band has no pixel with data in the training windows.
-    """
+    """Return the normalisation of a fold, computed once and kept beside the patch table."""
     folder = Path(prepared_folder)
     record = matching_record(folder, dataset)
     made_from = _hashes(folder, record)
@@ -201,13 +181,11 @@ class PatchDataset:
             from this definition.
 
     Attributes:
-        dataset: The definition.
         table: The rows of the patch table that belong to the split.
         patch_ids, block_ids: Numbers of patches and blocks, [N] int64.
         modalities: Names, in the order of `Batch.images`.
         bands: Number of bands D_m per modality.
         classes: Names, in the order of the target's channels.
-        task_kind: "binary", "multilabel" or "multiclass".
         size: Side of a patch in pixels.
         data_sha256: One hash of the patch table and of all rasters.
         patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
@@ -224,8 +202,7 @@ class PatchDataset:
         limit: int | None = None,
         workers: int = 0,
     ) -> None:
-        self.folder, self.workers = Path(prepared_folder), workers
-        self.dataset = dataset
+        self.folder, self.workers, self.dataset = Path(prepared_folder), workers, dataset
         definition = dataset.task(task)
         _expect("split", split, get_args(Split))
         _expect("normalisation", normalisation, get_args(Normalisation))
@@ -275,9 +252,8 @@ class PatchDataset:
     def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return one patch as it is, for display.
 
-        Returns:
-            The bands [D_m, H, W] per modality in the type of the source, zeros for an absent one,
-            and the label codes [H, W] (see `study.data.labels`).
+        These are the bands [D_m, H, W] per modality in the type of the source, zeros for an absent
+        one, and the label codes [H, W] (see `study.data.labels`).
         """
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
@@ -331,9 +307,9 @@ class PatchDataset:
         """Yield a batch for each list of positions (0 … len − 1), in order."""
         batches: Iterable[Batch] = map(self.batch, parts)
         if self.workers:  # one item is a whole batch, made in a worker process; order is kept
-            sampler = cast(Any, list(parts))
+            dataset, sampler = cast(Any, self), cast(Any, list(parts))
             batches = DataLoader(
-                cast(Any, self), sampler=sampler, batch_size=None, num_workers=self.workers
+                dataset, batch_size=None, sampler=sampler, num_workers=self.workers
             )
         yield from batches
 

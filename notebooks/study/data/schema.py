@@ -1,7 +1,9 @@
-"""Reading and checking YAML files: the manifest of data sets, and tiers of the study."""
+"""Reading and checking YAML and JSON files: the manifest of data sets, tiers, records."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, TypeVar
 
 import yaml
@@ -10,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lsgs_core.errors import InputError
 
 SHOWN_PROBLEMS = 8  # one mistake can cause many messages, of which the first ones tell enough
+LARGEST_FILE = 4 << 20  # bytes of a YAML file; a larger one is another kind of file
+MOST_NODES = 100_000  # of a YAML file once every alias is written out
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -19,8 +23,34 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A loader for which two equal keys are a mistake; in YAML, the last one wins silently."""
+class Exact(Strict):
+    """Base of parts in which no value is converted, except an int where a float fits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Careful(yaml.SafeLoader):
+    """A loader for which two equal keys are a mistake; in YAML, the last one wins silently.
+
+    Neither does it take a file whose aliases, written out, would fill the memory.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.sizes: dict[int, int] = {}  # of every node, aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.CollectionNode) and id(node) not in self.sizes:
+            pairs = isinstance(node, yaml.MappingNode)
+            children = [child for pair in node.value for child in pair] if pairs else node.value
+            self.sizes[id(node)] = 1 + sum(self.sizes.get(id(child), 1) for child in children)
+            if self.sizes[id(node)] > MOST_NODES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {MOST_NODES} entries, aliases written out",
+                    node.start_mark,
+                )  # fmt: skip
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         # Merging (`<<`) may add a key that the mapping has already, so keys are compared before.
@@ -37,12 +67,23 @@ class _UniqueKeys(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file. Raises `InputError` when it cannot be read or parsed."""
     try:
+        if Path(path).stat().st_size > LARGEST_FILE:
+            raise yaml.YAMLError(f"it has more than {LARGEST_FILE >> 20} MB")
         text = Path(path).read_text(encoding="utf-8")
-        return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+        return yaml.load(text, Loader=_Careful)  # a SafeLoader
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    # A ValueError is a date or a number that is none, or text in another encoding.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a YAML file in UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises `InputError` when it cannot be read or parsed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a JSON file in UTF-8: {error}") from error
 
 
 def validated(model: type[Model], content: Any, where: str) -> Model:
@@ -58,7 +99,7 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
         problems = []
         for problem in error.errors():
             field, value = _field(problem["loc"], content), problem["input"]
-            found = f" (found {value!r})" if isinstance(value, (str, int, float)) else ""
+            found = f" (found {shortened(value)})" if isinstance(value, (str, int, float)) else ""
             problems.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{found}")
         if more := len(problems[SHOWN_PROBLEMS:]):
             problems[SHOWN_PROBLEMS:] = [f"and {more} more"]

@@ -4,8 +4,6 @@ Every function of this package draws its arguments and returns the figure; `save
 as PNG and PDF without dates, so that equal figures are equal files.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -63,12 +61,7 @@ def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list
 
 
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
-    """Draw the training loss, and the validation IoU where the history has it, per epoch.
-
-    Args:
-        history: The columns epoch, loss, and any of validation_full_iou and validation_mean_iou.
-        title: Title of the figure.
-    """
+    """Draw the training loss, and the validation IoU where the history has it, per epoch."""
     labels = {"validation_full_iou": "all modalities", "validation_mean_iou": "mean over scenarios"}
     shown = [name for name in labels if name in history]
     figure, axes = plt.subplots(1, 2 if shown else 1, figsize=(9, 3), squeeze=False)

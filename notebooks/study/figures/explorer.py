@@ -4,8 +4,6 @@ Nothing is computed but p: stored distortions and predictions are drawn again by
 draw them in the study.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,23 +27,16 @@ from study.figures.scoring import SETTING_TITLES, probability_steps
 from study.predictions import Predictions, load_predictions
 from study.statistics import method_title
 
-WIDE: dict[str, Any] = {
-    "style": {"description_width": "12em"},
-    "layout": widgets.Layout(width="25em"),
-}
+STYLE = {"description_width": "12em"}
+WIDE: dict[str, Any] = {"style": STYLE, "layout": widgets.Layout(width="25em")}
 
 
 @dataclass(frozen=True)
 class View:
-    """A figure and its controls.
+    """A figure and its controls."""
 
-    Attributes:
-        draw: Draws the figure for values of the controls, which are passed by name.
-        controls: Widgets by name.
-    """
-
-    draw: Callable[..., Figure]
-    controls: dict[str, widgets.ValueWidget]
+    draw: Callable[..., Figure]  # for values of the controls, which are passed by name
+    controls: dict[str, widgets.ValueWidget]  # by name
 
     def values(self) -> dict[str, Any]:
         """Return the values of the controls, by name."""
@@ -61,27 +52,18 @@ class View:
                 print(error)
 
         controls = list(self.controls.values())
-        columns = [
-            widgets.VBox(controls[first : first + 3]) for first in range(0, len(controls), 3)
-        ]
+        starts = range(0, len(controls), 3)
+        columns = [widgets.VBox(controls[start : start + 3]) for start in starts]
         rows = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
         return widgets.VBox([rows, widgets.interactive_output(draw, self.controls)])
 
 
-def is_live() -> bool:
-    """Return True in an interactive Jupyter session."""
-    return "JPY_SESSION_NAME" in os.environ
-
-
-def show_probabilities(
-    own: Sequence[Path], committed: Sequence[Path], live: bool | None = None
-) -> widgets.Widget | None:
+def show_probabilities(own: Sequence[Path], committed: Sequence[Path]) -> widgets.Widget | None:
     """Explore how p follows from stored distortions, with a control for every setting.
 
     Args:
         own: Files `probabilities.json` of this run; files that do not exist are skipped.
         committed: Further ones, which only an interactive session offers.
-        live: True shows controls, False a static figure; None asks `is_live`.
 
     Returns:
         The widget, or None if the figure is static or there is no file.
@@ -89,30 +71,21 @@ def show_probabilities(
     Raises:
         InputError: A file is no scoring.
     """
-    return _show(own, committed, lambda path: probability_view(read_evidence(path)), live)
+    return _show(own, committed, lambda path: probability_view(read_evidence(path)))
 
 
-def show_predictions(
-    own: Sequence[Path], committed: Sequence[Path], live: bool | None = None
-) -> widgets.Widget | None:
+def show_predictions(own: Sequence[Path], committed: Sequence[Path]) -> widgets.Widget | None:
     """Explore predictions: choose patch, network and method, and switch modalities off.
 
-    Arguments and result are those of `show_probabilities`, for `predictions_<data set>.npz`.
-
-    Raises:
-        InputError: A file holds no predictions.
+    As `show_probabilities`, for `predictions_<data set>.npz`.
     """
-    return _show(own, committed, lambda path: prediction_explorer(load_predictions(path)), live)
+    return _show(own, committed, lambda path: prediction_explorer(load_predictions(path)))
 
 
 def probability_view(evidence: Evidence) -> View:
     """Return a view of kernel, smoothing and p, with the settings and failure rates as controls.
 
-    Args:
-        evidence: A scoring with distortions.
-
-    Raises:
-        InputError: The scoring has no distortions.
+    A scoring without distortions raises `InputError`.
     """
     distortion = evidence.required("distortion")
     scenarios, settings = evidence.scenarios, evidence.settings
@@ -143,11 +116,10 @@ def probability_view(evidence: Evidence) -> View:
         "mixing": _slider(evidence.mixing, 1, titles["mixing"]),
         "ridge": _log_slider(float(settings.get("ridge", 1e-3)), -6, titles["ridge"]),
         "lengthscale": _log_slider(multiple, -2, "σ / median distance"),
-        "direction": widgets.Dropdown(
-            options={"more where D is high": 1.0, "more where D is low": -1.0},
-            value=float(np.sign(settings.get("direction", 1.0))),
-            description="direction",
-            **WIDE,
+        "direction": _choice(
+            "direction",
+            {"more where D is high": 1.0, "more where D is low": -1.0},
+            float(np.sign(settings.get("direction", 1.0))),
         ),
         "smooth": _check_box(bool(settings.get("smooth", True)), "smooth with the kernel"),
     }
@@ -171,20 +143,17 @@ def prediction_explorer(predictions: Predictions) -> View:
         return prediction_view(predictions, patch, backbone, method, available)
 
     controls: dict[str, widgets.ValueWidget] = {
-        "patch": widgets.Dropdown(options=patches, description="patch", **WIDE),
-        "backbone": widgets.Dropdown(options=backbones, description="backbone", **WIDE),
-        "method": widgets.Dropdown(options=titles, value=methods[-1], description="method", **WIDE),
+        "patch": _choice("patch", patches, 0),
+        "backbone": _choice("backbone", backbones, backbones[0]),
+        "method": _choice("method", titles, methods[-1]),
     }
     return View(draw, controls | boxes)
 
 
 def _show(
-    own: Sequence[Path],
-    committed: Sequence[Path],
-    view: Callable[[Path], View],
-    live: bool | None,
+    own: Sequence[Path], committed: Sequence[Path], view: Callable[[Path], View]
 ) -> widgets.Widget | None:
-    live = is_live() if live is None else live
+    live = "JPY_SESSION_NAME" in os.environ  # an interactive Jupyter session
     # A static figure is part of the record of a run, so it never shows the results of others.
     paths = [path for path in [*own, *(committed if live else [])] if path.is_file()]
     views = {path.as_posix().replace("../", ""): view(path) for path in paths}
@@ -204,9 +173,8 @@ def _show(
         return views[title].panel()
 
     width = f"{14 + max(map(len, titles)) * 0.6:.0f}em"
-    choice = widgets.Dropdown(
-        options=titles, description="shown", style=WIDE["style"], layout={"width": width}
-    )
+    layout = {"width": width}
+    choice = widgets.Dropdown(options=titles, description="shown", style=STYLE, layout=layout)
     shown = widgets.interactive_output(lambda title: display(panel(title)), {"title": choice})
     return widgets.VBox([choice, shown])
 
@@ -220,6 +188,10 @@ def _failure_rate(evidence: Evidence, modality: int) -> float:
     return without / both if both else 0.5
 
 
+def _choice(title: str, options: Any, value: Any) -> widgets.ValueWidget:
+    return widgets.Dropdown(options=options, value=value, description=title, **WIDE)
+
+
 def _slider(value: float, high: float, title: str) -> widgets.ValueWidget:
     """Return a slider from 0 to `high`, which must be at least the value."""
     return widgets.FloatSlider(
@@ -230,15 +202,9 @@ def _slider(value: float, high: float, title: str) -> widgets.ValueWidget:
 def _log_slider(value: float, low: float, title: str) -> widgets.ValueWidget:
     """Return a slider over the powers of 10 from `low` to 2, extended so as to hold the value."""
     power = float(np.log10(value))
+    limits = {"min": min(low, power), "max": max(2, power), "step": 0.1, "readout_format": ".3g"}
     return widgets.FloatLogSlider(
-        value=value,
-        min=min(low, power),
-        max=max(2, power),
-        step=0.1,
-        description=title,
-        readout_format=".3g",
-        continuous_update=False,
-        **WIDE,
+        value=value, description=title, continuous_update=False, **limits, **WIDE
     )
 
 

@@ -1,7 +1,5 @@
 """Maps: a prepared scene at a glance, and the predictions for single patches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from study.figures import GREY, PALETTE
 from study.predictions import NOTHING, UNKNOWN, Predictions, composite
 from study.statistics import method_title
 
+LARGEST = 1000  # height or width of a picture, pixels
 Extent = tuple[float, float, float, float]  # left, right, bottom, top
 
 
@@ -41,16 +40,10 @@ def category_map(
     extent: Extent | None = None,
     legend: bool = True,
 ) -> None:
-    """Draw a map of ids; ids without a name stay white.
+    """Draw a map of ids [H, W]; ids without a name stay white.
 
-    Args:
-        axes: The axes to draw on.
-        ids: [H, W].
-        names: Name of every id that is shown.
-        title: Title of the axes.
-        colours: Colours of the names; evenly spread hues if there are fewer colours than names.
-        extent: Position in the units of the axes; None: pixels.
-        legend: Whether to draw a legend on the right.
+    There are evenly spread hues if there are fewer colours than names. The extent is in the units
+    of the axes; without it, these are pixels.
     """
     positions = np.full(ids.shape, np.nan)
     for position, key in enumerate(names):
@@ -69,12 +62,7 @@ def first_scene(
 ) -> Figure:
     """Draw every modality of the first scene, its labels, and the parts of one fold.
 
-    Args:
-        dataset: The definition that the folder was prepared from.
-        prepared_folder: The folder that `rasters.prepare` wrote.
-        table: The patch table.
-        task: The task whose classes are shown; where several classes overlap, the first is shown.
-        fold: The fold whose training, validation and test pixels are shown.
+    Where several classes of the task overlap, the first is shown.
     """
     scene, made = next(iter(matching_record(prepared_folder, dataset).scenes.items()))
     folder = Path(prepared_folder) / scene
@@ -118,18 +106,14 @@ def first_scene(
     return figure
 
 
-def read_overview(path: Path, largest: int = 1000) -> tuple[np.ndarray, np.ndarray, float]:
+def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """Read a prepared raster at a reduced size, by nearest neighbours, which keep label codes.
-
-    Args:
-        path: The raster.
-        largest: Largest height or width to return, pixels.
 
     Returns:
         The bands [D, h, w], the pixels with data as bool [h, w], and the factor of the reduction.
     """
     with open_prepared(path) as raster:
-        factor = max(1.0, max(raster.shape) / largest)
+        factor = max(1.0, max(raster.shape) / LARGEST)
         shape = tuple(max(1, round(length / factor)) for length in raster.shape)
         bands = raster.read(out_shape=(raster.count, *shape))
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
@@ -139,9 +123,6 @@ def prediction_maps(predictions: Predictions, backbone: str, method: str) -> Fig
     """Draw a row per patch: picture, truth, and the predictions from one and from all modalities.
 
     Pixels without a label are pale.
-
-    Raises:
-        InputError: There are no predictions of this network.
     """
     maps, scenarios = predictions.of(backbone, method), predictions.scenarios
     single = np.flatnonzero(scenarios.masks.sum(axis=1) == 1)
@@ -175,9 +156,6 @@ def prediction_view(
         backbone: Backbone of the network.
         method: Method of the network.
         available: Whether each modality is available, [M]; at least one is.
-
-    Raises:
-        InputError: There are no predictions of this network, or no modality is available.
     """
     scenario = predictions.scenarios.index(available)
     predicted = predictions.of(backbone, method)[patch, scenario]
@@ -196,10 +174,9 @@ def prediction_view(
     compared = (truth != UNKNOWN) & (predicted != UNKNOWN)
     is_right = predicted == truth
     share = is_right[compared].mean() if compared.any() else float("nan")
-    names_of, colours = {0: "wrong", 1: "right"}, ("#D55E00", "#DDDDDD")
-    title = f"{share:.0%} right (orange: wrong)"
-    errors = np.where(compared, is_right, -1)
-    category_map(axes[1, 2], errors, names_of, title, colours, legend=False)
+    errors, titles = np.where(compared, is_right, -1), {0: "wrong", 1: "right"}
+    title, colours = f"{share:.0%} right (orange: wrong)", ("#D55E00", "#DDDDDD")
+    category_map(axes[1, 2], errors, titles, title, colours, legend=False)
     for panel in [*axes[0, len(names) :], *axes[1, 3:]]:
         panel.axis("off")
     _finish(figure, predictions)

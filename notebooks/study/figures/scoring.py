@@ -1,7 +1,5 @@
 """Figures of a scoring: distortions, kernel, probabilities, and what they depend on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,13 +34,9 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
     rows = np.arange(len(scenarios))
     shades = sns.color_palette("crest", len(scenarios.modalities))
     colours = [shades[int(missing)] for missing in scenarios.missing]
+    size, layout = (9, 0.8 + 0.32 * len(rows)), ConstrainedLayoutEngine(w_pad=0.1)
     figure, axes = plt.subplots(
-        1,
-        3,
-        figsize=(9, 0.8 + 0.32 * len(rows)),
-        width_ratios=(1, 2.2, 2.2),
-        sharey=True,
-        layout=ConstrainedLayoutEngine(w_pad=0.1),
+        1, 3, figsize=size, width_ratios=(1, 2.2, 2.2), sharey=True, layout=layout
     )
     row, column = np.nonzero(scenarios.masks)
     axes[0].scatter(column, row, s=90, color="#262626")
@@ -66,17 +60,11 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
 def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
     """Draw the kernel, the effect of the smoothing, and the probabilities beside the prior."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
+    labels = list(names)
     sns.heatmap(
-        result.kernel,
-        ax=axes[0],
-        xticklabels=list(names),
-        yticklabels=list(names),
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        square=True,
-        cbar_kws={"label": "similarity"},
-    )
+        result.kernel, ax=axes[0], xticklabels=labels, yticklabels=labels, cmap="viridis",
+        vmin=0, vmax=1, square=True, cbar_kws={"label": "similarity"},
+    )  # fmt: skip
     plt.setp(axes[0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
     axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
@@ -99,7 +87,7 @@ def sensitivity_panels(
     Args:
         result: The probabilities in use.
         names: Names of the scenarios.
-        resampled: [R, K] of `bootstrap_probabilities`.
+        resampled: Probabilities of `bootstrap_probabilities`, [R, K].
         varied: Table of `sensitivity`.
         settings: Settings in use; numbers are marked in their panels, except for the lengthscale,
             whose panel has another unit.

@@ -1,7 +1,5 @@
 """Figures of the benchmark: where the time goes, and how it grows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -21,11 +19,7 @@ AXES = {
 
 
 def parts_figure(timings: pd.DataFrame) -> Figure:
-    """Draw the seconds per patch by part, for both forms of every case in their median run.
-
-    Args:
-        timings: Table of `study.speed.compare`.
-    """
+    """Draw the seconds per patch by part, of both forms of every case in their median run."""
     table = ratios(timings)
     figure, axes = plt.subplots(
         len(table), figsize=(8, 0.4 + 1.15 * len(table)), squeeze=False, layout="constrained"
@@ -57,12 +51,7 @@ def parts_figure(timings: pd.DataFrame) -> Figure:
 
 
 def growth_figure(timings: Mapping[str, pd.DataFrame], title: str) -> Figure:
-    """Draw the seconds per patch of both forms as functions of what is varied.
-
-    Args:
-        timings: Tables of `study.speed.compare`, by the column that varies.
-        title: Title of the figure.
-    """
+    """Draw the seconds per patch of both forms; timings are by the column that varies."""
     figure, axes = plt.subplots(
         1, len(timings), figsize=(9, 3.2), sharey=True, squeeze=False, layout="constrained"
     )
@@ -72,14 +61,9 @@ def growth_figure(timings: Mapping[str, pd.DataFrame], title: str) -> Figure:
             panel.plot(table[column], table[form], "o-", color=colour, label=form)
         for _, row in table.iterrows():
             panel.annotate(
-                f"{row['ratio']:.1f}×",
-                (row[column], row["ours"]),
-                textcoords="offset points",
-                xytext=(0, -13),
-                ha="center",
-                fontsize="small",
-                color=FORM_COLOURS["ours"],
-            )
+                f"{row['ratio']:.1f}×", (row[column], row["ours"]), ha="center", fontsize="small",
+                textcoords="offset points", xytext=(0, -13), color=FORM_COLOURS["ours"],
+            )  # fmt: skip
         panel.set(xlabel=AXES[column], xticks=table[column], yscale="log")
         panel.margins(x=0.15, y=0.2)
     axes[0, 0].set_ylabel("seconds per patch")

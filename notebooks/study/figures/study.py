@@ -1,7 +1,5 @@
 """Figures of the comparison: one panel per data set and backbone, all made from tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +19,7 @@ MARKERS = "osD^vP*Xh"
 
 
 def forest(differences: pd.DataFrame, metric: str) -> Figure:
-    """Draw the difference of every method to uniform with its 95 % interval.
-
-    Args:
-        differences: Table of `study.statistics.differences`.
-        metric: One of `METRICS`.
-    """
+    """Draw the difference of every method to uniform in one metric, with its 95 % interval."""
     table = differences[differences["metric"] == metric]
     present = set(table["method"])
     first = ["pretrained", "uniform_again"]
@@ -43,14 +36,9 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
             axes.hlines(position, row["low"], row["high"], color=colour, linewidth=2)
             axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
             axes.text(
-                1.02,
-                position,
-                f"{row['replicates']:.0f}",
-                fontsize=8,
-                color="#666666",
-                va="center",
-                transform=axes.get_yaxis_transform(),
-            )
+                1.02, position, f"{row['replicates']:.0f}", fontsize=8, color="#666666",
+                va="center", transform=axes.get_yaxis_transform(),
+            )  # fmt: skip
         axes.set_yticks(range(len(order)), [method_title(name) for name in order])
         axes.set_xlabel("IoU minus uniform")
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -68,9 +56,7 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
     """Draw the IoU per method and scenario; colours span the range of a data set.
 
-    Args:
-        scores: The columns dataset, backbone, method, scenario and iou.
-        names: Names of the scenarios, in order.
+    Scores have the columns dataset, backbone, method, scenario and iou.
     """
     methods = list(dict.fromkeys(scores["method"]))
     limits = scores.groupby("dataset")["iou"].agg(["min", "max"])
@@ -79,17 +65,9 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
         table = rows.pivot_table(index="method", columns="scenario", values="iou", sort=False)
         table = table.reindex(index=methods, columns=list(names)).rename(index=method_title)
         low, high = limits.loc[rows["dataset"].iloc[0], ["min", "max"]]
-        sns.heatmap(
-            table,
-            ax=axes,
-            annot=True,
-            fmt=".2f",
-            annot_kws={"fontsize": 8},
-            cmap="viridis",
-            vmin=low,
-            vmax=high,
-            cbar_kws={"label": "IoU"},
-        )
+        numbers = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 8}}
+        label = {"label": "IoU"}
+        sns.heatmap(table, ax=axes, cmap="viridis", vmin=low, vmax=high, cbar_kws=label, **numbers)
         axes.set(xlabel="", ylabel="")
         plt.setp(axes.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
 
@@ -101,8 +79,7 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
 def method_curves(histories: pd.DataFrame) -> Figure:
     """Draw the validation IoU per epoch of fine-tuning, a line per method: means over folds, seeds.
 
-    Args:
-        histories: The columns dataset, backbone, method, fold, seed, epoch, validation_mean_iou.
+    Histories have the columns dataset, backbone, method, epoch and validation_mean_iou.
     """
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -117,11 +94,7 @@ def method_curves(histories: pd.DataFrame) -> Figure:
 
 
 def worst_against_mean(summary: pd.DataFrame) -> Figure:
-    """Draw the IoU of the worst scenario against the mean, a point per method: means over seeds.
-
-    Args:
-        summary: Table of `study.evaluation.summary`, per dataset, backbone, method and seed.
-    """
+    """Draw the IoU of the worst scenario against the mean, a point per method: means over seeds."""
     keys = ["dataset", "backbone", "method"]
     table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
 
@@ -151,13 +124,9 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
         rows = rows[rows["missing"] > 0]
         for _, points in rows.groupby(["fold", "missing"]):
             fold, missing = (int(points[name].iloc[0]) for name in ("fold", "missing"))
-            axes.scatter(
-                points["distortion"],
-                points["lost"],
-                color=shades[missing],
-                marker=MARKERS[fold % len(MARKERS)],
-                label=f"{missing} missing, fold {fold}",
-            )
+            label, marker = f"{missing} missing, fold {fold}", MARKERS[fold % len(MARKERS)]
+            x, y = points["distortion"], points["lost"]
+            axes.scatter(x, y, color=shades[missing], marker=marker, label=label)
         ranks = [rank_correlation(rows, column) for column in ("distortion", "missing")]
         label = f"distortion D\nrank correlation {ranks[0]:.2f}; of number missing {ranks[1]:.2f}"
         axes.set(xlabel=label, ylabel="IoU lost against all modalities")
@@ -169,9 +138,7 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
 def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
     """Draw p of LSGS per scenario: bars are means over folds, points the folds, dashes uniform.
 
-    Args:
-        table: The columns dataset, backbone, fold, scenario and probability.
-        names: Names of the scenarios, in order.
+    The table has the columns dataset, backbone, fold, scenario and probability.
     """
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -202,16 +169,9 @@ def _panels(
     sharey: bool = False,
     legend: bool = False,
 ) -> Figure:
-    """Draw a panel per data set and backbone of the table.
+    """Draw a panel of `width` × `height` inches per data set and backbone, `columns` in a row.
 
-    Args:
-        table: Rows with the columns dataset and backbone.
-        draw: Draws the rows of a panel.
-        width: Width of a panel, inches.
-        height: Height of a panel, inches.
-        columns: Largest number of panels in a row.
-        sharey: Whether the panels of a row share their vertical axis.
-        legend: Draw one legend for all panels on the right, that of the panel with most entries.
+    The legend, on the right, is that of the panel with most entries.
     """
     keys = ["dataset", "backbone"]
     order = [list(dict.fromkeys(table[key])) for key in keys]
