@@ -267,7 +267,7 @@ def test_large_seeds_are_different_seeds():
 def test_seeds_and_indices_are_integers(wrong):
     with pytest.raises(
         InputError,
-        match="(seed|epoch|index): expected an integer from 0|(stream|stage): expected one",
+        match=r"(seed|epoch|index): expected an integer from 0|(stream|stage): expected one",
     ):
         generator(**{"stream": "order", "seed": 0, **wrong})
 
