@@ -6,20 +6,45 @@ learns is its state, which is saved with the training state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import array_of, check_count, check_number, check_type, real_numbers
 from lsgs_core.probabilities import standardise
 from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
+
+LARGEST_EXPONENT = 700.0  # of e without an overflow
+LARGEST = 1e300  # size of a loss or a factor, with which no sum overflows
 
 
 def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the natural logarithm, minus infinity for 0: such a scenario is never drawn."""
     return np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
+
+
+def _range(field: str, value: float, least: float, most: float) -> float:
+    expected = f"a number from {least:g} to {most:g}"
+    return check_number(field, value, lambda x: least <= x <= most, expected)
+
+
+def _observed(
+    scenario: NDArray[np.int64], loss: NDArray[np.float64], p: Probabilities
+) -> Iterator[tuple[int, float]]:
+    """Return scenario and loss of each sample, in their order.
+
+    Raises:
+        InputError: A scenario is unknown or has a probability of 0, or a loss is not finite.
+    """
+    indices = array_of("scenario", scenario, "iu", [None])
+    losses = real_numbers("loss", loss, [len(indices)])
+    for k, value in zip(indices, losses, strict=True):
+        check_count("scenario", k, 0, len(p) - 1)
+        check_number("probability of the scenario", p[k], lambda x: x > 0, "a positive number")
+        _range("loss", value, -LARGEST, LARGEST)
+    return zip(indices, losses, strict=True)
 
 
 class LossProportional(ScenarioSampler):
@@ -41,7 +66,8 @@ class LossProportional(ScenarioSampler):
         self, prior: ArrayLike, inverse_temperature: float, mixing: float, memory: float = 0.98
     ) -> None:
         self.prior = check_probabilities(prior)
-        self.inverse_temperature, self.mixing, self.memory = inverse_temperature, mixing, memory
+        self.inverse_temperature = _range("inverse_temperature", inverse_temperature, 0, LARGEST)
+        self.mixing, self.memory = _range("mixing", mixing, 0, 1), _range("memory", memory, 0, 1)
         self.average = np.zeros(len(self.prior))
         self.count = np.zeros(len(self.prior))
 
@@ -60,7 +86,7 @@ class LossProportional(ScenarioSampler):
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
         """Update the averages in the order of the batch."""
-        for k, value in zip(scenario, loss, strict=True):
+        for k, value in _observed(scenario, loss, self.prior):
             self.average[k] = self.memory * self.average[k] + (1 - self.memory) * value
             self.count[k] += 1
 
@@ -82,7 +108,8 @@ class GroupDRO(ScenarioSampler):
     _kept = ("log_weights",)
 
     def __init__(self, prior: ArrayLike, step: float = 0.01, mixing: float = 0.9) -> None:
-        self.prior, self.step, self.mixing = check_probabilities(prior), step, mixing
+        self.prior = check_probabilities(prior)
+        self.step, self.mixing = _range("step", step, 0, 100), _range("mixing", mixing, 0, 1)
         self.log_weights = _logarithm(self.prior)
 
     def probabilities(self, epoch: int) -> Probabilities:
@@ -93,8 +120,10 @@ class GroupDRO(ScenarioSampler):
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
         """Increase the weights of scenarios with a high loss."""
         p = self.probabilities(0)
-        for k, value in zip(scenario, loss, strict=True):
-            self.log_weights[k] += self.step * value / (len(p) * p[k]) / len(scenario)
+        for k, value in _observed(scenario, loss, p):
+            with np.errstate(over="ignore"):
+                gain = self.step * value / (len(p) * p[k]) / len(scenario)
+            self.log_weights[k] += np.clip(gain, -LARGEST, LARGEST)
         self.log_weights -= self.log_weights.max()  # the softmax stays the same
 
 
@@ -123,12 +152,13 @@ class Exp3S(ScenarioSampler):
         memory: float = 0.9,
         window: int = 256,
     ) -> None:
-        self.prior, self.step, self.exploration = check_probabilities(prior), step, exploration
-        self.memory = memory
+        self.prior, self.step = check_probabilities(prior), _range("step", step, 0, 100)
+        self.exploration = _range("exploration", exploration, 0, 1)
+        self.memory = _range("memory", memory, 0, 1)
         self.log_weights = _logarithm(self.prior)
         self.average = np.zeros(len(self.prior))
         self.seen = np.zeros(len(self.prior))
-        self.rewards = np.full(window, np.nan)  # a ring buffer
+        self.rewards = np.zeros(check_count("window", window))  # a ring buffer
         self.time = 0.0
 
     def probabilities(self, epoch: int) -> Probabilities:
@@ -139,7 +169,7 @@ class Exp3S(ScenarioSampler):
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
         """Reward the scenarios in which the network improves."""
         p = self.probabilities(0)
-        for k, value in zip(scenario, loss, strict=True):
+        for k, value in _observed(scenario, loss, p):
             if self.seen[k]:
                 self._reward(k, float(self.average[k] - value), float(p[k]))
                 self.average[k] = self.memory * self.average[k] + (1 - self.memory) * value
@@ -149,11 +179,12 @@ class Exp3S(ScenarioSampler):
     def _reward(self, arm: int, progress: float, probability: float) -> None:
         self.rewards[int(self.time) % len(self.rewards)] = progress
         self.time += 1
-        low, high = np.nanpercentile(self.rewards, [20, 80])
+        low, high = np.percentile(self.rewards[: int(self.time)], [20, 80])
         scaled = np.clip(2 * (progress - low) / (high - low) - 1, -1, 1) if high > low else 0.0
         estimate = np.zeros(len(self.prior))
-        estimate[arm] = scaled / probability
-        weights = np.exp(self.log_weights + self.step * estimate)
+        with np.errstate(over="ignore"):
+            estimate[arm] = scaled / probability
+        weights = np.exp(np.minimum(self.log_weights + self.step * estimate, LARGEST_EXPONENT))
         share = 1 / (self.time + 1)
         possible = self.prior > 0
         others = (weights.sum() - weights) / max(1, possible.sum() - 1)
@@ -175,12 +206,14 @@ class Curriculum(ScenarioSampler):
     def __init__(
         self, distortion: ArrayLike, prior: ArrayLike, epochs: int, strength: float = 1.0
     ) -> None:
-        self.standardised = standardise(np.asarray(distortion, dtype=np.float64))
-        self.prior, self.epochs, self.strength = check_probabilities(prior), epochs, strength
+        self.prior = check_probabilities(prior)
+        self.standardised = standardise(real_numbers("distortion", distortion, self.prior.shape))
+        self.epochs = check_count("epochs", epochs, 0)
+        self.strength = _range("strength", strength, -LARGEST, LARGEST)
 
     def probabilities(self, epoch: int) -> Probabilities:
         """Return p in an epoch, float64 [K]."""
-        left = max(0.0, 1 - epoch / max(1, self.epochs))
+        left = max(0.0, 1 - _range("epoch", epoch, 0, LARGEST) / max(1, self.epochs))
         logits = _logarithm(self.prior) - self.strength * left * self.standardised
         return scipy.special.softmax(logits)
 
@@ -194,7 +227,7 @@ class Online(ScenarioSampler):
         every: Number of epochs between two measurements.
 
     Raises:
-        InputError: `every` is below 1.
+        InputError: `every` is below 1, or `measure` is no function.
     """
 
     _kept = ("current", "measured")
@@ -202,14 +235,14 @@ class Online(ScenarioSampler):
     def __init__(
         self, probabilities: ArrayLike, measure: Callable[[], Probabilities], every: int
     ) -> None:
-        if every < 1:
-            raise InputError(f"every: expected at least 1 epoch, found {every}")
-        self.current, self.measure, self.every = check_probabilities(probabilities), measure, every
+        check_type("measure", measure, Callable)
+        self.current, self.measure = check_probabilities(probabilities), measure
+        self.every = check_count("every", every)
         self.measured = 0.0  # the epoch of the last measurement
 
     def probabilities(self, epoch: int) -> Probabilities:
         """Return p in an epoch, float64 [K], after a measurement where one is due."""
-        if epoch >= self.measured + self.every:
+        if _range("epoch", epoch, 0, LARGEST) >= self.measured + self.every:
             self.current = check_probabilities(self.measure(), len(self.current))
             self.measured = float(epoch)
         return self.current

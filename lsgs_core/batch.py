@@ -5,6 +5,8 @@ from typing import Self
 
 import torch
 
+from lsgs_core.errors import InputError, check_shape, check_type, shown
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,6 +22,9 @@ class Batch:
         block_ids: int64 [B], the spatial block of each patch.
         seen: bool [B, M, H, W], True for pixels that a modality observes. None means that an
             available modality observes every pixel.
+
+    Raises:
+        InputError: A field is no tensor, or has another shape or kind of numbers.
     """
 
     images: tuple[torch.Tensor, ...]
@@ -30,6 +35,34 @@ class Batch:
     block_ids: torch.Tensor | None = None
     seen: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_type("images", self.images, tuple)
+        for image in self.images:
+            if not isinstance(image, torch.Tensor) or image.ndim != 4:
+                raise InputError(f"images: expected tensors [B, D_m, H, W], found {shown(image)}")
+            check_shape("images", image, [len(self.images[0]), None, None, None])
+        count = len(self.images[0]) if self.images else None
+        size = list(self.images[0].shape[2:]) if self.images else [None, None]
+        shapes = {
+            "available": [count, len(self.images)],
+            "valid": [count, *size],
+            "patch_ids": [count],
+            "block_ids": [count],
+            "seen": [count, len(self.images), *size],
+        }
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is None and name != "available":
+                continue
+            check_type(name, value, torch.Tensor)
+            check_shape(name, value, shape)
+            if (value.dtype == torch.bool) == name.endswith("ids") or value.is_floating_point():
+                raise InputError(f"{name}: expected booleans, or whole numbers for identifiers")
+        if self.target is not None:
+            check_type("target", self.target, torch.Tensor)
+            expected = [count, *([None] if self.target.ndim == 4 else []), *size]
+            check_shape("target", self.target, expected)
+
     def counted(self, present: torch.Tensor) -> torch.Tensor:
         """Return the pixels that count in losses and metrics, bool [B, H, W].
 
@@ -38,8 +71,16 @@ class Batch:
 
         Args:
             present: bool [B, M], the modalities that the network receives.
+
+        Raises:
+            InputError: The batch has no `valid`, or `present` has another form than `available`.
         """
-        assert self.valid is not None
+        check_type("valid", self.valid, torch.Tensor)
+        check_type("present", present, torch.Tensor)
+        check_shape("present", present, self.available.shape)
+        if present.dtype != torch.bool:
+            raise InputError(f"present: expected torch.bool, found {present.dtype}")
+        assert self.valid is not None  # for mypy
         if self.seen is None:
             return self.valid & present.any(dim=1)[:, None, None]
         return self.valid & (self.seen & present[:, :, None, None]).any(dim=1)

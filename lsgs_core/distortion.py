@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, array_of, check_type, real_numbers, shown
 from lsgs_core.scenarios import ScenarioSet
 
 # Number of scenarios whose latents a backbone computes at a time: memory does not grow with K.
@@ -105,6 +105,8 @@ def score_scenarios(
         InputError: No patch is complete, batches or latents have another form, a latent is not
             finite (the message names the patches), or another thread is scoring the network.
     """
+    if until is not None:
+        check_type("until", until, Callable)
     parts: list[BatchScores] = []
     with closing(score_batches(model, batches, scenarios, device, progress)) as scored:
         for part in scored:
@@ -128,8 +130,11 @@ def score_batches(
 
     Arguments and errors are those of `score_scenarios`.
     """
-    if not isinstance(scenarios, ScenarioSet):
-        raise InputError(f"scenarios: expected a ScenarioSet, found {type(scenarios).__name__}")
+    check_type("model", model, nn.Module)
+    if not (hasattr(model, "latent") or hasattr(model, "scenario_latents")):
+        raise InputError("model: expected a method `latent`; see `HookedModel` for other networks")
+    check_type("scenarios", scenarios, ScenarioSet)
+    check_type("progress", progress, bool)
     if isinstance(batches, Tensor | Batch | np.ndarray | Mapping) or not hasattr(
         batches, "__iter__"
     ):
@@ -138,8 +143,9 @@ def score_batches(
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     devices = [tensor.device for tensor in tensors]
     names = {str(place) for place in devices} | {place.type for place in devices}
-    if device is not None and names and str(device) not in names:
-        raise InputError(f"device: expected {sorted(names)}, as the model has, found {device}")
+    if device is not None and str(device) not in (names or {"cpu"}):
+        expected = sorted(names or {"cpu"})
+        raise InputError(f"device: expected {expected}, as the model has, found {shown(device)}")
     target = torch.device(device or next(iter(devices), "cpu"))
     masks = torch.tensor(scenarios.masks, device=target)
     position = 0  # of the first patch of a batch
@@ -164,6 +170,14 @@ def joined_scores(parts: Sequence[BatchScores], scenarios: ScenarioSet) -> Scena
     Raises:
         InputError: No batch had a complete patch, or the latents of batches differ in channels.
     """
+    check_type("scenarios", scenarios, ScenarioSet)
+    check_type("batches", parts, Sequence)
+    for part in parts:
+        check_type("batches", part, BatchScores)
+        count = len(array_of("patch_ids", part.patch_ids, "iu", [None]))
+        array_of("block_ids", part.block_ids, "iu", [count])
+        real_numbers("distortion", part.distortion, [count, len(scenarios)])
+        real_numbers("latent shift", part.shift, [len(scenarios), None])
     if not parts:
         raise InputError("batches: expected at least one patch with every modality, found none")
     if len({part.shift.shape for part in parts}) > 1:
@@ -197,7 +211,12 @@ def clustered_standard_error(
 
     Returns:
         Standard error of each column, float64 [K]; NaN for a single cluster.
+
+    Raises:
+        InputError: The values are not finite, or an array has another shape.
     """
+    values = real_numbers("values", values, [None, None])
+    clusters = array_of("clusters", clusters, "iu", [len(values)])
     labels, position = np.unique(clusters, return_inverse=True)
     if len(labels) < 2:
         return np.full(values.shape[1], np.nan)
@@ -258,8 +277,6 @@ def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
     shape = len(images[0]), count
     if not isinstance(item, Batch):
         return Batch(tuple(images), torch.ones(shape, dtype=torch.bool))
-    if item.available.shape != shape or item.available.dtype != torch.bool:
-        raise InputError(f"batches: expected `available` to be bool {list(shape)} in each")
     return item
 
 

@@ -11,7 +11,7 @@ import scipy.optimize
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, real_numbers
+from lsgs_core.errors import InputError, check_count, check_number, check_type, real_numbers, shown
 from lsgs_core.randomness import generator
 from lsgs_core.sampling import Probabilities, check_probabilities
 from lsgs_core.scenarios import ScenarioSet
@@ -27,8 +27,8 @@ def bernoulli(scenarios: ScenarioSet, keep: float) -> Probabilities:
     Raises:
         InputError: The probability `keep` of a modality is not between 0 and 1.
     """
-    if not 0 < keep < 1:
-        raise InputError(f"keep: expected a number between 0 and 1, found {keep}")
+    check_type("scenarios", scenarios, ScenarioSet)
+    keep = check_number("keep", keep, lambda x: 2**-53 <= x < 1, "a number between 0 and 1")
     return deployment_prior(scenarios, np.full(len(scenarios.modalities), 1 - keep))
 
 
@@ -38,12 +38,13 @@ def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probab
     Raises:
         InputError: The failure rates are not one number from 0 to 1 per modality, or all are 1.
     """
+    check_type("scenarios", scenarios, ScenarioSet)
     rates = real_numbers("failure_rates", failure_rates)
     count = len(scenarios.modalities)
     if rates.shape != (count,) or not ((rates >= 0) & (rates <= 1)).all() or (rates == 1).all():
         raise InputError(
             f"failure_rates: expected {count} numbers from 0 to 1, not all 1, "
-            f"found {np.round(rates, 6).tolist()}"
+            f"found {shown(np.round(rates, 6).tolist())}"
         )
     weights = np.where(scenarios.masks, 1 - rates, rates).prod(axis=1)
     return weights / weights.sum()
@@ -57,6 +58,8 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
     Raises:
         InputError: A name is repeated or unknown, or a rate is no number from 0 to 1.
     """
+    check_type("failure_rates", text, str)
+    check_type("scenarios", scenarios, ScenarioSet)
     if not text:
         return None
     rates: dict[str, float] = {}
@@ -65,12 +68,12 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
         if name not in scenarios.modalities or name in rates:
             raise InputError(
                 f"failure_rates: expected some of {list(scenarios.modalities)}, each once, "
-                f"found {name!r}"
+                f"found {shown(name)}"
             )
         try:
             rates[name] = float(number)
         except ValueError:
-            raise InputError(f"failure_rates: expected name:number, found {part!r}") from None
+            raise InputError(f"failure_rates: expected name:number, found {shown(part)}") from None
     return deployment_prior(scenarios, [rates.get(name, 0.0) for name in scenarios.modalities])
 
 
@@ -80,6 +83,7 @@ def by_cardinality(scenarios: ScenarioSet, target: ArrayLike) -> Probabilities:
     It is proportional to exp(beta * number missing), with beta by maximum likelihood under the
     target p, [K], so that both have the same expected number of missing modalities.
     """
+    check_type("scenarios", scenarios, ScenarioSet)
     p = check_probabilities(target, len(scenarios))
     missing = scenarios.missing.astype(np.float64)
     expected = float(p @ missing)
@@ -105,6 +109,8 @@ def permuted(
         seed: Random seed of the permutation, which is never the identity.
         within_cardinality: True permutes only scenarios with the same number of modalities.
     """
+    check_type("scenarios", scenarios, ScenarioSet)
+    check_type("within_cardinality", within_cardinality, bool)
     p = check_probabilities(target, len(scenarios))
     groups = scenarios.missing if within_cardinality else np.zeros(len(scenarios), dtype=np.int64)
     random = generator("permutation", seed)
@@ -118,7 +124,10 @@ def permuted(
 
 def dirichlet(count: int, seed: int, concentration: float) -> Probabilities:
     """Return one draw from a symmetric Dirichlet distribution over the scenarios, float64 [K]."""
-    return generator("permutation", seed, epoch=1).dirichlet(np.full(count, concentration))
+    check_count("count", count)
+    expected = "a number from 1e-3 to 1e6"
+    size = check_number("concentration", concentration, lambda x: 1e-3 <= x <= 1e6, expected)
+    return generator("permutation", seed, epoch=1).dirichlet(np.full(count, size))
 
 
 def coverage(
@@ -146,12 +155,16 @@ def coverage(
         several equally good answers.
 
     Raises:
-        InputError: A utility is negative or not finite, or the problem could not be solved.
+        InputError: A number is out of its range, or the problem could not be solved.
     """
-    weights = real_numbers("utility", utility)
-    count = len(kernel)
-    if weights.shape != (count,) or (weights < 0).any():
-        raise InputError(f"utility: expected {count} numbers of at least 0, found {weights}")
+    weights = real_numbers("utility", utility, [None])
+    count = len(weights)
+    kernel = real_numbers("kernel", kernel, [count, count])
+    mixing = check_number("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    if not count or (weights < 0).any():
+        raise InputError(f"utility: expected numbers of at least 0, found {shown(utility)}")
+    if (kernel < 0).any() or (kernel > 1).any():
+        raise InputError("kernel: expected numbers from 0 to 1, found others")
     base = np.full(count, 1 / count) if prior is None else check_probabilities(prior, count)
     possible = np.flatnonzero(base > 0)
     weights = weights[possible]

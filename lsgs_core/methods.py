@@ -14,10 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsgs_core import adaptive, distributions
-from lsgs_core.errors import InputError
+from lsgs_core.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_number,
+    check_type,
+    real_numbers,
+)
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
-from lsgs_core.sampling import FixedSampler, ScenarioSampler
+from lsgs_core.sampling import FixedSampler, ScenarioSampler, check_probabilities
 from lsgs_core.scenarios import ScenarioSet
+
+SETTINGS = ("direction", "lengthscale", "ridge", "inverse_temperature", "mixing", "smooth")
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,9 @@ class Evidence:
         epochs: Number of epochs of the run.
         steps: Number of optimiser steps of the whole run.
         measure: Scores the network in training and returns p, [K], for methods that measure again.
+
+    Raises:
+        InputError: A field has another type or shape, or is out of its range.
     """
 
     scenarios: ScenarioSet
@@ -51,12 +63,34 @@ class Evidence:
     steps: int = 1
     measure: Callable[[], NDArray[np.float64]] | None = None
 
+    def __post_init__(self) -> None:
+        check_type("scenarios", self.scenarios, ScenarioSet)
+        count = len(self.scenarios)
+        check_probabilities(self.probabilities, count)
+        if self.prior is not None:
+            check_probabilities(self.prior, count, "prior")
+        if self.distortion is not None:
+            real_numbers("distortion", self.distortion, [count])
+        if self.latent_shift is not None:
+            real_numbers("latent_shift", self.latent_shift, [count, None])
+        check_type("settings", self.settings, Mapping)
+        for name, value in self.settings.items():
+            check_choice("settings", name, SETTINGS)
+            if name != "smooth" and (name, value) != ("lengthscale", "median"):
+                check_number(f"settings.{name}", value, lambda x: True, "a number")
+        check_type("descriptor", self.descriptor, str)
+        for name in ("seed", "epochs", "steps"):
+            check_count(name, getattr(self, name), name == "steps", 2**64 - 1)
+        if self.measure is not None:
+            check_type("measure", self.measure, Callable)
+
     def required(self, name: str) -> Any:
         """Return an attribute that a method needs.
 
         Raises:
             InputError: The attribute is None.
         """
+        check_choice("name", name, vars(self))
         value = getattr(self, name)
         if value is None:
             raise InputError(f"scoring: expected one with {name}, which this method needs")
@@ -91,6 +125,7 @@ class Evidence:
 
 def without_evidence(scenarios: ScenarioSet) -> Evidence:
     """Return the evidence before any scoring, for methods that need none."""
+    check_type("scenarios", scenarios, ScenarioSet)
     return Evidence(scenarios, np.full(len(scenarios), 1 / len(scenarios)))
 
 
@@ -126,15 +161,18 @@ NEVER = 1e-16
 def method(
     title: str, family: str, low_rank: bool = False, stream: str = "scenario"
 ) -> Callable[..., Any]:
-    """Return the decorator that enters a function into `METHODS` under its own name."""
+    """Return the decorator that enters a function into `METHODS` under its own name.
+
+    Raises:
+        InputError: The family is unknown, or the function has no docstring, whose first line is
+            shown in tables.
+    """
+    check_choice("family", family, FAMILIES)
 
     def enter(build: Callable[[Evidence], ScenarioSampler]) -> Callable[..., ScenarioSampler]:
         about = (build.__doc__ or "").strip().partition("\n")[0]
-        if not about or family not in FAMILIES:
-            raise TypeError(
-                f"method {build.__name__}: expected a docstring, whose first line is shown, and a "
-                f"family of {list(FAMILIES)}, found {family!r}"
-            )
+        if not about:
+            raise InputError(f"method {build.__name__}: expected a docstring, found none")
         METHODS[build.__name__] = Method(title, about, family, build, low_rank, stream)
         return build
 
@@ -147,8 +185,7 @@ def find_method(name: str) -> Method:
     Raises:
         InputError: The name is unknown; the message lists the methods.
     """
-    if name not in METHODS:
-        raise InputError(f"method: expected one of {sorted(METHODS)}, found {name!r}")
+    check_choice("method", name, METHODS)
     return METHODS[name]
 
 

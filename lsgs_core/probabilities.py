@@ -7,11 +7,8 @@ distortion, the median heuristic, and a cutoff relative to the size of the score
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import scipy.linalg
@@ -19,7 +16,7 @@ import scipy.spatial.distance
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, real_numbers
+from lsgs_core.errors import InputError, array_of, check_choice, check_number, real_numbers, shown
 
 Lengthscale = float | Literal["median"]
 
@@ -92,20 +89,22 @@ def scenario_probabilities(
     """
     D = _scenario_numbers("distortion", distortion)
     count = D.size
-    _check("direction", direction, lambda x: x != 0, "a number other than 0")
-    _check("ridge", ridge, lambda x: x > 0, "a positive number")
-    _check("inverse_temperature", inverse_temperature, lambda x: x >= 0, "0 or more")
-    _check("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    direction = check_number("direction", direction, lambda x: x != 0, "a number other than 0")
+    inverse_temperature = check_number(
+        "inverse_temperature", inverse_temperature, lambda x: x >= 0, "0 or more"
+    )
+    mixing = check_number("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    ridge = check_number("ridge", ridge, lambda x: x > 0, "a positive number")
     if not isinstance(smooth, bool | np.bool_):
-        raise InputError(f"smooth: expected True or False, found {smooth!r}")
+        raise InputError(f"smooth: expected True or False, found {shown(smooth)}")
     weights = np.ones(count) if prior is None else _scenario_numbers("prior", prior)
     if weights.size != count or not weights.any():
-        raise InputError(f"prior: expected {count} numbers, not all 0, found {weights.tolist()}")
+        raise InputError(f"prior: expected {count} numbers, not all 0, found {shown(prior)}")
     weights = weights / _unit(weights)
     base = weights / weights.sum()
 
     with np.errstate(over="ignore"):
-        utility = float(direction) * D
+        utility = direction * D
     if not np.isfinite(utility).all() or ((utility == 0) != (D == 0)).any():
         raise InputError(f"direction: its product with the distortion is out of range: {direction}")
     kernel, width = rbf_kernel(D if descriptors is None else descriptors, lengthscale)
@@ -150,13 +149,15 @@ def scenario_descriptors(
     Raises:
         InputError: The name is unknown, or it asks for latent shifts that are None.
     """
-    features: dict[str, ArrayLike] = {"distortion": distortion, "availability": masks}
+    count = len(array_of("masks", masks, "b", [None, None]))
+    features = {
+        "distortion": real_numbers("distortion", distortion, [count])[:, None],
+        "availability": np.array(masks, dtype=np.float64),
+    }
     if latent_shift is not None:
-        features["latent_shift"] = latent_shift
-    if kind not in features:
-        raise InputError(f"descriptor: expected one of {sorted(features)}, found {kind!r}")
-    rows = np.asarray(features[kind], dtype=np.float64)
-    return rows[:, None] if rows.ndim == 1 else rows
+        features["latent_shift"] = real_numbers("latent_shift", latent_shift, [count, None])
+    check_choice("descriptor", kind, features)
+    return features[kind]
 
 
 def rbf_kernel(
@@ -177,7 +178,7 @@ def rbf_kernel(
     """
     rows = real_numbers("descriptors", descriptors)
     rows = rows[:, None] if rows.ndim == 1 else rows
-    if rows.ndim != 2:
+    if rows.ndim != 2 or not rows.size:
         raise InputError(f"descriptors: expected shape [K] or [K, F], found {list(rows.shape)}")
     unit = _unit(rows)
     distances = scipy.spatial.distance.squareform(scipy.spatial.distance.pdist(rows / unit))
@@ -186,12 +187,12 @@ def rbf_kernel(
         # Where all scenarios are alike, every lengthscale gives the same kernel of ones.
         width = float(np.median(apart)) * unit if apart.size else 1.0
     else:
-        width = lengthscale
-    _check("lengthscale", width, lambda x: x > 0, "a positive number or 'median'")
+        expected = "a positive number or 'median'"
+        width = check_number("lengthscale", lengthscale, lambda x: x > 0, expected)
     with np.errstate(over="ignore", under="ignore"):
         # The division comes first, because the square of a tiny lengthscale is 0.
         scaled = distances / max(width / unit, np.finfo(np.float64).smallest_subnormal)
-        return np.exp(-0.5 * np.square(scaled)), float(width)
+        return np.exp(-0.5 * np.square(scaled)), width
 
 
 def smooth_scores(
@@ -204,21 +205,28 @@ def smooth_scores(
 
     Args:
         kernel: Positive semi-definite K, [K, K].
-        utility: U, [K].
+        utility: U, [K], or several columns of it, [K, F].
         ridge: Positive number.
 
     Returns:
-        r, float64 [K].
+        r, float64 of the shape of U.
 
     Raises:
-        InputError: The ridge is too small for a singular kernel.
+        InputError: The ridge is too small for a singular kernel, or an argument is not finite or
+            has another shape.
     """
+    utility = real_numbers("utility", utility)
+    count = utility.shape[0] if utility.ndim in (1, 2) else 0
+    kernel = real_numbers("kernel", kernel, [count, count])
+    ridge = check_number("ridge", ridge, lambda x: x > 0, "a positive number")
+    if not utility.size:
+        raise InputError("utility: expected one score per scenario, found none")
     regularised = kernel + ridge * np.eye(len(kernel))
     unit = _unit(utility)
     scaled = utility / unit
     try:
         solved = scipy.linalg.cho_solve(scipy.linalg.cho_factor(regularised), scaled)
-    except np.linalg.LinAlgError as error:
+    except ValueError as error:  # singular, or not finite
         raise InputError(f"ridge: expected more than {ridge!r} for this kernel: {error}") from error
     # The difference of a large ridge would consist of rounding errors alone.
     smoothed = kernel @ solved if ridge > LARGE_RIDGE else scaled - ridge * solved
@@ -235,6 +243,7 @@ def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     scores. Distortions below about 1e-7 of the lengthscale still give a nearly uniform p, because
     their kernel is 1 everywhere but for rounding.
     """
+    scores = real_numbers("scores", scores, [None])
     scaled = scores / _unit(scores)
     centred = scaled - scaled.mean()
     spread = centred.std()
@@ -245,14 +254,15 @@ def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def total_variation(first: ArrayLike, second: ArrayLike) -> float:
     """Return the total variation distance of two distributions over the scenarios, 0 to 1."""
-    return 0.5 * float(np.abs(np.asarray(first) - np.asarray(second)).sum())
+    p = real_numbers("first", first, [None])
+    return 0.5 * float(np.abs(p - real_numbers("second", second, [len(p)])).sum())
 
 
 def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     numbers = real_numbers(name, values)
     if numbers.ndim != 1 or numbers.size < 2 or (numbers < 0).any():
         raise InputError(
-            f"{name}: expected one non-negative number per scenario, found {numbers.tolist()}"
+            f"{name}: expected one non-negative number per scenario, found {shown(values)}"
         )
     return numbers
 
@@ -264,9 +274,3 @@ def _unit(values: NDArray[np.float64]) -> float:
     exact, so that it changes no digit of a result.
     """
     return float(np.ldexp(1.0, np.frexp(np.abs(values).max(initial=0.0))[1] - 1))
-
-
-def _check(name: str, value: Any, right: Callable[[float], bool], expected: str) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max or not right(value):
-        raise InputError(f"{name}: expected {expected}, found {value!r}")

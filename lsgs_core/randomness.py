@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_choice, check_count, shown
 
 Stage = Literal["pretraining", "finetuning"]
 
@@ -46,21 +45,11 @@ def generator(
         InputError: The seed, epoch or index is no integer, negative or too large, or the stream or
             stage is unknown.
     """
-    try:
-        seed, epoch, index = map(operator.index, (seed, epoch, index))
-        right = min(seed, epoch, index) >= 0 and max(seed, epoch, index) < 2**64
-    except TypeError:
-        right = False
-    if not right:
-        raise InputError(
-            "seed, epoch, index: expected integers from 0 to 2^64 - 1, "
-            f"found {(seed, epoch, index)}"
-        )
-    if stream not in STREAMS or stage not in STAGES:
-        raise InputError(
-            f"stream, stage: expected one of {[*STREAMS]} and of {[*STAGES]}, "
-            f"found {(stream, stage)}"
-        )
+    most = 2**64 - 1
+    seed, epoch = check_count("seed", seed, 0, most), check_count("epoch", epoch, 0, most)
+    index = check_count("index", index, 0, most)
+    check_choice("stream", stream, STREAMS)
+    check_choice("stage", stage, STAGES)
     # The lowest word of the counter counts the blocks that are drawn; the others separate streams.
     counter = [0, index, epoch, STREAMS[stream]]
     return np.random.Generator(
@@ -76,4 +65,6 @@ def uniform_numbers(
     stage: Stage = "finetuning",
 ) -> NDArray[np.float64]:
     """Return one number in [0, 1) for each of B sample indices, float64 [B]; see `generator`."""
+    if not isinstance(indices, Sequence | np.ndarray) or np.ndim(indices) != 1:
+        raise InputError(f"indices: expected a list of integers, found {shown(indices)}")
     return np.array([generator(stream, seed, epoch, index, stage).random() for index in indices])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, real_numbers
+from lsgs_core.errors import InputError, array_of, check_count, check_type, real_numbers, shown
 from lsgs_core.randomness import Stage, uniform_numbers
 
 Probabilities = NDArray[np.float64]
@@ -53,11 +53,7 @@ def draw_scenarios(
     numbers = uniform_numbers(stream, seed, epoch, indices, stage)
     rows = np.broadcast_to(p, (len(numbers), p.size))
     if servable is not None:
-        if np.shape(servable) != rows.shape:
-            raise InputError(
-                f"servable: expected shape {list(rows.shape)}, found {list(np.shape(servable))}"
-            )
-        rows = np.where(servable, p, 0.0)
+        rows = np.where(array_of("servable", servable, "b", rows.shape), p, 0.0)
         impossible = rows.sum(axis=1) <= 0
         if impossible.any():
             raise InputError(
@@ -70,20 +66,22 @@ def draw_scenarios(
     return drawn.astype(np.int64)
 
 
-def check_probabilities(probabilities: ArrayLike, count: int | None = None) -> Probabilities:
-    """Return p as float64 [K].
+def check_probabilities(
+    probabilities: ArrayLike, count: int | None = None, name: str = "probabilities"
+) -> Probabilities:
+    """Return p, or another distribution of that name, as float64 [K].
 
     Raises:
         InputError: p is not a distribution over the scenarios, of which there are `count`.
     """
-    p = real_numbers("probabilities", probabilities)
+    p = real_numbers(name, probabilities)
     if p.ndim != 1 or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
         raise InputError(
-            "probabilities: expected non-negative numbers that sum to 1, one per scenario, "
-            f"found {np.round(p, 6).tolist()}"
+            f"{name}: expected non-negative numbers that sum to 1, one per scenario, "
+            f"found {shown(np.round(p, 6).tolist())}"
         )
     if count is not None and p.size != count:
-        raise InputError(f"probabilities: expected one per scenario ({count}), found {p.size}")
+        raise InputError(f"{name}: expected one per scenario ({count}), found {p.size}")
     return p
 
 
@@ -113,15 +111,22 @@ class ScenarioSampler:
         Raises:
             InputError: The state belongs to another sampler or to other scenarios.
         """
+        check_type("training state", state, dict)
+        restored: dict[str, Any] = {}
         for name in self._kept:
-            values = np.asarray(state.get(name), dtype=np.float64)
             expected = np.shape(getattr(self, name))
-            if values.shape != expected:
+            try:  # minus infinity is the logarithm of a weight of 0
+                values = np.asarray(state.get(name), dtype=np.float64)
+                right = values.shape == expected and not np.isnan(values).any()
+            except (TypeError, ValueError):
+                right = False
+            if not right:
                 raise InputError(
                     f"training state: expected the state of this sampler, with {name} of shape "
-                    f"{expected}, found shape {values.shape}"
+                    f"{list(expected)}, found {shown(state.get(name))}"
                 )
-            setattr(self, name, values if values.ndim else float(values))
+            restored[name] = values if values.ndim else float(values)
+        vars(self).update(restored)
 
 
 class FixedSampler(ScenarioSampler):
@@ -137,7 +142,7 @@ class FixedSampler(ScenarioSampler):
     @classmethod
     def uniform(cls, count: int) -> FixedSampler:
         """Return uniform sampling of `count` scenarios, the standard modality dropout."""
-        return cls(np.full(count, 1 / count))
+        return cls(np.full(check_count("count", count), 1 / count))
 
     def probabilities(self, epoch: int) -> Probabilities:
         """Return the same p in every epoch, float64 [K]."""
@@ -153,5 +158,6 @@ class FixedSampler(ScenarioSampler):
         Raises:
             InputError: The saved run drew from other probabilities.
         """
+        check_type("training state", state, dict)
         if state != self.state_dict():
             raise InputError("training state: expected the same scenario probabilities")

@@ -7,15 +7,15 @@ then as `itertools.combinations` returns them. The full scenario is therefore al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, array_of, shown
 
 # The 2^12 - 1 scenarios of twelve modalities already need a kernel of 4095 x 4095 numbers.
 LARGEST_MODALITY_COUNT = 12
@@ -44,6 +44,8 @@ class ScenarioSet:
 
     def __post_init__(self) -> None:
         names = self.modalities
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"modalities: expected a list of names, found {shown(names)}")
         if not 2 <= len(names) <= LARGEST_MODALITY_COUNT:
             raise InputError(
                 f"modalities: expected 2 to {LARGEST_MODALITY_COUNT} names, found {len(names)}"
@@ -55,11 +57,10 @@ class ScenarioSet:
 
     @classmethod
     def of(cls, modalities: Iterable[str]) -> ScenarioSet:
-        """Return the scenarios of any iterable of modality names; errors are those of the class."""
-        names = tuple(modalities) if isinstance(modalities, Iterable) else ()
-        if isinstance(modalities, str) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"modalities: expected a list of names, found {modalities!r}")
-        return cls(names)
+        """Return the scenarios of names in any ordered iterable; errors are those of the class."""
+        if isinstance(modalities, str | Set) or not isinstance(modalities, Iterable):
+            raise InputError(f"modalities: expected a list of names, found {shown(modalities)}")
+        return cls(tuple(islice(modalities, LARGEST_MODALITY_COUNT + 1)))
 
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
@@ -84,10 +85,10 @@ class ScenarioSet:
         """Return the index of the scenario in which exactly these modalities are available.
 
         Raises:
-            InputError: There is not one entry per modality, or no modality is available.
+            InputError: There is not one boolean per modality, or no modality is available.
         """
-        wanted = np.asarray(available, dtype=bool)
-        if wanted.shape != (len(self.modalities),) or not wanted.any():
+        wanted = array_of("available", available, "b", [len(self.modalities)])
+        if not wanted.any():
             raise InputError(f"available: expected at least one of {list(self.modalities)}")
         return int((self.masks == wanted).all(axis=1).argmax())
 

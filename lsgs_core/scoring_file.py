@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.errors import InputError, real_numbers
+from lsgs_core.errors import InputError, check_number, check_type, real_numbers, shown
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
@@ -53,8 +53,24 @@ def published_scoring(
         output: Path of the JSON file itself, as it should be recorded.
         meta_info: Further values, such as foldNo (counted from 1), inputType and
             num_training_samples.
+
+    Raises:
+        InputError: A setting is missing, or scores and result have different scenarios.
     """
+    check_type("scores", scores, ScenarioScores)
+    check_type("result", result, ScenarioProbabilities)
+    check_type("settings", settings, Mapping)
+    check_type("meta_info", meta_info, Mapping)
+    texts = {"model_type": model_type, "checkpoint": checkpoint, "output": output}
+    for name, text in texts.items():
+        check_type(name, text, str)
+    for name in ("direction", "inverse_temperature", "mixing", "ridge"):
+        check_number(f"settings.{name}", settings.get(name), lambda x: True, "a number")
     scenarios = scores.scenarios
+    check_type("scores.scenarios", scenarios, ScenarioSet)
+    for name, value in vars(result).items():
+        shape = [len(scenarios)] * (0 if name == "lengthscale" else 2 if name == "kernel" else 1)
+        real_numbers(f"result.{name}", value, shape)
     features = scenario_descriptors(
         descriptor, scenarios.masks, scores.distortion, scores.latent_shift
     )
@@ -98,7 +114,12 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
         InputError: The file is no scoring, its probabilities are no distribution, or it has other
             scenarios.
     """
+    check_type("path", path, str, Path)
+    if scenarios is not None:
+        check_type("scenarios", scenarios, ScenarioSet)
     try:
+        if not Path(path).is_file():  # reading a device may never end
+            raise OSError("there is no such file")
         content = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected the JSON of a scoring: {error}") from error
@@ -114,7 +135,7 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     names = content.get("scenario_names")
     if scenarios is None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"scenario_names: expected a list of names, found {names!r}")
+            raise InputError(f"scenario_names: expected a list of names, found {shown(names)}")
         scenarios = ScenarioSet.of([name for name in names if "+" not in name])
     expected = {
         "scenario_names": list(scenarios.names),
@@ -123,7 +144,8 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     for field, values in expected.items():
         if content.get(field, values) != values:
             raise InputError(
-                f"{field}: expected the scenarios {scenarios.names}, found {content[field]}"
+                f"{field}: expected the scenarios of {scenarios.modalities}, "
+                f"found {shown(content[field])}"
             )
     final = real_numbers("final_probs", content["final_probs"])
     arrays: dict[str, Any] = {}
@@ -135,18 +157,12 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     settings: dict[str, Any] = {}
     for ours, field in SETTINGS.items():
         if field in content:
-            value = real_numbers(field, content[field])
-            if value.ndim:
-                raise InputError(f"{field}: expected a number, found {content[field]!r}")
-            settings[ours] = float(value)
+            settings[ours] = check_number(field, content[field], lambda x: True, "a number")
     if "smooth" in content:
         settings["smooth"] = content["smooth"]
-        if not isinstance(content["smooth"], bool):
-            raise InputError(f"smooth: expected true or false, found {content['smooth']!r}")
+        check_type("smooth", content["smooth"], bool)
     if content.get("lengthscale") == "median":  # used where D is measured again
         settings["lengthscale"] = "median"
     descriptor = content.get("descriptor", "distortion")
-    if not isinstance(descriptor, str):
-        raise InputError(f"descriptor: expected a name, found {descriptor!r}")
     probabilities = check_probabilities(final, len(scenarios))
     return Evidence(scenarios, probabilities, settings=settings, descriptor=descriptor, **arrays)

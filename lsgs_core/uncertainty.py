@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lsgs_core.errors import (
+    array_of,
+    check_choice,
+    check_count,
+    check_number,
+    check_type,
+    real_numbers,
+)
 from lsgs_core.probabilities import scenario_probabilities, smooth_scores, total_variation
 from lsgs_core.randomness import generator
 
@@ -36,14 +45,24 @@ def bootstrap_probabilities(
 
     Returns:
         float64 [R, K]; the standard deviations over R are the standard errors of p.
+
+    Raises:
+        InputError: There is no patch, or an argument or a result of the function is not finite, out
+            of its range or of another shape.
     """
+    patch_distortion = real_numbers("patch_distortion", patch_distortion, [None, None])
+    check_count("patch_distortion", len(patch_distortion))
+    blocks = array_of("blocks", blocks, "iu", [len(patch_distortion)])
+    check_type("to_probabilities", to_probabilities, Callable)
+    check_count("resamples", resamples)
     labels, positions = np.unique(blocks, return_inverse=True)
     sums = np.zeros((len(labels), patch_distortion.shape[1]))
     np.add.at(sums, positions, patch_distortion)
     shares = np.full(len(labels), 1 / len(labels))
     weights = generator("bootstrap", seed).multinomial(len(labels), shares, size=resamples)
     distortions = (weights @ sums) / (weights @ np.bincount(positions))[:, None]
-    return np.array([to_probabilities(distortion) for distortion in distortions])
+    found = [to_probabilities(distortion) for distortion in distortions]
+    return real_numbers("to_probabilities", found, [None, None])
 
 
 def stop_when_precise(
@@ -58,7 +77,12 @@ def stop_when_precise(
     Args:
         tolerance: Largest standard error of p that is allowed.
         to_probabilities: Function from D [K] to p [K].
+
+    Raises:
+        InputError: The tolerance is no positive number, or there is no function.
     """
+    tolerance = check_number("tolerance", tolerance, lambda x: x > 0, "a positive number")
+    check_type("to_probabilities", to_probabilities, Callable)
 
     def is_precise(patch_distortion: NDArray[np.float64], blocks: NDArray[np.int64]) -> bool:
         if len(np.unique(blocks)) < FEWEST_BLOCKS:
@@ -76,7 +100,7 @@ def smoothing_report(
 
     Args:
         distortion: D, [K].
-        settings: Keyword arguments of `scenario_probabilities`, among them the ridge.
+        settings: Keyword arguments of `scenario_probabilities`.
 
     Returns:
         total_variation_from_unsmoothed: between p and the p of r = U;
@@ -84,10 +108,18 @@ def smoothing_report(
         effective_scenarios: exp of the entropy of p, from 1 to the number of scenarios;
         degrees_of_freedom: trace of K (K + lambda I)^-1, or K without smoothing;
         kernel_condition: condition number of K + lambda I.
+
+    Raises:
+        InputError: As in `scenario_probabilities`, or a setting is no argument of it.
     """
+    check_type("settings", settings, Mapping)
+    defaults = inspect.signature(scenario_probabilities).parameters
+    for name in settings:
+        check_choice("settings", name, [*defaults][1:])
     result = scenario_probabilities(distortion, **settings)
     unsmoothed = scenario_probabilities(distortion, **{**settings, "smooth": False})
-    p, ridge, identity = result.probabilities, settings["ridge"], np.eye(len(distortion))
+    p, identity = result.probabilities, np.eye(len(distortion))
+    ridge = settings.get("ridge", defaults["ridge"].default)
     drawn = p[p > 0]
     is_smoothed = settings.get("smooth", True)
     smoother = smooth_scores(result.kernel, identity, ridge) if is_smoothed else identity

@@ -180,7 +180,7 @@ def measure(prepared_demo, tmp_path, tier):
             *("cmx", "", ""),
             meta_info={"num_scored": len(scores.patch_ids)},
         )
-        (tmp_path / PLACE).parent.mkdir(parents=True)
+        (tmp_path / PLACE).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / PLACE).write_text(json.dumps(content))
         batches = map(change, test.batches(8))
         records = evaluate(model, batches, SCENARIOS, test.classes, test.task_kind)

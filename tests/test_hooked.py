@@ -138,7 +138,7 @@ def test_mistakes():
         with pytest.raises(InputError, match=message):
             HookedModel(network, module, call).latent(images, available)
     for calls in (0, 1.5, "two"):
-        with pytest.raises(InputError, match="calls: expected a positive integer"):
+        with pytest.raises(InputError, match="calls: expected an integer from 1"):
             HookedModel(Foreign(), "encoder", calls=calls)
 
 

@@ -110,9 +110,9 @@ def test_a_method_says_what_it_is():
     def spoken(evidence):
         """Speaks."""
 
-    with pytest.raises(TypeError, match="silent: expected a docstring"):
+    with pytest.raises(InputError, match="silent: expected a docstring"):
         method("silent", "control")(silent)
-    with pytest.raises(TypeError, match=r"spoken: .*found 'controls'"):
+    with pytest.raises(InputError, match=r"spoken: .*found 'controls'"):
         method("spoken", "controls")(spoken)
     assert {"silent", "spoken"}.isdisjoint(METHODS)
     assert set(FAMILIES) == set(FAMILY_COLOURS)

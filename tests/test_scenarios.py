@@ -265,14 +265,17 @@ def test_large_seeds_are_different_seeds():
               {"index": 1.7}, {"index": None}, {"stream": "orders"}, {"stage": "testing"}]
 )  # fmt: skip
 def test_seeds_and_indices_are_integers(wrong):
-    with pytest.raises(InputError, match=r"expected integers from 0|stream, stage"):
+    with pytest.raises(
+        InputError,
+        match=r"(seed|epoch|index): expected an integer from 0|(stream|stage): expected one",
+    ):
         generator(**{"stream": "order", "seed": 0, **wrong})
 
 
 def test_draws_of_no_sample_are_refused():
     p = np.full(7, 1 / 7)
     assert draw_scenarios(p, 0, 0, []).tolist() == []
-    with pytest.raises(InputError, match="integers"):
+    with pytest.raises(InputError, match="index: expected an integer"):
         draw_scenarios(p, 0, 0, [0.0, 1.7])
     with pytest.raises(InputError, match=r"servable: expected shape \[2, 7\]"):
         draw_scenarios(p, 0, 0, [0, 1], np.ones((1, 7), dtype=bool))

@@ -148,7 +148,7 @@ def test_two_threads_on_one_network_are_refused_and_on_one_backbone_right():
     with pytest.raises(InputError, match="no other thread"):
         score(model, [ones(1)])
     with pytest.raises(InputError, match="no other thread"):
-        score(nn.ModuleDict({"inner": model}), [ones(1)])
+        score(HookedModel(nn.ModuleDict({"inner": model}), "inner"), [ones(1)])
     score(SumOfMeans(), [ones(1)])  # another network
     going_on.set()
     thread.join()
@@ -192,8 +192,6 @@ IMAGES = torch.ones(2, 3, 2, 4, 4)
         ([IMAGES.double()], "of torch.float32 in each, found .*torch.float64"),
         ([IMAGES.to(torch.complex64)], "found .*torch.complex64"),
         ([IMAGES.to(torch.uint8)], "found .*torch.uint8"),
-        ([Batch(tuple(ones(2)), torch.ones(2, 2, dtype=torch.bool))], "`available`"),
-        ([Batch(tuple(ones(2)), torch.ones(2, 3))], "`available`"),
     ],
 )
 def test_batches_of_another_form_are_refused(batches, message):
@@ -224,7 +222,7 @@ def test_latents_of_another_form_are_refused(change, message):
 def test_another_device_and_another_kind_of_scenarios_are_refused():
     with pytest.raises(InputError, match=r"device: expected .*'cpu'"):
         score_scenarios(SumOfMeans(), [ones(1)], SCENARIOS, device="meta")
-    with pytest.raises(InputError, match="scenarios: expected a ScenarioSet, found list"):
+    with pytest.raises(InputError, match="scenarios: expected a ScenarioSet, found"):
         score_scenarios(SumOfMeans(), [ones(1)], ["A", "B", "C"])
 
 
@@ -343,7 +341,7 @@ def test_the_authors_file_needs_only_the_probabilities(published):
         ({"final_probs": ["0.1"] * 7}, "final_probs"),
         ({"final_probs": None}, "final_probs"),
         ({"prior": [[1.0] * 7]}, "prior"),
-        ({"smooth": "false"}, "smooth: expected true or false, found 'false'"),
+        ({"smooth": "false"}, "smooth: expected a bool, found 'false'"),
         ({"descriptor": ["distortion"]}, "descriptor"),
         ({"scenario_names": list(ScenarioSet.of(["C", "A", "B"]).names)}, "scenario_names: .*'A'"),
         ({"scenario_names": list(ScenarioSet.of(["A", "C", "B"]).names)}, "scenario_names"),

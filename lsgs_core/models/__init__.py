@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from reprlib import repr as shortened
 from typing import Any
 
-from lsgs_core.errors import InputError
+import torch
+
+from lsgs_core.errors import LARGEST_COUNT, InputError, check_choice, shown
 from lsgs_core.models.author_weights import load_author_weights
-from lsgs_core.models.backbone import LARGEST_COUNT, Backbone, is_count
+from lsgs_core.models.backbone import Backbone, is_count
 from lsgs_core.models.cbc import CBC, CBC_PRESETS, CBC_SLP_PRESETS
 from lsgs_core.models.cmx import CMX, CMX_PRESETS
 
@@ -19,6 +20,8 @@ BACKBONES: dict[str, tuple[type[Backbone], Mapping[str, Any]]] = {
     "cbc": (CBC, CBC_PRESETS),
     "cmx": (CMX, CMX_PRESETS),
 }
+
+MOST_PARAMETERS = 2**29  # 2 GiB of float32
 
 
 def build_backbone(
@@ -43,26 +46,31 @@ def build_backbone(
     Raises:
         InputError: A name, preset or setting is unknown, or values do not fit together.
     """
-    if name not in BACKBONES:
-        raise InputError(f"backbone: expected one of {sorted(BACKBONES)}, found {name!r}")
+    check_choice("backbone", name, BACKBONES)
     kind, presets = BACKBONES[name]
-    if preset not in presets:
-        raise InputError(f"preset: expected one of {sorted(presets)}, found {preset!r}")
+    check_choice("preset", preset, presets)
     defaults = asdict(presets[preset])
     for key, value in settings.items():
         if key not in defaults:
             raise InputError(f"setting {key!r}: expected one of {[*defaults]} for {name}")
-        settings[key] = value = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise InputError(f"setting {key!r}: expected one like {default!r}, found {value!r}")
-        value = float(value) if isinstance(default, float) and value in (0, 1) else value
-        if not all(map(_fits, value if isinstance(value, tuple) else (value,))):
+            raise InputError(
+                f"setting {key!r}: expected one like {default!r}, found {shown(value)}"
+            )
+        right = [_fits(one, default) for one in (value if isinstance(value, tuple) else (value,))]
+        if not all(right):
             raise InputError(
                 f"setting {key!r}: expected counts from 1 to {LARGEST_COUNT} or a rate below 1, "
-                f"found {shortened(value)}"
+                f"found {shown(value)}"
             )
+        settings[key] = value if isinstance(value, tuple) else type(default)(value)
     chosen = replace(presets[preset], **settings)
+    with torch.device("meta"):  # its size is known before any memory is taken
+        size = sum(parameter.numel() for parameter in kind(bands, classes, chosen).parameters())
+    if size > MOST_PARAMETERS:
+        raise InputError(f"settings: expected at most {MOST_PARAMETERS:,} weights, found {size:,}")
     model = kind(bands, classes, chosen)
     model.configuration = {"name": name, "preset": preset, "bands": list(bands), "classes": classes}
     for key, value in asdict(chosen).items():
@@ -70,8 +78,8 @@ def build_backbone(
     return model
 
 
-def _fits(value: Any) -> bool:
+def _fits(value: Any, default: Any) -> bool:
     """Return True for True and False, a count, or a rate from 0 to below 1."""
-    if isinstance(value, float):
+    if isinstance(default, float):
         return 0 <= value < 1
     return isinstance(value, bool) or is_count(value)

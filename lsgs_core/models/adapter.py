@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_count, check_shape, check_type, shown
 from lsgs_core.models.backbone import zero_absent
 
 
@@ -51,14 +51,15 @@ class HookedModel(nn.Module):
         calls: int = 1,
     ) -> None:
         super().__init__()
+        check_type("model", model, nn.Module)
+        check_type("call", call, Callable)
+        check_count("calls", calls)
         self.model, self.call, self.calls, self._module = model, call, calls, module
         self._counted = False
         # A module that is shared has several names, and each of them is right.
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        if module not in names:
-            raise InputError(f"module: expected one of {names[1:20]}, found {module!r}")
-        if not isinstance(calls, int) or calls < 1:
-            raise InputError(f"calls: expected a positive integer, found {calls!r}")
+        if not isinstance(module, str) or module not in names:
+            raise InputError(f"module: expected one of {names[1:20]}, found {shown(module)}")
 
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
         """Return the output of the hooked module, [B, C, ...], with absent modalities at zero.
@@ -104,5 +105,13 @@ class HookedModel(nn.Module):
 
     def forward(self, images: Sequence[Tensor], available: Tensor) -> Any:
         """Return the network's output for the available modalities."""
+        check_type("images", images, Sequence)
+        for image in images:
+            check_type("images", image, Tensor)
+            check_shape("images", image, [len(images[0]), None, None, None])
+        check_type("available", available, Tensor)
+        check_shape("available", available, [len(images[0]) if images else 0, len(images)])
+        if available.dtype != torch.bool:
+            raise InputError(f"available: expected torch.bool, found {available.dtype}")
         pairs = zip(images, available.unbind(dim=1), strict=True)
         return self.call(self.model, [zero_absent(*pair) for pair in pairs])

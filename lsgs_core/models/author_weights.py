@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_type
 from lsgs_core.models.backbone import Backbone
 
 # Replacements that turn the authors' names into ours, one after the other.
@@ -86,6 +86,7 @@ def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path
         InputError: The model is another one, the file cannot be read as plain tensors, or an entry
             is missing, unexpected, of the wrong shape or not finite.
     """
+    check_type("model", model, Backbone)
     expected = {"preset": "paper", "bands": [3, 3, 3], "classes": 1}
     found = {key: model.configuration.get(key) for key in expected}
     if found != expected:

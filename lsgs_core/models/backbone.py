@@ -4,7 +4,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from reprlib import repr as shortened
 from typing import Any, Self
 
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import LARGEST_COUNT, InputError, check_type, shown
+from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
 
 Images = Tensor | Sequence[Tensor]
-
-
-LARGEST_COUNT = 2**16  # of bands, classes, channels and so on
 
 
 def is_count(value: Any) -> bool:
@@ -55,11 +52,14 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, bands: Sequence[int], classes: int, settings: Any = None) -> None:
         super().__init__()
-        right = isinstance(bands, Sequence) and len(bands) >= 2 and all(map(is_count, bands))
-        if not right:
-            raise InputError(f"bands: expected two or more counts of at least 1, found {bands!r}")
+        right = isinstance(bands, Sequence) and 2 <= len(bands) <= LARGEST_MODALITY_COUNT
+        if not right or not all(map(is_count, bands)):
+            raise InputError(
+                f"bands: expected 2 to {LARGEST_MODALITY_COUNT} counts of at least 1, found "
+                f"{shown(bands)}"
+            )
         if not is_count(classes):
-            raise InputError(f"classes: expected a count of at least 1, found {shortened(classes)}")
+            raise InputError(f"classes: expected a count of at least 1, found {shown(classes)}")
         self.bands, self.classes, self.settings = tuple(bands), classes, settings
         self.configuration: dict[str, Any] = {}  # `build_backbone` fills it
 
@@ -118,12 +118,15 @@ class Backbone(nn.Module, ABC):
         Raises:
             InputError: Images or masks have another shape or dtype, or a row of masks is empty.
         """
+        check_type("images", images, Tensor, list, tuple)
         if isinstance(images, Tensor) and images.ndim != 5:
             raise InputError(f"images: expected [B, M, D, H, W], found shape {list(images.shape)}")
         patches = list(images.unbind(1) if isinstance(images, Tensor) else images)
         count, dtype = len(self.bands), next(self.parameters()).dtype
         if len(patches) != count:
             raise InputError(f"images: expected {count} modalities, found {len(patches)}")
+        for patch in patches:
+            check_type("images", patch, Tensor)
         batch, _, height, width = patches[0].shape if patches[0].ndim == 4 else (0, 0, 0, 0)
         for index, (patch, bands) in enumerate(zip(patches, self.bands, strict=True)):
             shape, expected = list(patch.shape), [batch, bands, height, width]
@@ -134,6 +137,7 @@ class Backbone(nn.Module, ABC):
                     f"{shape} of {patch.dtype}"
                 )
         field, rows = ("masks", "K") if scenarios else ("available", batch)
+        check_type(field, masks, Tensor)
         right = masks.ndim == 2 and len(masks) > 0 and (scenarios or len(masks) == batch)
         if not right or masks.shape[1] != count or masks.dtype != torch.bool:
             raise InputError(

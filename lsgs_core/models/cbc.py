@@ -41,7 +41,10 @@ class CBCSettings:
         levels = len(self.decoder_depths)
         rules = {
             "stage_widths": (len(self.stage_widths) == 4, "four numbers"),
-            "stage_blocks": (len(self.stage_blocks) == 4, "four numbers"),
+            "stage_blocks": (
+                len(self.stage_blocks) == 4 and sum(self.stage_blocks) <= 256,
+                "four numbers with a sum up to 256",
+            ),
             "reduced_channels": (len(self.reduced_channels) == 5, "five numbers"),
             "latent_channels": (self.latent_channels % 2 == 0, "an even number"),
             "latent_grid": (len(self.latent_grid) == 3, "three numbers"),

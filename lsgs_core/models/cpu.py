@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lsgs_core.errors import check_type
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.cbc import Decoder, DecoderLevel, Refinement, TransformerBlock, Unit
 
@@ -46,6 +47,7 @@ def accelerate_on_cpu(model: Backbone) -> Backbone:
     rounding. On other devices and under autocast it computes as the network does. A network
     without a part that has a faster form, such as CMX, is only copied.
     """
+    check_type("model", model, Backbone)
     fast = copy.deepcopy(model)
     for module in fast.modules():
         module.__class__ = _FASTER.get(type(module), type(module))

@@ -11,7 +11,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_count, check_type
 from lsgs_core.models.backbone import Backbone
 
 
@@ -49,8 +49,8 @@ def add_lora(model: Backbone, rank: int = 4) -> int:
     Raises:
         InputError: The rank is below 1, or the model already has low-rank updates.
     """
-    if rank < 1:
-        raise InputError(f"rank: expected 1 or more, found {rank}")
+    check_type("model", model, Backbone)
+    check_count("rank", rank)
     layers = model.low_rank_layers()
     if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         raise InputError("model: expected one without low-rank updates, found one that has them")
@@ -64,6 +64,7 @@ def add_lora(model: Backbone, rank: int = 4) -> int:
 
 def merge_lora(model: Backbone) -> None:
     """Add the updates to the weights, so that the model is an ordinary backbone again."""
+    check_type("model", model, Backbone)
     for layer in model.low_rank_layers().values():
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -72,6 +73,7 @@ def merge_lora(model: Backbone) -> None:
 
 def trained_parameters(model: nn.Module) -> int:
     """Return the number of parameters that training changes."""
+    check_type("model", model, nn.Module)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -80,6 +82,7 @@ def training_mode(model: nn.Module) -> None:
 
     Moving running statistics would change a frozen network.
     """
+    check_type("model", model, nn.Module)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
