@@ -255,7 +255,10 @@ def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 def total_variation(first: ArrayLike, second: ArrayLike) -> float:
     """Return the total variation distance of two distributions over the scenarios, 0 to 1."""
     p = real_numbers("first", first, [None])
-    return 0.5 * float(np.abs(p - real_numbers("second", second, [len(p)])).sum())
+    q = real_numbers("second", second, [len(p)])
+    if not (np.abs([p, q]) <= 1).all():
+        raise InputError("first, second: expected probabilities, found larger numbers")
+    return 0.5 * float(np.abs(p - q).sum())
 
 
 def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -77,18 +77,19 @@ JUNK = st.sampled_from(
 )
 
 
-class Concatenated(nn.Module):
-    """A network of others with one input."""
+class Foreign(nn.Module):
+    """A network of others that takes images of any size and dtype."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.norm = nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)
+        self.encoder, self.norm = nn.Linear(1, 4), nn.BatchNorm1d(4)
 
     def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
-        return self.norm(self.encoder(torch.cat(images, dim=1)))
+        sums = [image.real.float().flatten(1).sum(dim=1, keepdim=True) for image in images]
+        return self.norm(self.encoder(torch.stack(sums).sum(dim=0)))
 
 
-NETWORK, DEMO = Concatenated(), build_backbone("cmx", "demo", [2, 2, 2])
+NETWORK, DEMO = Foreign(), build_backbone("cmx", "demo", [2, 2, 2])
 HOOKED = HookedModel(NETWORK, "encoder")
 
 

@@ -112,7 +112,7 @@ def test_a_method_says_what_it_is():
 
     with pytest.raises(InputError, match="silent: expected a docstring"):
         method("silent", "control")(silent)
-    with pytest.raises(InputError, match=r"spoken: .*found 'controls'"):
+    with pytest.raises(InputError, match=r"family: expected one of .*found .controls."):
         method("spoken", "controls")(spoken)
     assert {"silent", "spoken"}.isdisjoint(METHODS)
     assert set(FAMILIES) == set(FAMILY_COLOURS)
