@@ -61,6 +61,7 @@ def write_scene(folder: Path) -> None:
             raster.write(pattern.repeat(side // 16, 2).astype(kind))
 
 
+@pytest.mark.slow
 def test_the_three_recipes_make_a_study(clone):
     """The data set is checked and prepared, the backbone trained, the sampler drawn from."""
     check = sys.executable, "-m", "study.data.check", "--dataset", "my_scene"
