@@ -196,7 +196,9 @@ def adapted(kind: Any) -> Any:
     def call(scenario: Any, loss: Any, epoch: Any, state: Any, **arguments: Any) -> Any:
         sampler = kind(**arguments)
         sampler.observe(scenario, loss)
-        sampler.load_state_dict(sampler.state_dict() if state == {} else state)
+        sampler.load_state_dict(
+            state if not isinstance(state, dict) or state else sampler.state_dict()
+        )
         return sampler.probabilities(epoch)
 
     return call
