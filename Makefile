@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # nbval must find the same kernel, and cell output must not depend on the terminal.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The study's package lies beside the notebooks; the kernels of the notebooks find it there.
+export PYTHONPATH := $(CURDIR)/notebooks
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
 
@@ -19,16 +21,15 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 study: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) \
-		$(if $(PROCESSES),--processes $(PROCESSES))
+	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study networks scratch --cores $(CORES)
+	$(BIN)/python -m study networks scratch --cores $(CORES)
 
 # One committed result again, from the download on: make reproduce RUN=demo/cmx/lsgs/0/0
 reproduce: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.study reproduce $(TIER) --cores $(CORES) $(if $(RUN),--run $(RUN))
+	$(BIN)/python -m study reproduce $(TIER) --cores $(CORES) $(if $(RUN),--run $(RUN))
 
 test: $(VENV)/installed
 	$(BIN)/ruff format --check --quiet .
@@ -56,7 +57,7 @@ bench: $(VENV)/installed
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed
-	$(BIN)/python -m lsgs_core.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
+	$(BIN)/python -m study.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab notebooks
@@ -71,12 +72,12 @@ outputs: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-count --extra-keys "metadata.language_info.version metadata.language_info" notebooks/*.ipynb
 
-# Resolve requirements.in anew. CUDA builds and local versions are the installer's choice, not ours.
+# Resolve the extras of pyproject.toml anew. CUDA builds and local versions are the installer's choice.
 lock:
 	rm -rf work/lock && $(PYTHON) -m venv work/lock
-	work/lock/bin/python -m pip install --quiet -r requirements.in
+	work/lock/bin/python -m pip install --quiet '.[study,dev]'
 	work/lock/bin/python -m pip freeze | sed 's/+[a-z0-9.]*$$//' \
-		| grep -viE '^(nvidia-|cuda-|triton)' > requirements.lock
+		| grep -viE '^(lsgs-core|nvidia-|cuda-|triton)' > requirements.lock
 
 clean:
 	rm -rf work

@@ -1,60 +1,64 @@
 # The one runner, on a laptop as on a cluster: every rule is one notebook, executed by papermill.
-# Started by `make study` (lsgs_core/study/commands.py), which also clears up after a kill.
+# Started by `make study` (notebooks/study/commands.py), which also clears up after a kill.
 
 import shlex
 import sys
 from pathlib import Path
 
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.study.reproduction import only
-from lsgs_core.study.tiers import NOTEBOOKS, load_tier
+from study.freshness import fingerprint
+from study.reproduction import only
+from study.tiers import NOTEBOOKS, load_tier, notebook_sha256
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
 )
 if "only" in config:
     tier = only(tier, config["only"])
-# Parameters are inputs of the rules: an edited one runs again just what depends on it.
+# What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder
-manifest = load_manifest(Path(workflow.basedir, "data_manifest.yaml"))
 grid = tier.grid
 pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
-gpus_of_a_run = int(tier.setting("finetuning", "device").startswith("cuda"))
-# What a job asks a cluster for, in MB and minutes; --set-resources changes it. The stages with a
-# network take an hour on a GPU at full size; the data stage needs memory for whole scenes.
-processes = int(config.get("processes", 1))  # of a run, one per GPU
-resources_of_a_run = {"gpu": gpus_of_a_run * processes, "mem_mb": 16000, "runtime": 240}
 
-# So is the code: an edit must not leave figures of the old code behind.
-SOURCES = sorted(str(path) for path in Path(workflow.basedir, "lsgs_core").rglob("*.py"))
+
+def resources_of(stage):
+    """What a job asks a cluster for, in MB and minutes; --set-resources changes it.
+
+    The stages with a network take an hour on a GPU at full size.
+    """
+    return {"gpu": tier.gpus_of(stage), "mem_mb": 16000, "runtime": 240}
+
+
 START = "{dataset}-{backbone}-fold{fold}"
 POINT = START + "-seed{seed}"
 
 # The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
+# What it says stays in a file where it fails, for the launcher, which has the last word.
+PYTHON = shlex.quote(sys.executable)
 PAPERMILL = (
-    shlex.quote(sys.executable) + " -m papermill notebooks/{params.notebook}.ipynb {log}"
-    " -f {input.parameters} --cwd notebooks --execution-timeout 43200 --no-progress-bar"
-    " --autosave-cell-every 0 2> {log}.stderr || {{ cat {log}.stderr >&2; exit 1; }}"
+    PYTHON + " -m papermill notebooks/{params.notebook:q}.ipynb {log:q} -f {params.file:q}"
+    " --cwd notebooks --execution-timeout 43200 --no-progress-bar --autosave-cell-every 0"
+    " 2> {log:q}.failed && rm -f {log:q}.failed"
 )
-# Several processes share a run, without an executed copy. Not `accelerate launch`, which on a CPU
-# starts a single process and says nothing.
-LAUNCH = (
-    shlex.quote(sys.executable) + " -m torch.distributed.run --standalone"
-    f" --nproc_per_node {processes} -m lsgs_core.study.launch"
-    " notebooks/{params.notebook}.ipynb -f {input.parameters} > {log}.txt 2> {log}.stderr"
-    " || {{ cat {log}.stderr >&2; exit 1; }}"
-)
-RUN = PAPERMILL if processes == 1 else LAUNCH
 
 
-def inputs(stage, job):
-    """What every rule of a stage depends on besides its data."""
+def parameters(stage, job):
+    """Parameters of a rule, whose jobs run again when one of them is another.
+
+    They are what papermill injects, the cells of the notebook, and the code of the stage.
+    """
+
+    def file(wildcards):
+        return str(study.parameter_file(job.format(**dict(wildcards.items()))))
+
+    notebook = NOTEBOOKS[stage]
     return {
-        "parameters": str(study.parameter_file(job)),
-        "notebook": f"notebooks/{NOTEBOOKS[stage]}.ipynb",
-        "sources": SOURCES,
+        "notebook": notebook,
+        "cells": notebook_sha256(Path(workflow.basedir, "notebooks", f"{notebook}.ipynb")),
+        "code": fingerprint(stage),
+        "file": file,
+        "values": lambda wildcards: Path(file(wildcards)).read_text(),
     }
 
 
@@ -63,12 +67,12 @@ def committed_weights(wildcards):
     if tier.setting("pretraining", "weights") != "committed":
         return []
     point = wildcards.dataset, wildcards.backbone, int(wildcards.fold), pretraining_seed
-    return manifest.network(*point).weights
+    return tier.manifest.network(*point).weights
 
 
 wildcard_constraints:
     dataset="[^/]+",
-    backbone="[a-z_]+",
+    backbone="[^/]+",
     fold="[0-9]+",
     seed="[0-9]+",
 
@@ -84,22 +88,19 @@ rule all:
 
 
 rule data:
-    input:
-        **inputs("data", NOTEBOOKS["data"] + "-{dataset}"),
-        manifest="data_manifest.yaml",
     output:
         study.prepared("{dataset}") / "patches.csv",
     log:
         study.executed_notebook(NOTEBOOKS["data"] + "-{dataset}"),
     params:
-        notebook=NOTEBOOKS["data"],
+        **parameters("data", NOTEBOOKS["data"] + "-{dataset}"),
+        definition=lambda wildcards: tier.manifest.dataset(wildcards.dataset).model_dump_json(),
     shell:
         PAPERMILL
 
 
 rule pretraining:
     input:
-        **inputs("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
         patches=rules.data.output,
         committed=committed_weights,
     output:
@@ -108,29 +109,28 @@ rule pretraining:
     log:
         study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + START),
     params:
-        notebook=NOTEBOOKS["pretraining"],
+        **parameters("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
     threads: threads_of_a_run
     resources:
-        **resources_of_a_run,
+        **resources_of("pretraining"),
     shell:
-        RUN
+        PAPERMILL
 
 
 rule scoring:
     input:
-        **inputs("scoring", NOTEBOOKS["scoring"] + "-" + START),
         weights=rules.pretraining.output,
     output:
         study.scores("{dataset}", "{backbone}", "{fold}", pretraining_seed) / "probabilities.json",
     log:
         study.executed_notebook(NOTEBOOKS["scoring"] + "-" + START),
     params:
-        notebook=NOTEBOOKS["scoring"],
+        **parameters("scoring", NOTEBOOKS["scoring"] + "-" + START),
     threads: threads_of_a_run
     resources:
-        **resources_of_a_run,
+        **resources_of("scoring"),
     shell:
-        RUN
+        PAPERMILL
 
 
 # All methods of a seed in one notebook: they share data and initial weights, and starting a kernel
@@ -138,31 +138,29 @@ rule scoring:
 # delete it before going on with a notebook that was killed; `finetune` knows what is done.
 rule finetuning:
     input:
-        **inputs("finetuning", NOTEBOOKS["finetuning"] + "-" + POINT),
         probabilities=rules.scoring.output,
     output:
         study.runs("{dataset}", "{backbone}", "{fold}", "{seed}") / "scores.csv",
     log:
         study.executed_notebook(NOTEBOOKS["finetuning"] + "-" + POINT),
     params:
-        notebook=NOTEBOOKS["finetuning"],
+        **parameters("finetuning", NOTEBOOKS["finetuning"] + "-" + POINT),
     threads: threads_of_a_run
     resources:
-        **resources_of_a_run,
+        **resources_of("finetuning"),
     shell:
-        RUN
+        PAPERMILL
 
 
 rule evaluation:
     input:
-        **inputs("evaluation", NOTEBOOKS["evaluation"]),
         scores=[study.runs(*point) / "scores.csv" for point in tier.grid.points()],
     output:
         study.evaluation / "summary.csv",
     log:
         study.executed_notebook(NOTEBOOKS["evaluation"]),
     params:
-        notebook=NOTEBOOKS["evaluation"],
+        **parameters("evaluation", NOTEBOOKS["evaluation"]),
     threads: threads_of_a_run
     shell:
         PAPERMILL
@@ -174,6 +172,7 @@ rule publish:
     output:
         study.root / "published.txt",
     params:
-        command=f"{shlex.quote(sys.executable)} -m lsgs_core.study publish {tier.name}",
+        tier=tier.name,
     shell:
-        "{params.command} > {output}"
+        PYTHON + " -m study publish {params.tier:q} > {output:q}"
+        " 2> {output:q}.failed && rm -f {output:q}.failed"

@@ -1,6 +1,6 @@
-"""Latent-space guided scenario sampling (LSGS): the method, its backbones and its data.
+"""Latent-space guided scenario sampling (LSGS): the method and its backbones.
 
-The names below are the stable public face. They are imported when first used, so that
+The names below are the stable public interface. Each is imported when it is first used, so that
 `import lsgs_core` costs nothing.
 """
 
@@ -8,41 +8,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lsgs_core.data.batch import Batch
-    from lsgs_core.distortion import ScenarioScores, score_scenarios
-    from lsgs_core.errors import InputError
-    from lsgs_core.models import build_backbone, load_author_weights
-    from lsgs_core.models.hooked import HookedModel
-    from lsgs_core.scenarios import ScenarioSet
-    from lsgs_core.smoothing import ScenarioProbabilities, scenario_probabilities
+    from lsgs_core.batch import Batch as Batch
+    from lsgs_core.distortion import ScenarioScores as ScenarioScores
+    from lsgs_core.distortion import score_scenarios as score_scenarios
+    from lsgs_core.errors import InputError as InputError
+    from lsgs_core.models import build_backbone as build_backbone
+    from lsgs_core.models import load_author_weights as load_author_weights
+    from lsgs_core.models.adapter import HookedModel as HookedModel
+    from lsgs_core.probabilities import ScenarioProbabilities as ScenarioProbabilities
+    from lsgs_core.probabilities import scenario_probabilities as scenario_probabilities
+    from lsgs_core.sampling import draw_scenarios as draw_scenarios
+    from lsgs_core.scenarios import ScenarioSet as ScenarioSet
 
-_HOME = {
-    "Batch": "data.batch",
-    "HookedModel": "models.hooked",
+_MODULE_OF = {
+    "Batch": "batch",
+    "HookedModel": "models.adapter",
     "InputError": "errors",
-    "ScenarioProbabilities": "smoothing",
+    "ScenarioProbabilities": "probabilities",
     "ScenarioScores": "distortion",
     "ScenarioSet": "scenarios",
     "build_backbone": "models",
+    "draw_scenarios": "sampling",
     "load_author_weights": "models",
-    "scenario_probabilities": "smoothing",
+    "scenario_probabilities": "probabilities",
     "score_scenarios": "distortion",
 }
-__all__ = [
-    "Batch",
-    "HookedModel",
-    "InputError",
-    "ScenarioProbabilities",
-    "ScenarioScores",
-    "ScenarioSet",
-    "build_backbone",
-    "load_author_weights",
-    "scenario_probabilities",
-    "score_scenarios",
-]
+__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'lsgs_core' has no attribute {name!r}")
-    return getattr(import_module(f"lsgs_core.{_HOME[name]}"), name)
+    return getattr(import_module(f"lsgs_core.{_MODULE_OF[name]}"), name)

@@ -1,40 +1,63 @@
-"""Samplers that adapt: they watch the loss of every sample, or the network itself.
+"""Samplers that adapt to the loss of each sample, or to the network itself.
 
-What they learn is kept in their state, which is saved with the training state. All are numpy and
-scipy alone. The loss that they see is the cross-entropy, averaged over those pixels of a
-sample that count.
+The loss of a sample is its cross-entropy, averaged over the pixels that count. What a sampler
+learns is its state, which is saved with the training state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError
-from lsgs_core.samplers import Probabilities
-from lsgs_core.sampling import ScenarioSampler, check_probabilities
-from lsgs_core.smoothing import standardise
+from lsgs_core.errors import array_of, check_count, check_number, check_type, real_numbers
+from lsgs_core.probabilities import standardise
+from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
+
+LARGEST_EXPONENT = 700.0  # of e without an overflow
+LARGEST = 1e300  # size of a loss or a factor, with which no sum overflows
 
 
 def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Natural logarithm, minus infinity of 0: what is never drawn never will be."""
+    """Return the natural logarithm, minus infinity for 0: such a scenario is never drawn."""
     return np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
+
+
+def _range(field: str, value: float, least: float, most: float) -> float:
+    expected = f"a number from {least:g} to {most:g}"
+    return check_number(field, value, lambda x: least <= x <= most, expected)
+
+
+def _observed(
+    scenario: NDArray[np.int64], loss: NDArray[np.float64], p: Probabilities
+) -> Iterator[tuple[int, float]]:
+    """Return scenario and loss of each sample, in their order.
+
+    Raises:
+        InputError: A scenario is unknown or has a probability of 0, or a loss is not finite.
+    """
+    indices = array_of("scenario", scenario, "iu", [None])
+    losses = real_numbers("loss", loss, [len(indices)])
+    for k, value in zip(indices, losses, strict=True):
+        check_count("scenario", k, 0, len(p) - 1)
+        check_number("probability of the scenario", p[k], lambda x: x > 0, "a positive number")
+        _range("loss", value, -LARGEST, LARGEST)
+    return zip(indices, losses, strict=True)
 
 
 class LossProportional(ScenarioSampler):
     """Scenarios of high loss more often: p = (1 - mixing) prior + mixing softmax(tau z(loss)).
 
-    It observes the training loss of every sample, and keeps an exponential moving average of it for
-    every scenario; z standardises them. A scenario not yet drawn has the mean of the others.
+    The loss of a scenario is the exponential moving average of the training losses of its samples;
+    z standardises it over the scenarios. A scenario without a sample has the mean of the others.
 
     Args:
-        prior: [K].
+        prior: Prior probabilities, [K].
         inverse_temperature: tau, as in LSGS.
         mixing: gamma, as in LSGS.
-        memory: Weight of the past when a loss is observed, 0 to 1.
+        memory: Weight of the past in the moving average, from 0 to 1.
     """
 
     _kept = ("average", "count")
@@ -43,16 +66,17 @@ class LossProportional(ScenarioSampler):
         self, prior: ArrayLike, inverse_temperature: float, mixing: float, memory: float = 0.98
     ) -> None:
         self.prior = check_probabilities(prior)
-        self.inverse_temperature, self.mixing, self.memory = inverse_temperature, mixing, memory
+        self.inverse_temperature = _range("inverse_temperature", inverse_temperature, 0, LARGEST)
+        self.mixing, self.memory = _range("mixing", mixing, 0, 1), _range("memory", memory, 0, 1)
         self.average = np.zeros(len(self.prior))
         self.count = np.zeros(len(self.prior))
 
     def probabilities(self, epoch: int) -> Probabilities:
-        """Return p now, float64 [K]."""
+        """Return the present p, float64 [K]."""
         seen = self.count > 0
         if not seen.any():
             return self.prior
-        # The average starts at zero; dividing by the weight it has had takes that out again.
+        # The average starts at 0; dividing by the weight of all losses so far corrects for that.
         loss = np.where(seen, self.average / np.maximum(1 - self.memory**self.count, 1e-300), 0.0)
         loss = np.where(seen, loss, loss[seen].mean())
         q = scipy.special.softmax(
@@ -61,58 +85,61 @@ class LossProportional(ScenarioSampler):
         return (1 - self.mixing) * self.prior + self.mixing * q
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Take note of the losses, in the order of the batch."""
-        for k, value in zip(scenario, loss, strict=True):
+        """Update the averages in the order of the batch."""
+        for k, value in _observed(scenario, loss, self.prior):
             self.average[k] = self.memory * self.average[k] + (1 - self.memory) * value
             self.count[k] += 1
 
 
 class GroupDRO(ScenarioSampler):
-    """Group distributionally robust sampling: exponentiated gradient ascent on the losses.
+    """Group distributionally robust optimisation: exponentiated gradient ascent on the losses.
 
-    q starts as the prior; q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
-    2020, Algorithm 1, with scenarios as groups). There the group is drawn uniformly and its loss
+    q starts as the prior, and q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
+    2020, Algorithm 1, with scenarios as groups). Their group is drawn uniformly and its loss is
     weighted by q; here it is drawn from p = (1 - mixing) prior + mixing q, so that an observed loss
     is divided by K p_k.
 
     Args:
-        prior: [K].
-        step: eta.
+        prior: Prior probabilities, [K].
+        step: Step size eta.
         mixing: Weight of q.
     """
 
     _kept = ("log_weights",)
 
     def __init__(self, prior: ArrayLike, step: float = 0.01, mixing: float = 0.9) -> None:
-        self.prior, self.step, self.mixing = check_probabilities(prior), step, mixing
+        self.prior = check_probabilities(prior)
+        self.step, self.mixing = _range("step", step, 0, 100), _range("mixing", mixing, 0, 1)
         self.log_weights = _logarithm(self.prior)
 
     def probabilities(self, epoch: int) -> Probabilities:
-        """Return p now, float64 [K]."""
+        """Return the present p, float64 [K]."""
         q = scipy.special.softmax(self.log_weights)
         return (1 - self.mixing) * self.prior + self.mixing * q
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Raise the weights of the scenarios in which the loss is high."""
+        """Increase the weights of scenarios with a high loss."""
         p = self.probabilities(0)
-        for k, value in zip(scenario, loss, strict=True):
-            self.log_weights[k] += self.step * value / (len(p) * p[k]) / len(scenario)
-        self.log_weights -= self.log_weights.max()  # softmax does not change
+        for k, value in _observed(scenario, loss, p):
+            with np.errstate(over="ignore"):
+                gain = self.step * value / (len(p) * p[k]) / len(scenario)
+            self.log_weights[k] += np.clip(gain, -LARGEST, LARGEST)
+        self.log_weights -= self.log_weights.max()  # the softmax stays the same
 
 
 class Exp3S(ScenarioSampler):
     """Exp3.S, a bandit whose rewards change over time, as in automated curriculum learning.
 
-    Formulas of Graves et al. 2017, section 2.2, after Auer et al. 2002. The reward of a sample is
-    how far its loss lies below the running average of its scenario's (learning progress), rescaled
-    to [-1, 1] by the 20th and 80th percentile of the last rewards.
+    The formulas are those of Graves et al. 2017, section 2.2, after Auer et al. 2002. The reward of
+    a sample is its learning progress: the running average of its scenario's loss minus its loss,
+    rescaled to [-1, 1] by the 20th and 80th percentile of the latest rewards.
 
     Args:
-        prior: [K]; the exploration is towards it.
-        step: eta.
-        exploration: epsilon, the weight of the prior.
+        prior: Prior probabilities, [K], which exploration draws from.
+        step: Step size eta.
+        exploration: Weight epsilon of the prior.
         memory: Weight of the past in the running averages.
-        window: How many rewards the percentiles are taken of.
+        window: Number of rewards from which the percentiles are computed.
     """
 
     _kept = ("log_weights", "average", "seen", "rewards", "time")
@@ -125,24 +152,24 @@ class Exp3S(ScenarioSampler):
         memory: float = 0.9,
         window: int = 256,
     ) -> None:
-        self.prior, self.step, self.exploration = check_probabilities(prior), step, exploration
-        self.memory = memory
-        count = len(self.prior)
+        self.prior, self.step = check_probabilities(prior), _range("step", step, 0, 100)
+        self.exploration = _range("exploration", exploration, 0, 1)
+        self.memory = _range("memory", memory, 0, 1)
         self.log_weights = _logarithm(self.prior)
-        self.average = np.zeros(count)
-        self.seen = np.zeros(count)
-        self.rewards = np.full(window, np.nan)  # a ring
+        self.average = np.zeros(len(self.prior))
+        self.seen = np.zeros(len(self.prior))
+        self.rewards = np.zeros(check_count("window", window))  # a ring buffer
         self.time = 0.0
 
     def probabilities(self, epoch: int) -> Probabilities:
-        """Return p now, float64 [K]."""
+        """Return the present p, float64 [K]."""
         q = scipy.special.softmax(self.log_weights)
         return (1 - self.exploration) * q + self.exploration * self.prior
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Reward the scenarios in which the network is getting better."""
+        """Reward the scenarios in which the network improves."""
         p = self.probabilities(0)
-        for k, value in zip(scenario, loss, strict=True):
+        for k, value in _observed(scenario, loss, p):
             if self.seen[k]:
                 self._reward(k, float(self.average[k] - value), float(p[k]))
                 self.average[k] = self.memory * self.average[k] + (1 - self.memory) * value
@@ -152,48 +179,55 @@ class Exp3S(ScenarioSampler):
     def _reward(self, arm: int, progress: float, probability: float) -> None:
         self.rewards[int(self.time) % len(self.rewards)] = progress
         self.time += 1
-        low, high = np.nanpercentile(self.rewards, [20, 80])
+        low, high = np.percentile(self.rewards[: int(self.time)], [20, 80])
         scaled = np.clip(2 * (progress - low) / (high - low) - 1, -1, 1) if high > low else 0.0
         estimate = np.zeros(len(self.prior))
-        estimate[arm] = scaled / probability
-        grown = np.exp(self.log_weights + self.step * estimate)
+        with np.errstate(over="ignore"):
+            estimate[arm] = scaled / probability
+        weights = np.exp(np.minimum(self.log_weights + self.step * estimate, LARGEST_EXPONENT))
         share = 1 / (self.time + 1)
         possible = self.prior > 0
-        others = (grown.sum() - grown) / max(1, possible.sum() - 1)
-        self.log_weights = _logarithm(np.where(possible, (1 - share) * grown + share * others, 0))
+        others = (weights.sum() - weights) / max(1, possible.sum() - 1)
+        mixed = (1 - share) * weights + share * others
+        self.log_weights = _logarithm(np.where(possible, mixed, 0))
         self.log_weights -= self.log_weights.max()
 
 
 class Curriculum(ScenarioSampler):
-    """Easy scenarios first: p proportional to prior * exp(-strength * z(D)), annealed to the prior.
+    """Easy scenarios first: p is proportional to prior * exp(-strength * z(D)), then to the prior.
 
     Args:
         distortion: D, [K]; z standardises it.
-        prior: [K].
-        epochs: After so many the strength is 0.
-        strength: beta in the first epoch.
+        prior: Prior probabilities, [K].
+        epochs: Number of epochs in which the strength decreases linearly to 0.
+        strength: Strength beta in the first epoch.
     """
 
     def __init__(
         self, distortion: ArrayLike, prior: ArrayLike, epochs: int, strength: float = 1.0
     ) -> None:
-        self.standardised = standardise(np.asarray(distortion, dtype=np.float64))
-        self.prior, self.epochs, self.strength = check_probabilities(prior), epochs, strength
+        self.prior = check_probabilities(prior)
+        self.standardised = standardise(real_numbers("distortion", distortion, self.prior.shape))
+        self.epochs = check_count("epochs", epochs, 0)
+        self.strength = _range("strength", strength, -LARGEST, LARGEST)
 
     def probabilities(self, epoch: int) -> Probabilities:
-        """Return p of an epoch, float64 [K]."""
-        left = max(0.0, 1 - epoch / max(1, self.epochs))
+        """Return p in an epoch, float64 [K]."""
+        left = max(0.0, 1 - _range("epoch", epoch, 0, LARGEST) / max(1, self.epochs))
         logits = _logarithm(self.prior) - self.strength * left * self.standardised
         return scipy.special.softmax(logits)
 
 
 class Online(ScenarioSampler):
-    """LSGS whose distortions are measured again every few epochs, on the network as it is then.
+    """LSGS whose distortions are measured again every few epochs, on the network of that time.
 
     Args:
-        probabilities: p from the pretrained network, [K]; used until the first measurement.
+        probabilities: p of the pretrained network, [K], used until the first measurement.
         measure: Scores the network that is being trained and returns p, [K].
-        every: Epochs between measurements.
+        every: Number of epochs between two measurements.
+
+    Raises:
+        InputError: `every` is below 1, or `measure` is no function.
     """
 
     _kept = ("current", "measured")
@@ -201,14 +235,14 @@ class Online(ScenarioSampler):
     def __init__(
         self, probabilities: ArrayLike, measure: Callable[[], Probabilities], every: int
     ) -> None:
-        if every < 1:
-            raise InputError(f"every: expected at least 1 epoch, found {every}")
-        self.current, self.measure, self.every = check_probabilities(probabilities), measure, every
+        check_type("measure", measure, Callable)
+        self.current, self.measure = check_probabilities(probabilities), measure
+        self.every = check_count("every", every)
         self.measured = 0.0  # the epoch of the last measurement
 
     def probabilities(self, epoch: int) -> Probabilities:
-        """Return p of an epoch, float64 [K]; measures where the time has come."""
-        if epoch >= self.measured + self.every:
+        """Return p in an epoch, float64 [K], after a measurement where one is due."""
+        if _range("epoch", epoch, 0, LARGEST) >= self.measured + self.every:
             self.current = check_probabilities(self.measure(), len(self.current))
             self.measured = float(epoch)
         return self.current

@@ -1,14 +1,16 @@
 """Distortion: how far each scenario moves the shared latent of a pretrained network.
 
 With z(x, k) the latent of patch x under scenario k, d_k(x) is the mean over all elements of
-(z(x, k) - z(x, full))^2 and D_k its mean over the training patches (arXiv 2605.20372, scenario
-scoring). Evaluation mode, so D_full = 0.
+(z(x, k) - z(x, full))^2, and D_k is the mean of d_k over the training patches (arXiv 2605.20372,
+scenario scoring). The network is in evaluation mode, so that D of the full scenario is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,25 +19,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lsgs_core.data.batch import Batch
-from lsgs_core.devices import processes_of
-from lsgs_core.errors import InputError
+from lsgs_core.batch import Batch
+from lsgs_core.errors import InputError, array_of, check_type, real_numbers, shown
 from lsgs_core.scenarios import ScenarioSet
+
+# Number of scenarios whose latents a backbone computes at a time: memory does not grow with K.
+SCENARIOS_AT_A_TIME = 32
+_in_use: set[nn.Module] = set()  # modules that a thread is scoring
+_lock = Lock()  # guards `_in_use`
 
 
 @dataclass(frozen=True)
 class ScenarioScores:
-    """What a scoring measured, over N patches and K scenarios.
+    """The result of scoring K scenarios on N patches.
 
     Attributes:
         scenarios: The scenarios, in the order of every K axis.
         distortion: D, float64 [K].
-        standard_error: Of D, clustered by block, float64 [K]; NaN with a single block.
+        standard_error: Standard error of D, clustered by block, float64 [K]; NaN for one block.
         patch_distortion: d_k(x), float64 [N, K].
-        latent_shift: Mean over patches and positions of z(x, k) - z(x, full), per latent channel,
-            float64 [K, C].
-        patch_ids: int64 [N]; 0 ... N-1 where the batches carry none.
-        block_ids: Spatial block of every patch, int64 [N]; the patch id where batches carry none.
+        latent_shift: Mean of z(x, k) - z(x, full) over patches and positions, for each latent
+            channel, float64 [K, C].
+        patch_ids: Identifiers of the patches, int64 [N]; where batches carry none, their position
+            among all patches, skipped ones included.
+        block_ids: Spatial block of each patch, int64 [N]; `patch_ids` where batches carry none.
     """
 
     scenarios: ScenarioSet
@@ -43,6 +50,23 @@ class ScenarioScores:
     standard_error: NDArray[np.float64]
     patch_distortion: NDArray[np.float64]
     latent_shift: NDArray[np.float64]
+    patch_ids: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """The scores of one batch with B complete patches, for K scenarios.
+
+    Attributes:
+        distortion: d_k(x), float64 [B, K].
+        shift: Sum over the patches of their mean latent shift, float64 [K, C].
+        patch_ids: Identifiers of the patches, int64 [B].
+        block_ids: Spatial block of each patch, int64 [B].
+    """
+
+    distortion: NDArray[np.float64]
+    shift: NDArray[np.float64]
     patch_ids: NDArray[np.int64]
     block_ids: NDArray[np.int64]
 
@@ -57,156 +81,267 @@ def score_scenarios(
 ) -> ScenarioScores:
     """Measure the distortion of every scenario.
 
-    The model needs `latent(images, available)`; where it has `scenario_latents(images, masks)`,
-    that one is used, which lets a backbone share work between scenarios, and where it has
-    `for_scoring()`, the copy that this returns. No decoder runs, and the full scenario is computed
-    once. Parameters and the training mode are left as they were. In a run of several processes all
-    are given the same batches and share the work (`lsgs_core.devices`).
+    The model needs a method `latent(images, available)`. Two more are used where a model has them:
+    `scenario_latents(images, masks)`, by which a backbone shares work between scenarios, and
+    `for_scoring()`, which returns a faster copy. No decoder runs. The network is scored in
+    evaluation mode; afterwards, also after an error, each module has its former mode again.
 
     Args:
         model: A backbone, or any module with the methods above.
         batches: `Batch` objects, or images alone: M tensors [B, D_m, H, W] or one [B, M, D, H, W].
-            Patches that a modality does not see, or sees less of than another, are left out:
-            distortion is against the full scenario.
-        scenarios: Which scenarios, for the modalities in the model's order.
-        device: Where to compute; None: where the model's parameters are.
-        until: Asked after every batch, with d_k(x) and the blocks of the patches so far, whether
-            that is enough (`lsgs_core.sensitivity.known_to`); None: all batches. The order of the
-            patches must be random then.
-        progress: Show a progress bar over the batches.
+            A patch is skipped where a modality is not available or observes fewer pixels than
+            another, because distortion is measured against the full scenario.
+        scenarios: The scenarios, with modalities in the order of the images.
+        device: Device of the images, that of the model's parameters; None takes the latter.
+        until: Stopping rule, such as `uncertainty.stop_when_precise`, called after each batch with
+            d_k(x) [N, K] and the block ids [N] of all patches so far; True ends the scoring.
+            Patches must then come in random order.
+        progress: True shows a progress bar over the batches.
 
     Returns:
-        Distortions with their clustered standard errors, and what later steps use.
+        Distortions with clustered standard errors, and the values that later steps use.
 
     Raises:
-        InputError: No complete patch, or a latent that is not finite (names the patches); or
-            `until` in a run of several processes.
+        InputError: No patch is complete, batches or latents have another form, a latent is not
+            finite (the message names the patches), or another thread is scoring the network.
     """
-    parameter = next(model.parameters(), None)
-    target = torch.device(device or (parameter.device if parameter is not None else "cpu"))
-    processes = processes_of(target)
-    if until is not None and processes.count > 1:
-        raise InputError("until: expected a single process, since they look at different patches")
+    if until is not None:
+        check_type("until", until, Callable)
+    parts: list[BatchScores] = []
+    with closing(score_batches(model, batches, scenarios, device, progress)) as scored:
+        for part in scored:
+            parts.append(part)
+            if until and until(
+                np.concatenate([one.distortion for one in parts]),
+                np.concatenate([one.block_ids for one in parts]),
+            ):
+                break
+    return joined_scores(parts, scenarios)
+
+
+def score_batches(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor | Sequence[Tensor]],
+    scenarios: ScenarioSet,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Generator[BatchScores, None, None]:
+    """Yield the scores of each batch with a complete patch, for callers that share batches out.
+
+    Arguments and errors are those of `score_scenarios`.
+    """
+    check_type("model", model, nn.Module)
+    if not (hasattr(model, "latent") or hasattr(model, "scenario_latents")):
+        raise InputError("model: expected a method `latent`; see `HookedModel` for other networks")
+    check_type("scenarios", scenarios, ScenarioSet)
+    check_type("progress", progress, bool)
+    if isinstance(batches, Tensor | Batch | np.ndarray | Mapping) or not hasattr(
+        batches, "__iter__"
+    ):
+        raise InputError(f"batches: expected a list of batches, found {type(batches).__name__}")
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    devices = [tensor.device for tensor in tensors]
+    names = {str(place) for place in devices} | {place.type for place in devices}
+    if device is not None and str(device) not in (names or {"cpu"}):
+        expected = sorted(names or {"cpu"})
+        raise InputError(f"device: expected {expected}, as the model has, found {shown(device)}")
+    target = torch.device(device or next(iter(devices), "cpu"))
     masks = torch.tensor(scenarios.masks, device=target)
-    # Number of the batch; distortion, ids and blocks of its patches; the sum of their shifts.
-    found: list[tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]] = []
-    seen = 0
-    training = model.training
-    model.eval()
-    try:
-        scored: Any = model
-        if hasattr(scored, "for_scoring"):
-            scored = scored.for_scoring()
-        with torch.inference_mode():
-            hidden = not progress or processes.rank > 0
-            bar = tqdm(batches, desc="scoring", unit="batch", disable=hidden)
-            for number, item in enumerate(bar):
-                images, ids, blocks = _complete_patches(item, seen)
-                seen += len(ids)
-                if len(images) != masks.shape[1]:
-                    raise InputError(
-                        f"scoring: expected images of {masks.shape[1]} modalities, found "
-                        f"{len(images)}"
-                    )
-                if not len(ids) or number % processes.count != processes.rank:
-                    continue
-                images = [image.to(target) for image in images]
-                distortion, shift = _distortion(_latents(scored, images, masks), scenarios.full)
-                if not np.isfinite(distortion).all():
-                    bad = ids[~np.isfinite(distortion).all(axis=1)]
-                    raise InputError(f"scoring: the latent of patches {bad.tolist()} is not finite")
-                found.append((number, distortion, ids, blocks, shift))
-                if until and until(*_joined(found, 1, 3)):
-                    break
-    finally:
-        model.train(training)
-    if not seen:
-        raise InputError("scoring: expected at least one patch with every modality, found none")
-    everyone = sorted(
-        (part for share in processes.gather(found) for part in share), key=lambda part: part[0]
-    )
-    patch_distortion, patch_ids, all_blocks = _joined(everyone, 1, 2, 3)
-    shift_sum = np.sum([shift for *_, shift in everyone], axis=0)
+    position = 0  # of the first patch of a batch
+    with _evaluation_mode(model) as scored:
+        for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
+            batch = _checked(item, masks.shape[1], dtypes)
+            images, ids, blocks = _complete_patches(batch, position)
+            position += len(batch.images[0])
+            if not len(ids):
+                continue
+            with torch.inference_mode():  # not around the yield, where it would reach the caller
+                distortion, shift = _distortion(scored, [x.to(target) for x in images], masks)
+            finite = np.isfinite(distortion).all(axis=1)
+            if not finite.all():
+                raise InputError(f"latent: expected finite numbers in patches {ids[~finite]}")
+            yield BatchScores(distortion, shift, ids, blocks)
+
+
+def joined_scores(parts: Sequence[BatchScores], scenarios: ScenarioSet) -> ScenarioScores:
+    """Return the scores of all batches, in their order.
+
+    Raises:
+        InputError: No batch had a complete patch, or the latents of batches differ in channels.
+    """
+    check_type("scenarios", scenarios, ScenarioSet)
+    check_type("batches", parts, Sequence)
+    for part in parts:
+        check_type("batches", part, BatchScores)
+        count = len(array_of("patch_ids", part.patch_ids, "iu", [None]))
+        array_of("block_ids", part.block_ids, "iu", [count])
+        real_numbers("distortion", part.distortion, [count, len(scenarios)])
+        real_numbers("latent shift", part.shift, [len(scenarios), None])
+    if not parts:
+        raise InputError("batches: expected at least one patch with every modality, found none")
+    if len({part.shift.shape for part in parts}) > 1:
+        raise InputError("latent: expected the same number of channels in every batch")
+    patch_distortion = np.concatenate([part.distortion for part in parts])
+    block_ids = np.concatenate([part.block_ids for part in parts])
     return ScenarioScores(
         scenarios=scenarios,
         distortion=patch_distortion.mean(axis=0),
-        standard_error=clustered_standard_error(patch_distortion, all_blocks),
+        standard_error=clustered_standard_error(patch_distortion, block_ids),
         patch_distortion=patch_distortion,
-        latent_shift=shift_sum / len(patch_ids),
-        patch_ids=patch_ids,
-        block_ids=all_blocks,
+        latent_shift=np.sum([part.shift for part in parts], axis=0) / len(patch_distortion),
+        patch_ids=np.concatenate([part.patch_ids for part in parts]),
+        block_ids=block_ids,
     )
 
 
 def clustered_standard_error(
     values: NDArray[np.float64], clusters: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Standard error of the mean when values within a cluster are dependent.
+    """Return the standard error of the mean when values within a cluster are dependent.
 
-    Overlapping windows of one block see the same pixels, so the block is the unit: with G clusters,
-    se^2 = G / (G - 1) * sum over clusters of (sum of residuals)^2 / N^2 (the sandwich estimator of
-    Liang and Zeger 1986 for a mean). With every value its own cluster it is the usual one.
+    Overlapping patches of one block observe the same pixels, so that the block is the independent
+    unit. With G clusters, se^2 = G / (G - 1) * sum over clusters of (sum of residuals)^2 / N^2,
+    which is the sandwich estimator of Liang and Zeger (1986) for a mean. It is the usual standard
+    error when each value is a cluster of its own.
 
     Args:
         values: One row per observation, [N, K].
-        clusters: Cluster of every observation, [N].
+        clusters: Cluster of each observation, [N].
 
     Returns:
-        Standard error per column, float64 [K]; NaN with a single cluster.
+        Standard error of each column, float64 [K]; NaN for a single cluster.
+
+    Raises:
+        InputError: The values are not finite, or an array has another shape.
     """
+    values = real_numbers("values", values, [None, None])
+    clusters = array_of("clusters", clusters, "iu", [len(values)])
     labels, position = np.unique(clusters, return_inverse=True)
-    sums = np.zeros((len(labels), values.shape[1]))
-    np.add.at(sums, position, values - values.mean(axis=0))
     if len(labels) < 2:
         return np.full(values.shape[1], np.nan)
+    sums = np.zeros((len(labels), values.shape[1]))
+    np.add.at(sums, position, values - values.mean(axis=0))
     correction = len(labels) / (len(labels) - 1)
     return np.sqrt(correction * np.square(sums).sum(axis=0)) / len(values)
 
 
-def _joined(parts: Sequence[Sequence[Any]], *places: int) -> list[NDArray[Any]]:
-    return [np.concatenate([part[place] for part in parts]) for place in places]
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[Any]:
+    """Give the network, or its copy for scoring, in evaluation mode, and restore all modes.
+
+    Raises:
+        InputError: Another thread is scoring a network that shares a module with this one.
+    """
+    scored: Any = model
+    if hasattr(scored, "for_scoring"):
+        scored = scored.for_scoring()
+    with _lock:
+        modes = {module: module.training for module in scored.modules()}
+        if not _in_use.isdisjoint(modes):
+            raise InputError("model: expected a network that no other thread scores; score a copy")
+        _in_use.update(modes)
+    try:
+        scored.eval()
+        yield scored
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with _lock:
+            _in_use.difference_update(modes)
+
+
+def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
+    """Return an item of `batches` as a batch of `count` modalities in one of the model's dtypes.
+
+    Raises:
+        InputError: The item has another form, such as the images of a single batch have.
+    """
+    images: Any = item.images if isinstance(item, Batch) else item
+    if isinstance(images, Tensor) and images.ndim == 5:
+        images = images.unbind(dim=1)
+    right = isinstance(images, list | tuple) and len(images) == count
+    if not right or not all(
+        isinstance(image, Tensor)
+        and image.ndim == 4
+        and len(image) == len(images[0])
+        and image.is_floating_point()
+        and (not dtypes or image.dtype in dtypes)
+        for image in images
+    ):
+        names = " or ".join(sorted(map(str, dtypes))) or "a floating dtype"
+        raise InputError(
+            f"batches: expected {count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W] of "
+            f"{names} in each, found {_form(images)}"
+        )
+    shape = len(images[0]), count
+    if not isinstance(item, Batch):
+        return Batch(tuple(images), torch.ones(shape, dtype=torch.bool))
+    return item
+
+
+def _form(value: Any) -> str:
+    """Return type, dtype and shape of a value for a message."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(map(_form, value[:4]))}"
+    return f"a {type(value).__name__}"
 
 
 def _complete_patches(
-    item: Batch | Tensor | Sequence[Tensor], first_id: int
+    batch: Batch, position: int
 ) -> tuple[list[Tensor], NDArray[np.int64], NDArray[np.int64]]:
-    """Images of the patches with every modality, their ids and their blocks."""
-    if isinstance(item, Batch):
-        keep = item.complete.cpu()
-        images = [image if bool(keep.all()) else image[keep] for image in item.images]
-        ids = _identifiers(item.patch_ids, len(keep), first_id)[keep.numpy()]
-        if item.block_ids is None:
-            return images, ids, ids
-        return images, ids, item.block_ids.cpu().numpy().astype(np.int64)[keep.numpy()]
-    images = list(item.unbind(dim=1)) if isinstance(item, Tensor) else list(item)
-    ids = _identifiers(None, len(images[0]), first_id)
-    return images, ids, ids
+    """Return images, identifiers and blocks of the complete patches."""
+    keep = batch.complete.cpu()
+    images = [image if bool(keep.all()) else image[keep] for image in batch.images]
+    ids = np.arange(position, position + len(keep))
+    if batch.patch_ids is not None:
+        ids = batch.patch_ids.cpu().numpy().astype(np.int64)
+    blocks = ids if batch.block_ids is None else batch.block_ids.cpu().numpy().astype(np.int64)
+    return images, ids[keep.numpy()], blocks[keep.numpy()]
 
 
-def _identifiers(ids: Tensor | None, count: int, first: int) -> NDArray[np.int64]:
-    if ids is None:
-        return np.arange(first, first + count, dtype=np.int64)
-    return ids.cpu().numpy().astype(np.int64)
-
-
-def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Tensor:
+def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Iterator[Tensor]:
+    """Yield the latents [B, C, ...] of all scenarios from the last, which is the full one."""
     if hasattr(model, "scenario_latents"):
-        return model.scenario_latents(images, masks)
-    count = len(images[0])
-    return torch.stack([model.latent(images, mask.expand(count, -1)) for mask in masks])
+        for part in reversed(masks.split(SCENARIOS_AT_A_TIME)):
+            yield from reversed(model.scenario_latents(images, part).unbind())
+    else:
+        for mask in reversed(masks.unbind()):
+            yield model.latent(images, mask.expand(len(images[0]), -1))
 
 
-def _distortion(latents: Tensor, full: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Distortion per patch, [B, K], and the sum over patches of the mean shift, [K, C].
+def _distortion(
+    model: Any, images: list[Tensor], masks: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return d_k(x), [B, K], and the sum over patches of their mean latent shift, [K, C].
 
-    `latents` is [K, B, C, ...]. Differences are taken in the latent's own precision and accumulated
-    in float64; scenario by scenario, so that no float64 copy of all the latents is made.
+    Differences are taken in the latent's own precision and accumulated in float64, one scenario
+    after the other, so that no float64 copy of all latents exists.
     """
-    reference = latents[full]
-    distortion, shift = [], []
-    for latent in latents:
+    batch, count = len(images[0]), len(masks)
+    # Filled in place: a small array that is kept for each large one that is freed would fragment
+    # the memory, which then grows as if all latents were kept.
+    distortion, shift = np.empty((batch, count)), np.empty((count, 0))
+    reference = None
+    for k, latent in zip(reversed(range(count)), _latents(model, images, masks), strict=True):
+        _check_latent(latent, batch, reference)
+        if reference is None:
+            reference, shift = latent, np.empty((count, latent.shape[1]))
         difference = (latent - reference).double()
         difference = difference.reshape(*difference.shape[:2], -1)  # (B, C, positions)
-        distortion.append(difference.square().mean(dim=(1, 2)))
-        shift.append(difference.mean(dim=2).sum(dim=0))
-    return torch.stack(distortion, dim=1).cpu().numpy(), torch.stack(shift).cpu().numpy()
+        distortion[:, k] = difference.square().mean(dim=(1, 2)).cpu()
+        shift[k] = difference.mean(dim=2).sum(dim=0).cpu()
+    return distortion, shift
+
+
+def _check_latent(latent: Any, batch: int, reference: Tensor | None) -> None:
+    if isinstance(latent, Tensor) and latent.is_floating_point() and latent.numel():
+        shape = latent.shape if reference is None else reference.shape
+        if latent.shape == shape and latent.ndim > 1 and len(latent) == batch:
+            return
+    raise InputError(
+        f"latent: expected a floating tensor [{batch}, C, ...] of the same shape in all scenarios, "
+        f"found {_form(latent)}"
+    )

@@ -1,13 +1,115 @@
-"""The one exception for input that a user can put right."""
+"""The exception for input that a user can correct, and the checks of arguments that raise it."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST_COUNT = 2**16  # of bands, classes, channels, samples and so on
+Shape = Sequence[int | None]  # None stands for any length
 
 
 class InputError(ValueError):
-    """Bad input: a file, field or parameter that is not what it has to be.
+    """A file, field or parameter is not what it has to be.
 
-    The message names the file or field, says what was found and what was expected, and is raised
-    before any long work starts.
+    The message is one sentence that names the file or field, says what was found and what was
+    expected. It is raised before any long computation starts.
     """
 
 
 class MissingFileError(InputError):
-    """A file that has to be there is not."""
+    """A required file does not exist."""
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: on one line, and shortened."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # an integer of more than 4300 digits
+        return f"a {type(value).__name__}"
+
+
+def real_numbers(field: str, values: Any, shape: Shape | None = None) -> NDArray[np.float64]:
+    """Return numbers as a new float64 array.
+
+    Raises:
+        InputError: The values are no array of finite real numbers, or have another shape.
+    """
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "iuf":
+            raise TypeError
+        with np.errstate(over="ignore"):
+            numbers = array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError):  # text, complex numbers, rows of several lengths
+        numbers = np.array(np.nan)
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{field}: expected finite real numbers, found {shown(values)}")
+    check_shape(field, numbers, shape)
+    return numbers
+
+
+def array_of(field: str, values: Any, kinds: str, shape: Shape) -> NDArray[Any]:
+    """Return an array of booleans (kinds "b") or integers ("iu"); an empty list fits both.
+
+    Raises:
+        InputError: The values are of another kind or have another shape.
+    """
+    try:
+        array = np.asarray(values)
+        right = array.dtype.kind in kinds or (array.size == 0 and isinstance(values, list | tuple))
+    except (TypeError, ValueError, RuntimeError):
+        right = False
+    if not right:
+        expected = "True and False" if kinds == "b" else "integers"
+        raise InputError(f"{field}: expected an array of {expected}, found {shown(values)}")
+    check_shape(field, array, shape)
+    return array
+
+
+def check_shape(field: str, array: Any, shape: Shape | None) -> None:
+    """Raise `InputError` where an array or tensor has another shape than expected."""
+    found = list(array.shape)
+    if shape is not None and (
+        len(found) != len(shape)
+        or any(n not in (None, m) for n, m in zip(shape, found, strict=True))
+    ):
+        lengths = ", ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(f"{field}: expected shape [{lengths}], found {found}")
+
+
+def check_number(field: str, value: Any, right: Callable[[float], bool], expected: str) -> float:
+    """Return a finite real number for which `right` is True; else raise `InputError`."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max or not right(value):
+        raise InputError(f"{field}: expected {expected}, found {shown(value)}")
+    return float(value)
+
+
+def check_count(field: str, value: Any, least: int = 1, most: int = LARGEST_COUNT) -> int:
+    """Return an integer within limits, which no boolean is; else raise `InputError`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not least <= int(value) <= most:
+        raise InputError(
+            f"{field}: expected an integer from {least} to {most}, found {shown(value)}"
+        )
+    return int(value)
+
+
+def check_type(field: str, value: Any, *kinds: Any) -> None:
+    """Raise `InputError` where a value is of none of these types; `Callable` is one of them."""
+    if not isinstance(value, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{field}: expected a {names}, found {shown(value)}")
+
+
+def check_choice(field: str, value: Any, names: Iterable[str]) -> None:
+    """Raise `InputError` where a value is none of these names."""
+    if not isinstance(value, str) or value not in names:
+        raise InputError(f"{field}: expected one of {sorted(names)}, found {shown(value)}")

@@ -1,6 +1,7 @@
-"""The compared methods by name: what draws the scenarios, and what is trained.
+"""The methods of the study by name: how scenarios are drawn, and which weights are trained.
 
-Adding one takes one function here: from what is known of the pretrained network to a sampler.
+A new method is one function in this file, which turns the scoring of a pretrained network into a
+sampler.
 """
 
 from __future__ import annotations
@@ -12,30 +13,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core import adaptive, samplers
-from lsgs_core.errors import InputError
-from lsgs_core.sampling import FixedSampler, ScenarioSampler
+from lsgs_core import adaptive, distributions
+from lsgs_core.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_number,
+    check_type,
+    real_numbers,
+)
+from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
+from lsgs_core.sampling import FixedSampler, ScenarioSampler, check_probabilities
 from lsgs_core.scenarios import ScenarioSet
-from lsgs_core.smoothing import rbf_kernel, scenario_descriptors, scenario_probabilities
+
+SETTINGS = ("direction", "lengthscale", "ridge", "inverse_temperature", "mixing", "smooth")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method may build its sampler from.
+    """What a method can build its sampler from.
 
     Attributes:
-        scenarios: Of K scenarios.
-        probabilities: p of LSGS as it was scored, [K].
-        distortion: D, [K]; None where a scoring file of the authors lacks it.
+        scenarios: K scenarios.
+        probabilities: p of LSGS from the scoring, [K].
+        distortion: D, [K]; None where the authors' scoring file does not contain it.
         latent_shift: Mean shift of the latent per channel, [K, C]; None as above.
-        prior: Of the scenarios in deployment, [K]; uniform in the paper.
-        settings: Those of the scoring: direction, lengthscale, ridge, inverse_temperature, mixing,
-            smooth.
-        descriptor: What its kernel compared, see `scenario_descriptors`.
-        seed: Of the run, for methods that draw their distribution.
-        epochs: That the run trains.
-        steps: Of the optimiser in the whole run.
-        measure: Scores the network as it is now and returns p, [K]; for methods that ask again.
+        prior: Probability of each scenario in deployment, [K]; None is the paper's uniform prior.
+        settings: Settings of the scoring: direction, lengthscale, ridge, inverse_temperature,
+            mixing and smooth.
+        descriptor: What the kernel compared; see `scenario_descriptors`.
+        seed: Random seed of the run, for methods that draw their distribution.
+        epochs: Number of epochs of the run.
+        steps: Number of optimiser steps of the whole run.
+        measure: Scores the network in training and returns p, [K], for methods that measure again.
+
+    Raises:
+        InputError: A field has another type or shape, or is out of its range.
     """
 
     scenarios: ScenarioSet
@@ -50,8 +63,34 @@ class Evidence:
     steps: int = 1
     measure: Callable[[], NDArray[np.float64]] | None = None
 
-    def known(self, name: str) -> Any:
-        """An attribute that a method cannot do without. Raises `InputError` where it is None."""
+    def __post_init__(self) -> None:
+        check_type("scenarios", self.scenarios, ScenarioSet)
+        count = len(self.scenarios)
+        check_probabilities(self.probabilities, count)
+        if self.prior is not None:
+            check_probabilities(self.prior, count, "prior")
+        if self.distortion is not None:
+            real_numbers("distortion", self.distortion, [count])
+        if self.latent_shift is not None:
+            real_numbers("latent_shift", self.latent_shift, [count, None])
+        check_type("settings", self.settings, Mapping)
+        for name, value in self.settings.items():
+            check_choice("settings", name, SETTINGS)
+            if name != "smooth" and (name, value) != ("lengthscale", "median"):
+                check_number(f"settings.{name}", value, lambda x: True, "a number")
+        check_type("descriptor", self.descriptor, str)
+        for name in ("seed", "epochs", "steps"):
+            check_count(name, getattr(self, name), name == "steps", 2**64 - 1)
+        if self.measure is not None:
+            check_type("measure", self.measure, Callable)
+
+    def required(self, name: str) -> Any:
+        """Return an attribute that a method needs.
+
+        Raises:
+            InputError: The attribute is None.
+        """
+        check_choice("name", name, vars(self))
         value = getattr(self, name)
         if value is None:
             raise InputError(f"scoring: expected one with {name}, which this method needs")
@@ -59,23 +98,23 @@ class Evidence:
 
     @property
     def base(self) -> NDArray[np.float64]:
-        """The prior, or uniform, [K]."""
+        """The prior, which is uniform where it is None, [K]."""
         count = len(self.scenarios)
         return np.full(count, 1 / count) if self.prior is None else self.prior
 
     @property
     def inverse_temperature(self) -> float:
-        """The scoring's tau; 0.5 where it is not known."""
+        """The scoring's tau; the paper's 0.5 where it is unknown."""
         return float(self.settings.get("inverse_temperature", 0.5))
 
     @property
     def mixing(self) -> float:
-        """The scoring's gamma; 0.5 where it is not known."""
+        """The scoring's gamma; the paper's 0.5 where it is unknown."""
         return float(self.settings.get("mixing", 0.5))
 
     def scored(self, descriptor: str = "", **changes: Any) -> FixedSampler:
-        """LSGS with other settings than those of the scoring, from the same distortions."""
-        distortion = self.known("distortion")
+        """Return LSGS from the same distortions with other settings than those of the scoring."""
+        distortion = self.required("distortion")
         rows = scenario_descriptors(
             descriptor or self.descriptor, self.scenarios.masks, distortion, self.latent_shift
         )
@@ -85,22 +124,23 @@ class Evidence:
 
 
 def without_evidence(scenarios: ScenarioSet) -> Evidence:
-    """What is known before anything was scored: for methods that ask for nothing."""
+    """Return the evidence before any scoring, for methods that need none."""
+    check_type("scenarios", scenarios, ScenarioSet)
     return Evidence(scenarios, np.full(len(scenarios), 1 / len(scenarios)))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A method of fine-tuning.
 
     Attributes:
-        title: For tables and figures.
-        about: One line, for the table of methods.
-        family: What it is in this study; decides its colour.
-        sampler: Builds what draws the scenarios.
-        low_rank: Train low-rank updates (LoRA) instead of all weights.
-        stream: Random numbers that scenarios are drawn with. All methods share them, so that their
-            draws agree where their probabilities do, but for the second uniform arm.
+        title: Name in tables and figures.
+        about: One line for the table of methods.
+        family: Its role in this study, one of `FAMILIES`; it decides the colour in figures.
+        sampler: Function that builds the sampler of the scenarios.
+        low_rank: True trains low-rank updates (LoRA) instead of all weights.
+        stream: Purpose of the random numbers that scenarios are drawn with. All methods share one,
+            so that their draws agree where their probabilities do; the second uniform arm differs.
     """
 
     title: str
@@ -113,23 +153,26 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 FAMILIES = ("LSGS", "uniform", "successor", "control", "adaptive", "LoRA", "positive control")
-# So improbable that it is never drawn, unless nothing else can be: in the 2^53 numbers that a draw
-# can take, 1e-16 is less than one.
+# A scenario of this probability is drawn only where a sample can serve no other: a draw has 2^53
+# possible numbers, of which 1e-16 is less than one.
 NEVER = 1e-16
 
 
 def method(
     title: str, family: str, low_rank: bool = False, stream: str = "scenario"
 ) -> Callable[..., Any]:
-    """Enter a function into `METHODS` under its own name."""
+    """Return the decorator that enters a function into `METHODS` under its own name.
+
+    Raises:
+        InputError: The family is unknown, or the function has no docstring, whose first line is
+            shown in tables.
+    """
+    check_choice("family", family, FAMILIES)
 
     def enter(build: Callable[[Evidence], ScenarioSampler]) -> Callable[..., ScenarioSampler]:
         about = (build.__doc__ or "").strip().partition("\n")[0]
-        if not about or family not in FAMILIES:
-            raise TypeError(
-                f"method {build.__name__}: expected a docstring, whose first line is shown, and a "
-                f"family of {list(FAMILIES)}, found {family!r}"
-            )
+        if not about:
+            raise InputError(f"method {build.__name__}: expected a docstring, found none")
         METHODS[build.__name__] = Method(title, about, family, build, low_rank, stream)
         return build
 
@@ -137,43 +180,42 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """The method of a name.
+    """Return the method of a name.
 
     Raises:
-        InputError: There is none of that name; the message lists those there are.
+        InputError: The name is unknown; the message lists the methods.
     """
-    if name not in METHODS:
-        raise InputError(f"method: expected one of {sorted(METHODS)}, found {name!r}")
+    check_choice("method", name, METHODS)
     return METHODS[name]
 
 
 @method("uniform", "uniform")
 def uniform(evidence: Evidence) -> ScenarioSampler:
-    """Every scenario alike: standard fine-tuning with modality dropout, the paper's baseline."""
+    """All scenarios equally often: fine-tuning with modality dropout, the paper's baseline."""
     return FixedSampler.uniform(len(evidence.scenarios))
 
 
 @method("LSGS", "LSGS")
 def lsgs(evidence: Evidence) -> ScenarioSampler:
-    """The probabilities that scoring gave (arXiv 2605.20372)."""
+    """The probabilities of the scoring (arXiv 2605.20372)."""
     return FixedSampler(evidence.probabilities)
 
 
 @method("LoRA", "LoRA", low_rank=True)
 def lora(evidence: Evidence) -> ScenarioSampler:
-    """Uniform scenarios, low-rank updates: the paper's second baseline (Hu et al. 2021)."""
+    """Uniform scenarios and low-rank updates: the paper's second baseline (Hu et al. 2021)."""
     return uniform(evidence)
 
 
 @method("uniform, second arm", "uniform", stream="second_scenario")
 def uniform_again(evidence: Evidence) -> ScenarioSampler:
-    """Uniform with scenarios drawn anew: what differs from the first arm is noise."""
+    """Uniform with other random numbers: its difference from the first arm is noise."""
     return uniform(evidence)
 
 
 @method("LSGS, no smoothing", "LSGS")
 def lsgs_unsmoothed(evidence: Evidence) -> ScenarioSampler:
-    """LSGS with r = U: what the kernel contributes is missing."""
+    """LSGS with r = U, without the contribution of the kernel."""
     return evidence.scored(smooth=False)
 
 
@@ -191,22 +233,22 @@ def lsgs_latent_shift(evidence: Evidence) -> ScenarioSampler:
 
 @method("cardinality", "control")
 def cardinality(evidence: Evidence) -> ScenarioSampler:
-    """Only the number of missing modalities counts, fitted to LSGS: a control."""
-    p = samplers.by_cardinality(evidence.scenarios, evidence.probabilities)
+    """Depends on the number of missing modalities alone, fitted to LSGS: a control."""
+    p = distributions.by_cardinality(evidence.scenarios, evidence.probabilities)
     return FixedSampler(p)
 
 
 @method("permuted", "control")
 def permuted(evidence: Evidence) -> ScenarioSampler:
-    """LSGS's probabilities given to other scenarios at random, another way per seed: a control."""
-    p = samplers.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, False)
+    """LSGS's probabilities assigned to other scenarios at random, by the seed: a control."""
+    p = distributions.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, False)
     return FixedSampler(p)
 
 
 @method("permuted within", "control")
 def permuted_within(evidence: Evidence) -> ScenarioSampler:
-    """As permuted, among scenarios with as many modalities: the control that decides."""
-    p = samplers.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, True)
+    """As permuted, among scenarios with as many modalities: the decisive control."""
+    p = distributions.permuted(evidence.scenarios, evidence.probabilities, evidence.seed, True)
     return FixedSampler(p)
 
 
@@ -214,56 +256,56 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
 def coverage(evidence: Evidence) -> ScenarioSampler:
     """Coverage sampling: U is the distortion, K compares latent shifts at half the median distance.
 
-    This study's successor to LSGS; see `lsgs_core.samplers.coverage`. At the median distance itself
-    q sits on a single scenario.
+    This is the study's successor to LSGS; see `lsgs_core.distributions.coverage`. At the median
+    distance itself, q is a single scenario.
     """
-    shift = evidence.known("latent_shift")
+    shift = evidence.required("latent_shift")
     _, median = rbf_kernel(shift, "median")
     kernel, _ = rbf_kernel(shift, median / 2)
-    p = samplers.coverage(evidence.known("distortion"), kernel, evidence.mixing, evidence.prior)
-    return FixedSampler(p)
+    distortion, mixing = evidence.required("distortion"), evidence.mixing
+    return FixedSampler(distributions.coverage(distortion, kernel, mixing, evidence.prior))
 
 
 @method("inverse", "control")
 def inverse(evidence: Evidence) -> ScenarioSampler:
-    """LSGS with alpha = -1: scenarios of low distortion more often."""
+    """LSGS with alpha = -1: scenarios of low distortion are drawn more often."""
     return evidence.scored(direction=-1.0)
 
 
 @method("inverse, τ = 2, γ = 1", "positive control")
 def inverse_strong(evidence: Evidence) -> ScenarioSampler:
-    """Scenarios of high distortion nearly never: a positive control, which must come out worse."""
+    """Scenarios of high distortion hardly ever: a positive control, which must do worse."""
     return evidence.scored(direction=-1.0, inverse_temperature=2.0, mixing=1.0)
 
 
 @method("full only", "positive control")
 def full_only(evidence: Evidence) -> ScenarioSampler:
-    """All modalities that a patch has files of: a positive control, which must come out worse."""
+    """All modalities that a patch has files of: a positive control, which must do worse."""
     weights = NEVER ** evidence.scenarios.missing.astype(np.float64)
     return FixedSampler(weights / weights.sum())
 
 
 @method("Bernoulli", "uniform")
 def bernoulli(evidence: Evidence) -> ScenarioSampler:
-    """Every modality kept with probability 0.8, again where none is (Neverova et al. 2016)."""
-    return FixedSampler(samplers.bernoulli(evidence.scenarios, 0.8))
+    """Each modality is kept with probability 0.8, until one is (Neverova et al. 2016)."""
+    return FixedSampler(distributions.bernoulli(evidence.scenarios, 0.8))
 
 
 @method("deployment prior", "uniform")
 def deployment(evidence: Evidence) -> ScenarioSampler:
-    """Scenarios as often as the failure rates of the sensors make them occur."""
+    """Scenarios as often as the failure rates of the sensors produce them."""
     return FixedSampler(evidence.base)
 
 
 @method("Dirichlet", "control")
 def dirichlet(evidence: Evidence) -> ScenarioSampler:
     """One draw of p for the whole run from a symmetric Dirichlet of concentration 5: a control."""
-    return FixedSampler(samplers.dirichlet(len(evidence.scenarios), evidence.seed, 5.0))
+    return FixedSampler(distributions.dirichlet(len(evidence.scenarios), evidence.seed, 5.0))
 
 
 @method("loss-proportional", "adaptive")
 def loss_proportional(evidence: Evidence) -> ScenarioSampler:
-    """Observes the training loss: scenarios whose running mean is high more often."""
+    """Observes the training loss: scenarios with a high running mean are drawn more often."""
     temperature, mixing = evidence.inverse_temperature, evidence.mixing
     return adaptive.LossProportional(evidence.base, temperature, mixing)
 
@@ -272,7 +314,7 @@ def loss_proportional(evidence: Evidence) -> ScenarioSampler:
 def group_dro(evidence: Evidence) -> ScenarioSampler:
     """Observes the training loss: exponentiated ascent on it (Sagawa et al. 2020).
 
-    Their step of 0.01 is for runs of ten thousand steps; step times steps is kept.
+    Their step size of 0.01 is for runs of ten thousand steps; the product of both is kept.
     """
     return adaptive.GroupDRO(evidence.base, step=100 / evidence.steps)
 
@@ -286,16 +328,16 @@ def exp3s(evidence: Evidence) -> ScenarioSampler:
 @method("curriculum", "adaptive")
 def curriculum(evidence: Evidence) -> ScenarioSampler:
     """Scenarios of low distortion first, annealed to the prior (after Bengio et al. 2009)."""
-    return adaptive.Curriculum(evidence.known("distortion"), evidence.base, evidence.epochs)
+    return adaptive.Curriculum(evidence.required("distortion"), evidence.base, evidence.epochs)
 
 
 @method("online LSGS", "LSGS")
 def online(evidence: Evidence) -> ScenarioSampler:
-    """Observes the network: distortions are measured again in every epoch of fine-tuning."""
-    return adaptive.Online(evidence.probabilities, evidence.known("measure"), every=1)
+    """Observes the network: distortions are measured again in each epoch of fine-tuning."""
+    return adaptive.Online(evidence.probabilities, evidence.required("measure"), every=1)
 
 
 @method("LoRA + LSGS", "LoRA", low_rank=True)
 def lora_lsgs(evidence: Evidence) -> ScenarioSampler:
-    """Low-rank updates, scenarios as LSGS draws them."""
+    """Low-rank updates with the scenarios of LSGS."""
     return lsgs(evidence)

@@ -1,4 +1,4 @@
-"""Random numbers by stage, purpose, seed, epoch and sample, in whatever order they are drawn."""
+"""Random numbers that depend on stage, purpose, seed, epoch and sample, in any order of drawing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_choice, check_count, shown
 
 Stage = Literal["pretraining", "finetuning"]
 
-# Pretraining and fine-tuning share no random number, whatever their seeds: a fine-tuning that draws
-# the order and the scenarios of its pretraining again would see little that is new.
+# Pretraining and fine-tuning share no random number, whatever their seeds: fine-tuning that repeats
+# the order and the scenarios of its pretraining would see little that is new.
 STAGES: dict[Stage, int] = {"finetuning": 0, "pretraining": 1}
-# One stream per purpose, so that the scenario of a sample is independent of its augmentation.
+# Each purpose has its own stream, so that the scenario of a sample is independent of its
+# augmentation.
 STREAMS = {
     "scenario": 0,
     "order": 1,
@@ -31,23 +32,25 @@ STREAMS = {
 def generator(
     stream: str, seed: int, epoch: int = 0, index: int = 0, stage: Stage = "finetuning"
 ) -> np.random.Generator:
-    """Counter-based generator (Philox) of one stage, purpose, epoch and sample.
+    """Return the counter-based generator (Philox) of one stage, purpose, epoch and sample.
 
     Args:
-        stream: A name in `STREAMS`.
-        seed: Non-negative, below 2^64.
-        epoch: Non-negative.
-        index: Sample index, non-negative.
-        stage: What is trained with the numbers.
+        stream: Purpose of the numbers, a name in `STREAMS`.
+        seed: Random seed of the run, from 0 to 2^64 - 1.
+        epoch: Epoch, non-negative.
+        index: Index of the sample, non-negative.
+        stage: The stage of training that uses the numbers.
 
     Raises:
-        InputError: A negative seed, epoch or index, or a seed that is too large.
+        InputError: The seed, epoch or index is no integer, negative or too large, or the stream or
+            stage is unknown.
     """
-    if min(seed, epoch, index) < 0 or seed >= 2**64:
-        raise InputError(
-            f"seed, epoch, index: expected 0 or more, seed below 2^64, found {(seed, epoch, index)}"
-        )
-    # The lowest counter word counts the blocks that are drawn; the others tell streams apart.
+    most = 2**64 - 1
+    seed, epoch = check_count("seed", seed, 0, most), check_count("epoch", epoch, 0, most)
+    index = check_count("index", index, 0, most)
+    check_choice("stream", stream, STREAMS)
+    check_choice("stage", stage, STAGES)
+    # The lowest word of the counter counts the blocks that are drawn; the others separate streams.
     counter = [0, index, epoch, STREAMS[stream]]
     return np.random.Generator(
         np.random.Philox(key=np.array([seed, STAGES[stage]], dtype=np.uint64), counter=counter)
@@ -61,7 +64,7 @@ def uniform_numbers(
     indices: Sequence[int] | NDArray[np.int64],
     stage: Stage = "finetuning",
 ) -> NDArray[np.float64]:
-    """One number in [0, 1) for every sample index, float64 [B]."""
-    return np.array(
-        [generator(stream, seed, epoch, int(index), stage).random() for index in indices]
-    )
+    """Return one number in [0, 1) for each of B sample indices, float64 [B]; see `generator`."""
+    if not isinstance(indices, Sequence | np.ndarray) or np.ndim(indices) != 1:
+        raise InputError(f"indices: expected a list of integers, found {shown(indices)}")
+    return np.array([generator(stream, seed, epoch, index, stage).random() for index in indices])

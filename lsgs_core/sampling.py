@@ -1,9 +1,10 @@
-"""Drawing the scenario of every training sample.
+"""Drawing the scenario of each training sample.
 
-A draw is a pure function of (seed, epoch, sample index): a counter-based generator gives one number
-in [0, 1) for each, and the inverse of the cumulative probabilities turns it into a scenario. So
-batch size, the number of processes and a resumed run change nothing, and two methods with the same
-seed share their random numbers: where their probabilities agree, so do their draws.
+A draw depends on seed, epoch and sample index alone: a counter-based generator gives one number in
+[0, 1) for each sample, and the inverse of the cumulative probabilities turns it into a scenario.
+The batch size, the number of processes and an interruption of the run therefore change nothing.
+Two methods with the same seed share their random numbers, so that their draws agree as far as
+their probabilities do.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, array_of, check_count, check_type, real_numbers, shown
 from lsgs_core.randomness import Stage, uniform_numbers
+
+Probabilities = NDArray[np.float64]
 
 
 def draw_scenarios(
@@ -27,94 +30,110 @@ def draw_scenarios(
     stream: str = "scenario",
     stage: Stage = "finetuning",
 ) -> NDArray[np.int64]:
-    """Draw one scenario per sample by inverse CDF.
+    """Draw one scenario for each sample by the inverse of the cumulative probabilities.
 
     Args:
-        probabilities: p over the scenarios, [K], summing to 1.
-        seed: Of the run.
-        epoch: From 0.
-        indices: Index of every sample in its data set, [B]; not its position in the batch.
-        servable: Scenarios that each sample can serve, bool [B, K], where files are absent: p is
-            renormalised over them. None: every sample serves every scenario.
-        stream: Which random numbers; arms that are to differ by chance alone take another one.
-        stage: What is trained; pretraining and fine-tuning share no random number.
+        probabilities: Probabilities p of the scenarios, [K], with a sum of 1.
+        seed: Random seed of the run.
+        epoch: Epoch, counted from 0.
+        indices: Index of each sample in its data set (not its position in the batch), [B].
+        servable: bool [B, K], the scenarios for which a sample has all files; p is renormalised
+            over them. None means that every sample has every file.
+        stream: Purpose of the random numbers; methods that should differ by chance alone take
+            different ones.
+        stage: The stage of training; pretraining and fine-tuning share no random number.
 
     Returns:
-        Scenario index per sample, int64 [B].
+        Index of the scenario of each sample, int64 [B].
 
     Raises:
-        InputError: p is not a distribution, or a sample can serve no scenario of positive p.
+        InputError: p is not a distribution, or a sample can serve no scenario with p > 0.
     """
     p = check_probabilities(probabilities)
     numbers = uniform_numbers(stream, seed, epoch, indices, stage)
-    if servable is None:
-        rows = np.broadcast_to(p, (len(numbers), p.size))
-    else:
-        rows = np.where(servable, p, 0.0)
-        if (rows.sum(axis=1) <= 0).any():
-            stuck = np.asarray(indices)[rows.sum(axis=1) <= 0]
-            raise InputError(f"samples {stuck.tolist()}: no scenario that they serve has p > 0")
+    rows = np.broadcast_to(p, (len(numbers), p.size))
+    if servable is not None:
+        rows = np.where(array_of("servable", servable, "b", rows.shape), p, 0.0)
+        impossible = rows.sum(axis=1) <= 0
+        if impossible.any():
+            raise InputError(
+                f"samples {np.asarray(indices)[impossible].tolist()}: expected files for a "
+                "scenario with p > 0, found no scenario"
+            )
     cumulative = np.cumsum(rows, axis=1)
-    # Scaled by the last sum, not by 1: rounding must not leave a gap above the last scenario.
+    # Scaled by the last sum and not by 1: rounding must not leave a gap above the last scenario.
     drawn = (cumulative <= (numbers * cumulative[:, -1])[:, None]).sum(axis=1)
     return drawn.astype(np.int64)
 
 
-def check_probabilities(probabilities: ArrayLike, count: int | None = None) -> NDArray[np.float64]:
-    """Return p as float64 [K], or raise InputError when it is not a distribution (over `count`)."""
-    p = np.asarray(probabilities, dtype=np.float64)
-    if p.ndim != 1 or not np.isfinite(p).all() or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
+def check_probabilities(
+    probabilities: ArrayLike, count: int | None = None, name: str = "probabilities"
+) -> Probabilities:
+    """Return p, or another distribution of that name, as float64 [K].
+
+    Raises:
+        InputError: p is not a distribution over the scenarios, of which there are `count`.
+    """
+    p = real_numbers(name, probabilities)
+    if p.ndim != 1 or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
         raise InputError(
-            "probabilities: expected non-negative numbers that sum to 1, one per scenario, "
-            f"found {np.round(p, 6).tolist()}"
+            f"{name}: expected non-negative numbers that sum to 1, one per scenario, "
+            f"found {shown(np.round(p, 6).tolist())}"
         )
     if count is not None and p.size != count:
-        raise InputError(f"probabilities: expected one per scenario ({count}), found {p.size}")
+        raise InputError(f"{name}: expected one per scenario ({count}), found {p.size}")
     return p
 
 
 class ScenarioSampler:
-    """What training asks of a sampler. Adding a sampler means a subclass with `probabilities`.
+    """What training needs from a sampler; a new sampler is a subclass with `probabilities`.
 
-    One that adapts watches the losses through `observe`, and names the attributes that it learns in
-    `_kept`: arrays over the scenarios, or numbers. They are its state, which is saved with the
-    training state.
+    A sampler that adapts receives the losses through `observe` and lists in `_kept` the attributes
+    that it learns: arrays over the scenarios, or numbers. They are saved with the training state.
     """
 
     _kept: tuple[str, ...] = ()
 
-    def probabilities(self, epoch: int) -> NDArray[np.float64]:
-        """Probabilities of the scenarios now, float64 [K]."""
+    def probabilities(self, epoch: int) -> Probabilities:
+        """Return the probabilities of the scenarios in an epoch, float64 [K]."""
         raise NotImplementedError
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
-        """Take note of the loss of every sample of a step, both [B]; by default not."""
+        """Learn from the scenario and the loss of each sample of a step, [B] each."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
+        """Return the state, a dictionary for JSON."""
         return {name: np.asarray(getattr(self, name)).tolist() for name in self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
+        """Restore a saved state.
 
         Raises:
-            InputError: The state of another sampler, or over other scenarios.
+            InputError: The state belongs to another sampler or to other scenarios.
         """
+        check_type("training state", state, dict)
+        restored: dict[str, Any] = {}
         for name in self._kept:
-            found = np.asarray(state.get(name), dtype=np.float64)
-            if found.shape != np.shape(getattr(self, name)):
+            expected = np.shape(getattr(self, name))
+            try:  # minus infinity is the logarithm of a weight of 0
+                values = np.asarray(state.get(name), dtype=np.float64)
+                right = values.shape == expected and not np.isnan(values).any()
+            except (TypeError, ValueError):
+                right = False
+            if not right:
                 raise InputError(
-                    f"training state: it is not of this sampler: {name} has shape {found.shape}, "
-                    f"expected {np.shape(getattr(self, name))}"
+                    f"training state: expected the state of this sampler, with {name} of shape "
+                    f"{list(expected)}, found {shown(state.get(name))}"
                 )
-            setattr(self, name, found if found.ndim else float(found))
+            restored[name] = values if values.ndim else float(values)
+        vars(self).update(restored)
 
 
 class FixedSampler(ScenarioSampler):
-    """The same probabilities throughout: the paper's LSGS, and uniform sampling.
+    """The same probabilities in every epoch, as in uniform sampling and in the paper's LSGS.
 
     Args:
-        probabilities: p over the scenarios, [K].
+        probabilities: Probabilities p of the scenarios, [K].
     """
 
     def __init__(self, probabilities: ArrayLike) -> None:
@@ -122,22 +141,23 @@ class FixedSampler(ScenarioSampler):
 
     @classmethod
     def uniform(cls, count: int) -> FixedSampler:
-        """Uniform over `count` scenarios: standard modality dropout."""
-        return cls(np.full(count, 1 / count))
+        """Return uniform sampling of `count` scenarios, the standard modality dropout."""
+        return cls(np.full(check_count("count", count), 1 / count))
 
-    def probabilities(self, epoch: int) -> NDArray[np.float64]:
-        """The same in every epoch, float64 [K]."""
+    def probabilities(self, epoch: int) -> Probabilities:
+        """Return the same p in every epoch, float64 [K]."""
         return self._probabilities
 
     def state_dict(self) -> dict[str, Any]:
-        """No state but the probabilities."""
+        """Return the probabilities, with which a restored run is compared."""
         return {"probabilities": self._probabilities.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that the saved run drew from the same probabilities.
 
         Raises:
-            InputError: It drew from others.
+            InputError: The saved run drew from other probabilities.
         """
+        check_type("training state", state, dict)
         if state != self.state_dict():
-            raise InputError("training state: it was made with other scenario probabilities")
+            raise InputError("training state: expected the same scenario probabilities")

@@ -1,32 +1,36 @@
-"""Scenarios: which modalities are present.
+"""Scenarios: the sets of modalities that may be available.
 
-A scenario is a non-empty subset of the M modalities; there are K = 2^M - 1 of them. Their order is
-the same everywhere (method of arXiv 2605.20372): by the number of modalities present, then as
-`itertools.combinations` gives them, so the full scenario is always the last.
+A scenario is a non-empty subset of the M modalities, so there are K = 2^M - 1 of them. They have
+the same order everywhere (method of arXiv 2605.20372): by the number of available modalities, and
+then as `itertools.combinations` returns them. The full scenario is therefore always the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, array_of, shown
 
-# 2^12 - 1 scenarios already need a 4095 x 4095 kernel; more sensors than that is a typing error.
+# The 2^12 - 1 scenarios of twelve modalities already need a kernel of 4095 x 4095 numbers.
 LARGEST_MODALITY_COUNT = 12
 
 
 @dataclass(frozen=True)
 class ScenarioSet:
-    """Every scenario over a list of modalities, in the order of the method.
+    """All scenarios of a list of modalities, in the order of the method.
 
     Attributes:
-        modalities: Modality names, in the order in which models take their images.
+        modalities: Names of the modalities, in the order in which a network takes their images.
+
+    Raises:
+        InputError: There are fewer than two or more than twelve modalities, or a name is empty,
+            repeated, or contains "+".
 
     Example:
         >>> scenarios = ScenarioSet.of(["RGB", "NIR", "SWIR"])
@@ -38,38 +42,34 @@ class ScenarioSet:
 
     modalities: tuple[str, ...]
 
-    @classmethod
-    def of(cls, modalities: Sequence[str]) -> ScenarioSet:
-        """Build the scenarios of `modalities`.
-
-        Raises:
-            InputError: Fewer than two modalities, more than twelve, or a repeated or empty name.
-        """
-        if isinstance(modalities, str) or not all(isinstance(name, str) for name in modalities):
-            raise InputError(f"modalities: expected a list of names, found {modalities!r}")
-        names = tuple(modalities)
+    def __post_init__(self) -> None:
+        names = self.modalities
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"modalities: expected a list of names, found {shown(names)}")
         if not 2 <= len(names) <= LARGEST_MODALITY_COUNT:
             raise InputError(
-                f"modalities: expected 2 to {LARGEST_MODALITY_COUNT} of them, found {len(names)}"
+                f"modalities: expected 2 to {LARGEST_MODALITY_COUNT} names, found {len(names)}"
             )
         if len(set(names)) != len(names) or "" in names or any("+" in name for name in names):
             raise InputError(
                 f"modalities: expected different, non-empty names without '+', found {list(names)}"
             )
-        return cls(names)
+
+    @classmethod
+    def of(cls, modalities: Iterable[str]) -> ScenarioSet:
+        """Return the scenarios of names in any ordered iterable; errors are those of the class."""
+        if isinstance(modalities, str | Set) or not isinstance(modalities, Iterable):
+            raise InputError(f"modalities: expected a list of names, found {shown(modalities)}")
+        return cls(tuple(islice(modalities, LARGEST_MODALITY_COUNT + 1)))
 
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
-        """Availability mask of every scenario, bool [K, M]."""
+        """Availability mask of each scenario, bool [K, M]; read-only."""
         count = len(self.modalities)
-        present = [
-            chosen
-            for number in range(1, count + 1)
-            for chosen in combinations(range(count), number)
-        ]
-        masks = np.zeros((len(present), count), dtype=bool)
-        for row, chosen in zip(masks, present, strict=True):
-            row[list(chosen)] = True
+        masks = np.zeros((len(self), count), dtype=bool)
+        subsets = (s for size in range(1, count + 1) for s in combinations(range(count), size))
+        for mask, subset in zip(masks, subsets, strict=True):
+            mask[list(subset)] = True
         masks.setflags(write=False)
         return masks
 
@@ -82,24 +82,24 @@ class ScenarioSet:
         )
 
     def index(self, available: Sequence[bool]) -> int:
-        """Index of the scenario with just these modalities.
+        """Return the index of the scenario in which exactly these modalities are available.
 
         Raises:
-            InputError: No modality is there, or not one entry per modality.
+            InputError: There is not one boolean per modality, or no modality is available.
         """
-        wanted = np.asarray(available, dtype=bool)
-        if wanted.shape != (len(self.modalities),) or not wanted.any():
+        wanted = array_of("available", available, "b", [len(self.modalities)])
+        if not wanted.any():
             raise InputError(f"available: expected at least one of {list(self.modalities)}")
         return int((self.masks == wanted).all(axis=1).argmax())
 
     @property
     def full(self) -> int:
-        """Index of the scenario in which every modality is present: the last."""
+        """Index of the scenario in which every modality is available: the last one."""
         return len(self) - 1
 
     @cached_property
     def missing(self) -> NDArray[np.int64]:
-        """Number of missing modalities per scenario, int64 [K]."""
+        """Number of missing modalities in each scenario, int64 [K]."""
         return (~self.masks).sum(axis=1)
 
     def __len__(self) -> int:

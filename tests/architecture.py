@@ -1,4 +1,4 @@
-"""The diagram of the README, made from the imports: `python tests/architecture.py --write`."""
+"""The README's diagram of `lsgs_core`, made from its imports: `python tests/architecture.py`."""
 
 import ast
 import sys
@@ -6,81 +6,70 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "lsgs_core"
+PACKAGES = (ROOT / "lsgs_core", ROOT / "notebooks" / "study")
 START, END = "```mermaid\n", "```\n"
 
-# What belongs together, in the order of the method; a folder of the package is one module here.
-GROUPS = {
-    "foundations": "errors files sources randomness devices artifacts",
+# The boxes of the diagram in the order of the method. "foundations" are used by all and not drawn.
+BOXES = {
+    "foundations": "errors batch randomness",
     "scenarios": "scenarios",
-    "data": "data",
     "models": "models",
     "distortion": "distortion",
-    "smoothing": "smoothing sensitivity",
-    "sampling": "sampling samplers adaptive methods published",
-    "training": "losses settings training pretraining",
-    "evaluation": "evaluation statistics",
+    "probabilities": "probabilities uncertainty",
+    "sampling": "sampling distributions adaptive",
+    "methods": "methods scoring_file",
     "study": "study",
-    "benchmark": "speed",
-    "figures": "figures",
 }
-GROUP_OF = {module: group for group, modules in GROUPS.items() for module in modules.split()}
+BOX_OF = {module: box for box, modules in BOXES.items() for module in modules.split()}
 
 
-def modules() -> set[str]:
-    """Modules of the package, a folder counting as one."""
-    found = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}
-    return {name.removesuffix(".py") for name in found} - {"__init__"}
-
-
-def members(group: str) -> list[str]:
-    """Names of a group's files, without the file that the group is named after."""
-    names = [path.stem for path in (PACKAGE / group).glob("*.py") if path.stem[0] != "_"]
-    return sorted(names) + [name for name in GROUPS[group].split() if name != group]
-
-
-def uses() -> dict[str, set[str]]:
-    """Groups that every group imports from."""
-    found: dict[str, set[str]] = {group: set() for group in GROUPS}
-    for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if module == "__init__":  # names what it imports when that is used
-            continue
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            package, *rest = (node.module or "").split(".")
-            if package == "lsgs_core":
-                for name in rest[:1] or [alias.name for alias in node.names]:
-                    found[GROUP_OF[module]].add(GROUP_OF[name])
-    return {group: used - {group} for group, used in found.items()}
-
-
-def direct(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph without what follows from the rest (its transitive reduction)."""
-
-    def reached(group: str) -> set[str]:
-        return set().union(*({used} | reached(used) for used in graph[group]))
-
-    return {
-        group: {one for one in used if not any(one in reached(other) for other in used - {one})}
-        for group, used in graph.items()
+def imports() -> dict[str, set[str]]:
+    """The modules of the core and of the study that each of them imports, by dotted name."""
+    paths = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts): path
+        for package in PACKAGES
+        for path in package.rglob("*.py")
     }
+    names = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph: dict[str, set[str]] = {name: set() for name in names if name != "lsgs_core"}
+    for name in graph:
+        for node in ast.walk(ast.parse(names[name].read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names} & graph.keys()
+                graph[name] |= (parts or {node.module} & graph.keys()) - {name}
+    return graph
+
+
+def boxes() -> dict[str, set[str]]:
+    """The boxes that each box imports from."""
+    graph: dict[str, set[str]] = {box: set() for box in BOXES}
+    for name, used in imports().items():
+        box, *others = (
+            BOX_OF[part[0] if part[0] == "study" else part[1]]
+            for part in (module.split(".") for module in (name, *used))
+        )
+        graph[box] |= set(others) - {box}
+    return graph
 
 
 def diagram() -> str:
-    """The Mermaid text; raises `graphlib.CycleError` where data would not flow one way."""
-    graph = uses()
-    list(TopologicalSorter(graph).static_order())
-    lines = [START.strip(), "flowchart LR"]
-    for group in GROUPS:
-        folder = "/" if (PACKAGE / group).is_dir() else ""
-        inside = f"<b>{group}{folder}</b>" + "".join(f"<br/>{name}" for name in members(group))
-        lines.append(f'    {group}["{inside}"]')
-    shown = direct({group: used - {"foundations"} for group, used in graph.items()})
-    for group in GROUPS:
-        lines += [f"    {used} --> {group}" for used in GROUPS if used in shown[group]]
-    return "\n".join([*lines, END.strip()]) + "\n"
+    """The Mermaid text; raises `graphlib.CycleError` where modules or boxes form a circle."""
+    graph = boxes()
+    for imported in (imports(), graph):
+        TopologicalSorter(imported).prepare()
+
+    def reached(box: str) -> set[str]:
+        return set().union(*({used} | reached(used) for used in graph[box]))
+
+    lines = ["flowchart LR"]
+    for box, modules in [*BOXES.items()][1:]:
+        files = [m for m in modules.split() if m != box and (PACKAGES[0] / f"{m}.py").exists()]
+        folder = "notebooks/study" if box == "study" else f"{box}/" if box == "models" else box
+        lines.append(f'    {box}["<b>{folder}</b>{"".join(f"<br/>{file}" for file in files)}"]')
+    for box, used in graph.items():
+        direct = {one for one in used if not any(one in reached(other) for other in used - {one})}
+        lines += [f"    {one} --> {box}" for one in BOXES if one in direct - {"foundations"}]
+    return START + "\n".join(lines) + "\n" + END
 
 
 def in_readme() -> str:

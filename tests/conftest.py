@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scene
 import torch
-
-from lsgs_core.data.fetch import fetch
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.patches import make_patches
-from lsgs_core.data.rasters import prepare
+from study.data.manifest import Dataset, Manifest, load_manifest
+from study.data.patches import make_patches
+from study.data.preparation import prepare
+from study.data.raw_files import fetch
 
 torch.set_num_threads(1)  # what the notebooks use; more threads give other roundings
 
@@ -25,6 +25,30 @@ def prepared_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work") / "prepared" / "demo"
     prepare(definition, fetch(definition.source, ROOT / "work" / "downloads" / "demo"), folder)
     make_patches(definition, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny scene of `scene`, in the raw layout of the demo."""
+    return scene.write_scene(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="session")
+def wheel(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scene.write_wheel(raw, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def dataset(raw: Path, wheel: Path) -> Dataset:
+    return Manifest.model_validate(scene.manifest_content(raw, wheel)).dataset("demo")
+
+
+@pytest.fixture(scope="session")
+def prepared(raw: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(dataset, raw, folder)
+    make_patches(dataset, folder)
     return folder
 
 

@@ -68,8 +68,8 @@ def write_tiles(folder: Path, count: int) -> None:
 
 def definition(nine: bool) -> object:
     """The manifest's Potsdam, or with three bands in each modality."""
-    from lsgs_core.data.manifest import Dataset, load_manifest
-    from lsgs_core.data.schema import read_yaml
+    from study.data.manifest import Dataset, load_manifest
+    from study.data.schema import read_yaml
 
     if not nine:
         return load_manifest(ROOT / "data_manifest.yaml").dataset("potsdam")
@@ -79,8 +79,8 @@ def definition(nine: bool) -> object:
 
 def prepare_all(folder: Path, nine: bool) -> None:
     """Prepare and print seconds, and the peak memory of this process in MB."""
-    from lsgs_core.data.patches import make_patches
-    from lsgs_core.data.rasters import prepare
+    from study.data.patches import make_patches
+    from study.data.preparation import prepare
 
     start = time.perf_counter()
     dataset = definition(nine)
@@ -101,8 +101,7 @@ def prepare_all(folder: Path, nine: bool) -> None:
 def read_patches(folder: Path) -> None:
     """Print patches per second for 0, 1 and 2 workers, over the same batches."""
     import torch
-
-    from lsgs_core.data.patches import PatchDataset
+    from study.data.patches import PatchDataset
 
     torch.set_num_threads(1)
     dataset = definition(nine=True)

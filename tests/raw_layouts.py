@@ -14,8 +14,7 @@ import scipy.io
 import shapely
 import yaml
 from numpy.typing import NDArray
-
-from lsgs_core.data.manifest import Dataset
+from study.data.manifest import Dataset
 
 MANIFEST = Path(__file__).parents[1] / "data_manifest.yaml"
 ENTRIES: dict[str, Any] = yaml.safe_load(MANIFEST.read_text("utf-8"))["datasets"]

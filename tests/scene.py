@@ -8,6 +8,7 @@ signal to each modality: a network has something to learn.
 import hashlib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import geopandas
@@ -48,6 +49,15 @@ def cells() -> list[tuple[int, int, int]]:
     """(row, column, index of the label value) of the cells that hold a polygon."""
     places = [(r, c) for r in range(0, HEIGHT, CELL) for c in range(0, WIDTH, CELL)]
     return [(r, c, k % 8) for k, (r, c) in enumerate(places) if k % 3 != 2]
+
+
+def label_raster(codes: np.ndarray) -> Any:
+    """Codes [H, W] with what patches need of an opened raster."""
+
+    def read(_: int, window: Any) -> np.ndarray:
+        return codes[window.row_off : window.row_off + window.height]
+
+    return SimpleNamespace(shape=codes.shape, read=read)
 
 
 def rectangle(top: int, bottom: int, left: int, right: int) -> shapely.Polygon:

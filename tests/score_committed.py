@@ -5,11 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset
+from study.devices import make_deterministic
+from study.pretraining import load_checkpoint
+
 from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.patches import PatchDataset
-from lsgs_core.devices import make_deterministic
-from lsgs_core.pretraining import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

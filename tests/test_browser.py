@@ -1,4 +1,4 @@
-"""Notebooks 03 and 05 in JupyterLab, as a person uses them: in a real browser.
+"""Notebooks 03 and 05 in JupyterLab, in a real browser.
 
 Needs Chromium (Debian's package `chromium`, or any on the PATH). Screenshots of the last run are
 kept in `work/screenshots`.
@@ -17,15 +17,14 @@ from pathlib import Path
 import papermill
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
-
-from lsgs_core.study.commands import ROOT
+from study.commands import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 SCREENSHOTS = ROOT / "work" / "screenshots"
 TOKEN = "explore"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-PICTURE, OUTPUT = ".widget-image", ".jp-RenderedText"
+PICTURE, OUTPUT = ".widget-output img", ".jp-RenderedText"
 
 pytestmark = [
     pytest.mark.slow,

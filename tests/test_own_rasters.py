@@ -12,15 +12,12 @@ import rasterio
 import raw_layouts as raw
 import shapely
 import yaml
+from study.data.manifest import Dataset, load_manifest
+from study.data.patches import make_patches
+from study.data.preparation import PATCH_TABLE, PreparedScene, prepare
+from study.data.raw_files import RawFolder
 
 from lsgs_core import InputError
-from lsgs_core.data import rasters
-from lsgs_core.data.folds import TABLE
-from lsgs_core.data.manifest import Dataset, load_manifest
-from lsgs_core.data.patches import make_patches
-from lsgs_core.data.prepared import PreparedScene
-from lsgs_core.data.rasters import prepare
-from lsgs_core.data.raw_files import RawFolder
 
 DEGREES = 4.5e-6  # half a metre: a pixel of very high resolution
 PAIR = raw.dataset("pair")
@@ -68,41 +65,10 @@ def test_a_table_of_patches_goes_with_the_rasters_it_was_made_from(
     prepare(PAIR, pair, made)
     make_patches(PAIR, made)
     prepare(PAIR, pair, made)
-    assert (made / TABLE).exists()  # nothing has changed
+    assert (made / PATCH_TABLE).exists()  # nothing has changed
     raw.write_raster(pair / "labels.tif", 3 - raw.read_raster(pair / "labels.tif"), **raw.ground())
     prepare(PAIR, pair, made)
-    assert not (made / TABLE).exists()
-
-
-def test_a_half_prepared_folder_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw.write_hunan(tmp_path / "raw")
-    dataset, made, original = raw.dataset("hunan"), tmp_path / "made", rasters._prepare_scene
-    calls = []
-
-    def killed(*arguments: Any) -> PreparedScene:
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(rasters, "_prepare_scene", killed)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(dataset, tmp_path / "raw", made)
-    with pytest.raises(InputError, match="made: its preparation was interrupted"):
-        make_patches(dataset, made)
-    prepare(dataset, tmp_path / "raw", made)
-    assert len(make_patches(dataset, made, "official", size=64)["scene"].unique()) == 8
-
-
-def test_a_class_where_nothing_is_seen_is_no_mistake_the_second_time(
-    pair: Path, tmp_path: Path
-) -> None:
-    for file in ("optical.tif", "radar.tif"):
-        pixels = raw.read_raster(pair / file).astype(np.float32)
-        pixels[:, raw.read_raster(pair / "labels.tif")[0] == 2] = np.nan
-        raw.write_raster(pair / file, pixels, **raw.ground())
-    for _ in range(2):
-        assert prepare(PAIR, pair, tmp_path / "made").scenes["scene"].label_pixels["high"] == 0
+    assert not (made / PATCH_TABLE).exists()
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -210,9 +176,37 @@ def complex_radar(folder: Path) -> Dataset:
     return PAIR
 
 
+def without_numbers(folder: Path) -> Dataset:
+    dataset = polygons(folder, [1, 2], "fields.gpkg", driver="GPKG")
+    frame = geopandas.read_file(folder / "fields.gpkg")
+    corners = np.arange(10)[:, None] == 2
+    frame.geometry = shapely.transform(
+        frame.geometry.to_numpy(), lambda xy: np.where(corners, np.nan, xy)
+    )
+    frame.to_file(folder / "fields.gpkg", driver="GPKG")
+    return dataset
+
+
+def placed_at(**place: Any) -> Any:
+    """The reference band with another place or size; of the size alone, no pixel is written."""
+
+    def damage(folder: Path) -> Dataset:
+        profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "SPARSE_OK": True}
+        profile |= {"width": 96, "height": 96, **raw.ground(), **place}
+        with rasterio.open(folder / "radar.tif", "w", **profile):
+            return PAIR
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
+        (without_numbers, r"fields.gpkg: holds a polygon with a coordinate that is no finite"),
+        (placed_at(transform=rasterio.Affine(10, 0, np.nan, 0, -10, 0)), "tif: .*finite numbers"),
+        (placed_at(transform=rasterio.Affine(0, 0, 5e5, 0, 0, 3e6)), "tif: .*keeps the area"),
+        (placed_at(width=200_000, height=200_000), "tif: expected at most 1,000,000,000 pixels"),
+        (placed_at(width=2_000_000_000, height=1), "tif: expected at most 1,000,000,000 pixels"),
         (lambda folder: polygons(folder, [7, 8]), r"'use' has none of .* \['7', '8'\]"),
         (lambda folder: polygons(folder, [8, 7, None]), r"'use' has none of .* \['7', '8'\]"),
         (lambda folder: polygons(folder, ["b", "a", None]), r"'use' has none of .* \['a', 'b'"),
@@ -269,13 +263,15 @@ def test_the_unit_of_maps(crs: str | None, pixel: float, size: float, unit: str)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"masks": {"sonar": {"file": "a.tif", "unseen": [1]}}}, "masks: no modality .'sonar'"),
+        ({"may_be_absent": ["radar"]}, "may_be_absent: .*reference band"),
         ({"bands": {"VV": {"file": "radar.tif", "nodata": float("nan")}}}, "bands.VV.nodata"),
         ({"modalities": {"radar": ["VV", "VV"]}}, "modalities.radar: a band is listed twice"),
         (
             {"modalities": {"optical": {"file": "o.tif", "channels": [1, 1]}}},
-            "modalities.optical.channels: a band is there twice",
+            "modalities.optical.channels: a band is listed twice",
         ),
-        ({"bands": {"optical_1": {"file": "o.tif"}}}, "optical.channels: a band is there twice"),
+        ({"bands": {"optical_1": {"file": "o.tif"}}}, "optical.channels: a band is listed twice"),
         ({"find_scenes": {"file": "${a}.tif"}}, "find_scenes: .*needs the name 'b'"),
         ({"find_scenes": {"file": "${b}.tif", "name": "${c}"}}, "find_scenes: .*the name 'c'"),
         ({"find_scenes": {"file": "${1}.tif"}}, "find_scenes: .*expected variables such as"),
@@ -284,15 +280,9 @@ def test_the_unit_of_maps(crs: str | None, pixel: float, size: float, unit: str)
 def test_manifests_that_would_fail_later(tmp_path: Path, changes: Any, expected: str) -> None:
     content = copy.deepcopy(raw.ENTRIES["pair"])
     for field, value in changes.items():
-        content[field] = content.get(field, {}) | value
+        content[field] = content.get(field, {}) | value if isinstance(value, dict) else value
     if "find_scenes" in changes:
         content["labels"]["file"] = "${b}_labels.tif" if "1" not in str(changes) else "l.tif"
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"datasets": {"pair": content}}))
     with pytest.raises(InputError, match=f"(?s)m.yaml: .*{expected}"):
         load_manifest(tmp_path / "m.yaml")
-
-
-def test_a_path_that_begins_with_a_dot(pair: Path, tmp_path: Path) -> None:
-    content = copy.deepcopy(raw.ENTRIES["pair"])
-    content["bands"]["VV"]["file"] = "./radar.tif"
-    prepare(Dataset.model_validate(content), pair, tmp_path / "made")

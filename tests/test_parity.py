@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
-from lsgs_core.smoothing import scenario_probabilities
+from lsgs_core.probabilities import scenario_probabilities
 
 REFERENCE = Path(__file__).parent / "reference"
 NAMES = ("cbc_slp", "cbc", "cmx")
 SCENARIOS = torch.tensor(
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]],
-    dtype=torch.bool,
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool
 )
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from study.artifacts import Record, save_weights
+from study.checkpoints import load_checkpoint
+from study.pretraining import check_network
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
-from lsgs_core.artifacts import Record, save_weights
-from lsgs_core.pretraining import check_network, load_checkpoint
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 

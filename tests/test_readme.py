@@ -1,13 +1,11 @@
 """Every make command that the README names is run, in a copy of what is committed."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkout import ROOT, copy_checkout
+from checkout import ROOT, copy_checkout, printed
 
 # A part of what they print, and a file that they make.
 RUN_HERE = {
@@ -42,19 +40,6 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-def run(clone: Path, command: str) -> str:
-    """What a command prints, with the installed packages and the clone's own code."""
-    done = subprocess.run(
-        ["make", "--old-file=.venv/installed", *command.split()[1:]],
-        cwd=clone,
-        env={**os.environ, "PYTHONPATH": str(clone)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def test_every_command_has_its_test():
     assert commands() == {*RUN_HERE, *LISTED_HERE, *RUN_ELSEWHERE}
     for command, place in RUN_ELSEWHERE.items():
@@ -64,14 +49,7 @@ def test_every_command_has_its_test():
 @pytest.mark.parametrize("command", sorted(LISTED_HERE))
 def test_long_commands_are_listed(command):
     tier = command.split("=")[1]
-    listed = subprocess.run(
-        [sys.executable, "-m", "lsgs_core.study", "run", tier, "--dry-run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    said = listed.stdout + listed.stderr
-    assert listed.returncode == 0, said
+    said = printed(sys.executable, "-m", "study", "run", tier, "--dry-run")
     assert re.search(r"^finetuning +\d+$", said, re.M), said
     assert re.search(r"^evaluation +1$", said, re.M), said
 
@@ -88,6 +66,7 @@ def test_commands_do_what_the_readme_says(clone, command):
         command = command.replace("<name>", "mine")
     if made:
         (clone / made).unlink(missing_ok=True)
-    assert expected in run(clone, command)
+    make = "make", "--old-file=.venv/installed", *command.split()[1:]
+    assert expected in printed(*make, folder=clone)
     if made:
         assert (clone / made).is_file()

@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 from statistics_records import records_of
+from study.reproduction import compare, only
+from study.tiers import StudyFolder, load_tier
 from test_tiers import ROOT
 
 from lsgs_core import InputError
-from lsgs_core.study.reproduction import compare, only
-from lsgs_core.study.tiers import StudyFolder, load_tier
 
 
 @pytest.fixture

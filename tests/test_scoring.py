@@ -1,17 +1,27 @@
 """Distortion scoring on networks whose answer is known, and the published JSON."""
 
 import json
+import weakref
 from dataclasses import replace
+from threading import Event, Thread
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core import (
+    Batch,
+    HookedModel,
+    InputError,
+    ScenarioSet,
+    build_backbone,
+    scenario_probabilities,
+    score_scenarios,
+)
 from lsgs_core.distortion import clustered_standard_error
 from lsgs_core.methods import find_method
-from lsgs_core.published import published_scoring, read_evidence
+from lsgs_core.scoring_file import published_scoring, read_evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 
@@ -30,6 +40,10 @@ class SumOfMeans(nn.Module):
         return (means * (self.weights * available)[..., None]).sum(dim=1)  # (B, D)
 
 
+def score(model, batches):
+    return score_scenarios(model, batches, SCENARIOS, progress=False)
+
+
 def ones(count: int) -> list[torch.Tensor]:
     return [torch.ones(count, 2, 4, 4) for _ in range(3)]
 
@@ -46,27 +60,15 @@ def test_distortion_of_a_known_latent():
     np.testing.assert_allclose(scores.standard_error, 0, atol=1e-12)
 
 
-def test_one_tensor_or_many():
-    images = torch.randn(4, 3, 2, 5, 5)
-    together = score_scenarios(SumOfMeans(), [images], SCENARIOS, progress=False)
-    listed = score_scenarios(SumOfMeans(), [list(images.unbind(1))], SCENARIOS, progress=False)
+def test_batches_and_their_form_make_no_difference():
+    images, model = torch.randn(6, 3, 2, 5, 5), SumOfMeans()
+    together = score_scenarios(model, [images], SCENARIOS, progress=False)
+    assert model.calls == len(SCENARIOS)  # the full scenario is computed once
+    listed = score_scenarios(model, [images.unbind(1)], SCENARIOS, progress=False)
     np.testing.assert_array_equal(together.patch_distortion, listed.patch_distortion)
-
-
-def test_the_full_scenario_is_computed_once_per_batch():
-    model = SumOfMeans()
-    score_scenarios(model, [ones(2), ones(2)], SCENARIOS, progress=False)
-    assert model.calls == 2 * len(SCENARIOS)
-
-
-def test_batches_and_modes_make_no_difference():
-    images = torch.randn(6, 3, 2, 5, 5)
-    model = SumOfMeans().train()
-    whole = score_scenarios(model, [images], SCENARIOS, progress=False)
     parts = score_scenarios(model, images.split(4), SCENARIOS, progress=False)
-    np.testing.assert_allclose(whole.distortion, parts.distortion, rtol=1e-6)
-    np.testing.assert_allclose(whole.latent_shift, parts.latent_shift, atol=1e-6)
-    assert model.training  # left as it was
+    np.testing.assert_allclose(together.distortion, parts.distortion, rtol=1e-6)
+    np.testing.assert_allclose(together.latent_shift, parts.latent_shift, atol=1e-6)
 
 
 def batch(available: list[list[bool]], blocks: list[int]) -> Batch:
@@ -96,6 +98,159 @@ def test_a_latent_that_is_not_finite_names_the_patch():
     given.images[0][1, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match=r"\[11\]"):
         score_scenarios(SumOfMeans(), [given], SCENARIOS, progress=False)
+
+
+def test_patches_without_identifiers_are_counted_with_those_left_out():
+    images = [tuple(ones(2))] * 2
+    batches = [Batch(images[0], torch.tensor([[True, False, True], [True] * 3])), *images[1:]]
+    assert score(SumOfMeans(), batches).patch_ids.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_scoring_leaves_the_mode_of_every_module(hooked, error):
+    """A frozen batch normalisation stays frozen, a network in evaluation mode stays so."""
+    network = nn.Sequential(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    network.train()
+    network[1].eval()
+    if hooked:
+        network.eval()
+    modes, seen = [module.training for module in network.modules()], []
+
+    def call(net, images):
+        seen.extend(module.training for module in net.modules())
+        return net(torch.cat(images, 1) / (0 if error else 1))
+
+    scored = HookedModel(network, "2", call)
+    if error:
+        with pytest.raises(InputError, match="finite"):
+            score(scored, [ones(2)])
+    else:
+        first = score(scored, [ones(2)])
+        np.testing.assert_array_equal(first.distortion, score(scored, [ones(2)]).distortion)
+    assert [module.training for module in network.modules()] == modes
+    assert scored.training
+    assert not any(seen)
+
+
+def test_two_threads_on_one_network_are_refused_and_on_one_backbone_right():
+    class Waiting(SumOfMeans):
+        def latent(self, images, available):
+            started.set()
+            assert going_on.wait(60)
+            return super().latent(images, available)
+
+    started, going_on, results = Event(), Event(), []
+    model = Waiting()
+    thread = Thread(target=lambda: results.append(score(model, [ones(1)])))
+    thread.start()
+    assert started.wait(60)
+    with pytest.raises(InputError, match="no other thread"):
+        score(model, [ones(1)])
+    with pytest.raises(InputError, match="no other thread"):
+        score(HookedModel(nn.ModuleDict({"inner": model}), "inner"), [ones(1)])
+    score(SumOfMeans(), [ones(1)])  # another network
+    going_on.set()
+    thread.join()
+    assert results[0].distortion[0] == 36
+    assert model.training
+    assert score(model, [ones(1)]).distortion[0] == 36
+
+    backbone, images = build_backbone("cmx", "demo"), torch.randn(2, 3, 3, 64, 64)
+    expected = score(backbone, [images])
+    threads = [Thread(target=lambda: results.append(score(backbone, [images]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scores in results[1:]:
+        np.testing.assert_array_equal(scores.distortion, expected.distortion)
+    backbone.eval().fusions[0].train()
+    modes = [module.training for module in backbone.modules()]
+    score(backbone, [images])
+    assert [module.training for module in backbone.modules()] == modes
+
+
+IMAGES = torch.ones(2, 3, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (IMAGES, "a list of batches, found Tensor"),  # the outer list is missing
+        (ones(2), r"in each, found torch.float32 \[2, 2, 4, 4\]"),  # here too
+        (Batch(tuple(ones(2)), torch.ones(2, 3, dtype=torch.bool)), "found Batch"),
+        ({"images": IMAGES}, "found dict"),
+        (None, "found NoneType"),
+        ([{"images": IMAGES}], "in each, found a dict"),
+        ([IMAGES.numpy()], "in each, found a ndarray"),
+        ([[image.numpy() for image in ones(2)]], "found a list of a ndarray"),
+        ([(IMAGES, torch.ones(2), None)], "found a tuple of"),  # images and target
+        ([[*ones(2)[:2], torch.ones(2, 2, 4)]], r"found .*float32 \[2, 2, 4\]"),
+        ([[*ones(2)[:2], *ones(3)[:1]]], r"found .*\[3, 2, 4, 4\]"),
+        ([ones(2)[:2]], "expected 3 tensors"),
+        ([IMAGES.double()], "of torch.float32 in each, found .*torch.float64"),
+        ([IMAGES.to(torch.complex64)], "found .*torch.complex64"),
+        ([IMAGES.to(torch.uint8)], "found .*torch.uint8"),
+    ],
+)
+def test_batches_of_another_form_are_refused(batches, message):
+    with pytest.raises(InputError, match=f"batches: .*({message})"):
+        score(SumOfMeans(), batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda latent: latent[:, 0], r"found torch.float32 \[2\]"),
+        (lambda latent: latent[:1], r"float32 \[1, 2\]"),
+        (lambda latent: latent.mean(), r"float32 \[\]"),
+        (lambda latent: (latent, latent), "found a tuple"),
+        (lambda latent: latent.to(torch.complex64), "complex64"),
+        (lambda latent: latent.long(), "int64"),
+        (lambda latent: latent.repeat(1, 1 + int(latent[0, 0])), "in all scenarios"),
+    ],
+)
+def test_latents_of_another_form_are_refused(change, message):
+    model = SumOfMeans()
+    latent = model.latent
+    model.latent = lambda images, available: change(latent(images, available))
+    with pytest.raises(InputError, match=f"latent: .*{message}"):
+        score(model, [ones(2)])
+
+
+def test_another_device_and_another_kind_of_scenarios_are_refused():
+    with pytest.raises(InputError, match=r"device: expected .*'cpu'"):
+        score_scenarios(SumOfMeans(), [ones(1)], SCENARIOS, device="meta")
+    with pytest.raises(InputError, match="scenarios: expected a ScenarioSet, found"):
+        score_scenarios(SumOfMeans(), [ones(1)], ["A", "B", "C"])
+
+
+def test_few_latents_exist_at_a_time():
+    many = ScenarioSet.of([*"ABCDEFG"])
+    images = torch.ones(1, 7, 1, 2, 2)
+    alive: set[int] = set()
+    most = []
+
+    class Latent(nn.Module):
+        def latent(self, images, available):
+            latent = available.float()
+            alive.add(id(latent))
+            weakref.finalize(latent, alive.discard, id(latent))
+            most.append(len(alive))
+            return latent
+
+    class Shared(Latent):
+        def scenario_latents(self, images, masks):
+            return torch.stack([self.latent(images, mask[None]) for mask in masks])
+
+    one, shared = (
+        score_scenarios(kind(), [images], many, progress=False) for kind in (Latent, Shared)
+    )
+    np.testing.assert_array_equal(one.distortion, shared.distortion)
+    np.testing.assert_allclose(one.distortion, many.missing / 7)
+    assert max(most[: len(many)]) <= 4
+    assert max(most) <= 40
 
 
 def test_standard_error_of_independent_values_is_the_usual_one():
@@ -159,11 +314,6 @@ def test_settings_beyond_the_published_come_back(tmp_path, own):
     np.testing.assert_allclose(evidence.scored().probabilities(0), result.probabilities)
 
 
-def test_another_number_of_modalities_is_said():
-    with pytest.raises(InputError, match="expected images of 3 modalities, found 2"):
-        score_scenarios(SumOfMeans(), [ones(2)[:2]], SCENARIOS, progress=False)
-
-
 def test_the_authors_file_needs_only_the_probabilities(published):
     path, content, result = published
     path.write_text(json.dumps({"final_probs": content["final_probs"]}))
@@ -184,7 +334,19 @@ def test_the_authors_file_needs_only_the_probabilities(published):
         ({"mask_array": [[1, 1, 1]] * 7}, "mask_array"),
         ({"D_sh": [1.0, 2.0]}, "D_sh: expected finite numbers for every scenario"),
         ({"latent_shift": [[float("nan")]] * 7}, "latent_shift"),
-        ({"tau": "x"}, "probabilities.json"),
+        ({"tau": "x"}, "probabilities.json: tau"),
+        ({"tau": True}, "tau"),
+        ({"tau": 10**400}, "tau"),
+        ({"tau": [0.5]}, "tau: expected a number"),
+        ({"final_probs": ["0.1"] * 7}, "final_probs"),
+        ({"final_probs": None}, "final_probs"),
+        ({"prior": [[1.0] * 7]}, "prior"),
+        ({"smooth": "false"}, "smooth: expected a bool, found 'false'"),
+        ({"descriptor": ["distortion"]}, "descriptor"),
+        ({"scenario_names": list(ScenarioSet.of(["C", "A", "B"]).names)}, "scenario_names: .*'A'"),
+        ({"scenario_names": list(ScenarioSet.of(["A", "C", "B"]).names)}, "scenario_names"),
+        ({"scenario_names": SCENARIOS.names[:3]}, "scenario_names"),
+        ({"scenario_names": None}, "scenario_names"),
     ],
 )
 def test_foreign_probabilities_are_checked(published, change, message):
@@ -194,9 +356,22 @@ def test_foreign_probabilities_are_checked(published, change, message):
         read_evidence(path, SCENARIOS)
 
 
-def test_not_a_scoring(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "{}", "no json", "[" * 100_000, '{"final_probs": ' + "9" * 5000 + "}", "\xff"],
+)
+def test_not_a_scoring(tmp_path, text):
     path = tmp_path / "other.json"
-    for text in ("[1, 2]", "{}", "no json"):
-        path.write_text(text)
-        with pytest.raises(InputError, match=r"other\.json"):
-            read_evidence(path, SCENARIOS)
+    path.write_bytes(text.encode("latin-1"))
+    for place in (path, str(path), tmp_path / "none.json", tmp_path):
+        with pytest.raises(InputError, match=f"{place}: expected the JSON of a scoring"):
+            read_evidence(place, SCENARIOS)
+
+
+def test_a_file_without_expected_scenarios_has_its_own(published):
+    path, content, _ = published
+    assert read_evidence(path).scenarios == SCENARIOS
+    for names in (None, ["A", 1], ["A"], ["A", "B", "C", "A+B"]):
+        path.write_text(json.dumps({**content, "scenario_names": names}))
+        with pytest.raises(InputError, match=r"probabilities\.json: (scenario_names|modalities)"):
+            read_evidence(path)

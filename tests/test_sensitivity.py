@@ -1,27 +1,16 @@
-"""What p depends on: the report, the sweep, the bootstrap, and scoring that stops early."""
+"""What p depends on: smoothing, settings, and the scored patches; scoring that stops early."""
 
 import numpy as np
 import pytest
 import torch
+from study.sensitivity import VARIED, sensitivity
 
 from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
-from lsgs_core.sensitivity import (
-    VARIED,
-    bootstrap_probabilities,
-    known_to,
-    sensitivity,
-    smoothing_report,
-)
+from lsgs_core.uncertainty import bootstrap_probabilities, smoothing_report, stop_when_precise
 
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
-SETTINGS = {
-    "direction": 1.0,
-    "lengthscale": 1.0,
-    "ridge": 1e-3,
-    "inverse_temperature": 0.5,
-    "mixing": 0.5,
-}
+SETTINGS = {"lengthscale": 1.0, "ridge": 1e-3, "inverse_temperature": 0.5, "mixing": 0.5}
 
 
 def test_report():
@@ -39,6 +28,8 @@ def test_report():
     identity = smoothing_report(DISTORTION, {**SETTINGS, "lengthscale": 1e-3})
     assert identity["degrees_of_freedom"] == pytest.approx(7 / 1.001)
     assert identity["total_variation_from_unsmoothed"] == pytest.approx(0, abs=1e-12)
+    unsmoothed = smoothing_report(DISTORTION, {**SETTINGS, "smooth": False})
+    assert unsmoothed["degrees_of_freedom"] == 7
 
 
 def test_sweep_varies_one_setting():
@@ -70,16 +61,14 @@ def test_bootstrap_of_the_mean_has_the_clustered_standard_error():
     np.testing.assert_allclose(drawn.mean(axis=0), values.mean(axis=0), rtol=0.02, atol=1e-12)
     again = bootstrap_probabilities(values, blocks, lambda distortion: distortion, 4000)
     np.testing.assert_array_equal(drawn, again)
-
-
-def test_probabilities_have_an_error_too():
-    values, blocks = draws(200, 10)
-    drawn = bootstrap_probabilities(
-        values, blocks, lambda distortion: scenario_probabilities(distortion).probabilities, 200
-    )
+    drawn = bootstrap_probabilities(values, blocks, to_probabilities, 200)
     np.testing.assert_allclose(drawn.sum(axis=1), 1)
     assert (drawn.std(axis=0) > 0).all()
     assert (drawn.std(axis=0) < 0.02).all()
+
+
+def to_probabilities(distortion):
+    return scenario_probabilities(distortion).probabilities
 
 
 class Latent(torch.nn.Module):
@@ -106,11 +95,8 @@ def batches(count: int):
 def test_scoring_stops_when_p_is_known():
     scenarios = ScenarioSet.of(["A", "B", "C"])
 
-    def to_probabilities(distortion):
-        return scenario_probabilities(distortion).probabilities
-
     def scored(tolerance):
-        until = known_to(tolerance, to_probabilities) if tolerance else None
+        until = stop_when_precise(tolerance, to_probabilities) if tolerance else None
         return score_scenarios(Latent(), batches(40), scenarios, until=until, progress=False)
 
     whole, coarse, fine = scored(0), scored(0.01), scored(0.004)
@@ -119,7 +105,3 @@ def test_scoring_stops_when_p_is_known():
     for found, tolerance in ((coarse, 0.01), (fine, 0.004)):
         difference = to_probabilities(found.distortion) - to_probabilities(whole.distortion)
         assert np.abs(difference).max() < 4 * tolerance
-
-
-def test_nothing_is_smoothed_without_smoothing():
-    assert smoothing_report(DISTORTION, {**SETTINGS, "smooth": False})["degrees_of_freedom"] == 7

@@ -1,7 +1,9 @@
 """The smoke notebooks many times over in one process: memory, open files and disk stay flat."""
 
 import gc
+import json
 import shutil
+from contextlib import chdir
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,13 +11,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
-
-from lsgs_core.study.commands import ROOT
-from lsgs_core.study.launch import run_notebook
-from lsgs_core.study.tiers import NOTEBOOKS
+from study.commands import ROOT
+from study.tiers import NOTEBOOKS
 
 ROUNDS = 50
 SETTLED = 10  # rounds in which caches fill
+
+
+def run_notebook(path: Path, parameters: dict) -> None:
+    """Run the code cells of a notebook in this process, in the notebook's folder."""
+    names = {"__name__": "__main__"}
+    with chdir(path.parent):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), path.name, "exec"), names)
+                if "parameters" in cell["metadata"].get("tags", []):
+                    names.update(parameters)
 
 
 @pytest.mark.slow

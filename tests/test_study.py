@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,13 +17,15 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from checkout import copy_checkout
+from checkout import copy_checkout, environment, printed
+from study import commands
+from study.artifacts import Record, save_table
+from study.commands import MARK, _only_one, end_orphans, main, publish, sweep
+from study.durations import durations, estimate, executed
+from study.files import file_sha256
+from study.tiers import load_tier
 
 from lsgs_core import InputError
-from lsgs_core.artifacts import Record, save_table
-from lsgs_core.files import file_sha256
-from lsgs_core.study.commands import MARK, _only_one, end_orphans, main, publish
-from lsgs_core.study.tiers import load_tier
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +58,7 @@ def test_unknown_tier_fails_before_anything_runs(arguments, capsys):
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("lsgs_core.study.commands.ROOT", tmp_path)
+    monkeypatch.setattr("study.commands.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
     folder = tmp_path / tier.folder.evaluation
     figures = {"mean_iou": [0.4321], "worst_iou": [0.3], "full_iou": [0.5]}
@@ -73,6 +76,8 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
         save_table(path, pd.DataFrame({"tp": [1]}), Record(parameters))
     shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
     (folder / "weights.safetensors").write_bytes(b"large")
+    (folder / ".scene.17907.pdf").write_bytes(b"%PDF")  # a kill left it
+    (tmp_path / "results" / ".smoke.new").mkdir(parents=True)
     stale = tmp_path / "results" / "smoke" / "old.csv"
     stale.parent.mkdir(parents=True)
     stale.write_text("old")
@@ -86,6 +91,7 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     page = (tmp_path / "results" / "smoke" / "README.md").read_text()
     assert "| demo | cmx | LSGS | 0.432 | 0.300 NIR | 0.500 |" in page
     assert not stale.exists()
+    assert not any(path.name.startswith(".") for path in (tmp_path / "results").iterdir())
     provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
     assert provenance["command"] == "make study TIER=smoke"
     assert provenance["evaluation"]["environment"]["date"]
@@ -95,20 +101,126 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     assert provenance["tier_sha256"] == tier.sha256
 
 
+def test_a_publish_that_is_killed_is_all_or_nothing(tmp_path, monkeypatch):
+    """Killed between its two renames, it leaves the older results, which the next one takes."""
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    tier = load_tier("smoke", ROOT)
+    (tmp_path / "results" / ".smoke.old").mkdir(parents=True)
+    (tmp_path / "results" / ".smoke.old" / "table.csv").write_text("old")
+    save_table(tmp_path / tier.folder.evaluation / "summary.csv", pd.DataFrame({"a": [1]}),
+               Record({}))  # fmt: skip
+    monkeypatch.setattr(commands, "tier_page", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish(tier)
+    assert (tmp_path / "results" / "smoke" / "table.csv").read_text() == "old"
+    command = ["git", "check-ignore", "--no-index"]
+    for path in ("results/.smoke.new", "results/a/.x.12.csv"):
+        assert subprocess.run([*command, path], cwd=ROOT, check=False).returncode == 0
+
+
+def test_temporary_files_of_ended_processes_are_swept(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = [f".scene.{ended.pid}.pdf", f"a/.records.csv.{ended.pid}.xz", f".lock.{ended.pid}"]
+    kept = [f".scene.{os.getpid()}.pdf", ".hidden", "a/scene.12.pdf", ".git/x.1.y"]
+    for name in left + kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / f".download.{ended.pid}.xyz").mkdir()
+    sweep(tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert files == {*kept, "a", ".git"}
+
+
+def test_a_name_that_a_shell_would_run_is_refused(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    for name in ("Snakefile", "data_manifest.yaml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    tier = yaml.safe_load((tmp_path / "notebooks" / "tiers" / "scratch.yaml").read_text())
+    tier["grid"]["datasets"] = ["x$(touch pwned)"]
+    (tmp_path / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    assert main(["run", "own", "--cores", "1"]) == 2
+    assert "is unknown" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("pwned"))
+    text = (ROOT / "Snakefile").read_text()
+    assert not re.findall(r"\{(?:params|log|output|input)[^}:]*\}", text)  # all are quoted: `:q`
+
+
+@pytest.mark.parametrize("place", ["results", "results/smoke", "work", "work/smoke"])
+def test_a_file_where_a_folder_must_be(tmp_path, monkeypatch, capsys, place):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    assert main(["run", "smoke", "--cores", "1"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"error: .*{place}.*expected a folder.*\n", said)
+
+
+FAILED_CELL = {
+    "cell_type": "code",
+    "execution_count": 3,
+    "outputs": [{"output_type": "error", "ename": "InputError", "evalue": "x: expected y"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("cells", "said", "sentence"),
+    [
+        ([FAILED_CELL], "Traceback", "notebooks/04_finetuning.ipynb, cell [3]: x: expected y"),
+        ([], "a\nOSError: [Errno 28] No space left", "OSError: [Errno 28] No space left"),
+        (None, "a\nDeadKernelError: Kernel died\n", "DeadKernelError: Kernel died"),
+        (None, "", "was ended"),
+        ("half", "OSError: [Errno 28] No space left", "OSError: [Errno 28] No space left"),
+    ],
+)
+def test_the_reason_of_a_failure_comes_last(tmp_path, monkeypatch, capsys, cells, said, sentence):
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "_snakemake", fails)
+    tier = load_tier("smoke", ROOT)
+    job = "04_finetuning-demo-cmx-fold0-seed0"
+    fails.path, fails.cells, fails.said = tmp_path / tier.folder.executed_notebook(job), cells, said
+    assert commands.run(tier, 1) == 1
+    assert capsys.readouterr().err == f"error: {job}: {sentence}\n"
+    assert commands.run(tier, 1, dry_run=True) == 1  # an earlier reason is forgotten
+    fails.path = tmp_path / "elsewhere"
+
+
+def fails(*_):
+    """In place of Snakemake: a notebook fails."""
+    fails.path.parent.mkdir(parents=True, exist_ok=True)
+    if fails.cells is not None:
+        text = json.dumps({"cells": fails.cells, "metadata": {}})
+        fails.path.write_text(text[:-5] if fails.cells == "half" else text)
+    Path(f"{fails.path}.failed").write_text(fails.said)
+    return 1
+
+
+def test_how_long_it_takes_is_said(tmp_path):
+    tier = load_tier("demo", ROOT)
+    said = {cores: estimate(tier, cores, ROOT) for cores in (1, 2)}
+    minutes = {cores: int(re.search(r"(\d+) minutes", text)[1]) for cores, text in said.items()}
+    assert 5 <= minutes[2] < minutes[1] <= 60
+    assert "11 notebooks" in said[1]
+    assert "preset 'demo' of cbc" in estimate(load_tier("paper", ROOT), 1, ROOT)
+    path = tmp_path / tier.folder.executed_notebook("05_evaluation")
+    path.parent.mkdir(parents=True)
+    before = executed(tier, tmp_path)
+    path.write_text(json.dumps({"metadata": {"papermill": {"duration": 61.3}}}))
+    after = executed(tier, tmp_path)
+    assert list(durations(before, after)) == ["evaluation: 61 seconds in 1 notebook"]
+    assert not list(durations(after, after))
+
+
 @pytest.fixture
 def clone(tmp_path):
     return copy_checkout(tmp_path)
 
 
-def launch(folder: Path, tier: str = "smoke", output: int = subprocess.PIPE) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lsgs_core.study", "run", tier, "--cores", "2"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def command(tier: str = "smoke") -> list[str]:
+    return [sys.executable, "-m", "study", "run", tier, "--cores", "2"]
 
 
 def outputs(folder: Path) -> dict[str, str]:
@@ -121,34 +233,29 @@ def outputs(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_ends_with_the_same_bytes(clone, tmp_path_factory):
-    """kill -9 of the launcher three times; the rerun ends the orphans and loses nothing."""
-    whole = tmp_path_factory.mktemp("whole")
-    shutil.copytree(clone, whole, dirs_exist_ok=True)
-    uninterrupted = launch(whole)
-    said, _ = uninterrupted.communicate(timeout=600)
-    assert uninterrupted.returncode == 0, said
-    ended = 0
-    for seconds in (20, 30, 40):
-        process = launch(clone)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-        ended += sum(_marked(clone))
-    assert ended > 0  # kills did leave processes behind
-    last = launch(clone)
-    said, _ = last.communicate(timeout=600)
-    assert last.returncode == 0, said
-    assert sum(_marked(clone)) == 0
-    assert outputs(clone) == outputs(whole)
-    assert len(outputs(clone)) >= 15
-    # nothing left to do: says so, at once, and changes nothing
-    before = outputs(clone)
-    again = launch(clone)
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0
-    assert "results/smoke" in said
-    assert outputs(clone) == before
+def test_what_a_study_says_last_is_why_it_failed(clone):
+    """No traceback and no dump of a command: the sentence, the notebook and the cell."""
+    tier = {
+        "grid": {
+            "datasets": ["potsdam"],  # whose files nobody can download freely
+            "backbones": ["cmx"],
+            "methods": ["uniform"],
+            "folds": [0],
+            "seeds": [0],
+        },
+        "02_pretraining_check": {"weights": "train"},
+    }
+    (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    done = subprocess.run(
+        command("own"), cwd=clone, env=environment(clone), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=600,
+    )  # fmt: skip
+    said = done.stdout
+    assert done.returncode == 1
+    start = "error: 01_data_preparation-potsdam: notebooks/01_data_preparation.ipynb, cell ["
+    last = said[said.rindex(start) :]
+    assert re.fullmatch(r".*\]: .*potsdam: the folder is missing\n .*\n", last), said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -163,13 +270,15 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
     (clone / "notebooks" / "tiers" / "smoke.yaml").write_text(yaml.safe_dump(tier))
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(clone, whole, dirs_exist_ok=True)
-    said, _ = (process := launch(whole)).communicate(timeout=900)
-    assert process.returncode == 0, said
+    printed(*command(), folder=whole)
     chance = random.Random()
     killed: Counter[str] = Counter()
     while killed.total() < 20:
         # Not through a pipe, which orphans would hold open.
-        process = launch(clone, output=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(), cwd=clone, env=environment(clone), stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
         time.sleep(chance.uniform(5, 25))
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
@@ -190,11 +299,15 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
             process.kill()
         process.wait()
     print(f"killed: {dict(killed)}")
-    said, _ = (process := launch(clone)).communicate(timeout=900)
-    assert process.returncode == 0, said
+    printed(*command(), folder=clone)
     assert set(killed) == {"launcher", "papermill", "ipykernel_launcher"}, killed
-    assert outputs(clone) == outputs(whole)
-    assert len(outputs(clone)) >= 50
+    assert not any(_is_marked(process, clone) for process in psutil.process_iter())
+    before = outputs(clone)
+    assert before == outputs(whole)
+    assert len(before) >= 50
+    # Nothing is left to do: this is said at once, and nothing changes.
+    assert "results/smoke" in printed(*command(), folder=clone)
+    assert outputs(clone) == before
 
 
 def _is_marked(process: psutil.Process, folder: Path) -> bool:
@@ -202,10 +315,6 @@ def _is_marked(process: psutil.Process, folder: Path) -> bool:
         return process.environ().get(MARK) == str(folder)
     except psutil.Error:
         return False
-
-
-def _marked(folder: Path) -> list[bool]:
-    return [_is_marked(process, folder) for process in psutil.process_iter()]
 
 
 @pytest.mark.slow
@@ -217,9 +326,7 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
         "02_pretraining_check": {"weights": "train"},
     }
     (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
-    process = launch(clone, "own")
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    printed(*command("own"), folder=clone)
     folder = clone / "work" / "own"
     run = folder / "runs" / "demo" / "cmx" / "fold1" / "seed1" / "deployment"
     records = pd.read_csv(run / "records.csv")
@@ -233,6 +340,4 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
     assert (summary["expected_iou"] != summary["mean_iou"]).all()
     parts = pd.read_csv(folder / "prepared" / "demo" / "patches.csv")
     assert parts.filter(like="fold_").shape[1] == 5  # the authors' shuffled folds
-    again = launch(clone, "own")
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0, said
+    printed(*command("own"), folder=clone)

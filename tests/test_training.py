@@ -7,19 +7,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from study.devices import seed_weights
+from study.settings import TrainingSettings
+from study.training import STATE, train, turned
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import LossProportional
-from lsgs_core.devices import make_deterministic, seed_weights
-from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters, training_mode
+from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters
 from lsgs_core.sampling import FixedSampler
-from lsgs_core.settings import TrainingSettings
-from lsgs_core.training import STATE, train, turned
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 SETTINGS = TrainingSettings(epochs=3, batch_size=4, learning_rate=2e-3)
@@ -35,9 +34,8 @@ class Blobs:
     def __init__(self, count: int = 10, size: int = 32) -> None:
         generator = torch.Generator().manual_seed(1)
         self.target = torch.zeros(count, 1, size, size)
-        for index, (row, column) in enumerate(
-            torch.randint(4, 18, (count, 2), generator=generator)
-        ):
+        corners = torch.randint(4, 18, (count, 2), generator=generator)
+        for index, (row, column) in enumerate(corners):
             self.target[index, 0, row : row + 10, column : column + 10] = 1
         noise = torch.randn(3, count, 3, size, size, generator=generator)
         self.images = noise * 0.3 + 2 * self.target[None]
@@ -70,16 +68,8 @@ def small(name: str = "cmx"):
 def run(folder: Path, model=None, settings=SETTINGS, patches=None, **changes):
     model = model or small()
     arguments = {"sampler": UNIFORM, "seed": 0, "identity": {"data": "blobs"}, **changes}
-    history = train(
-        model,
-        patches or Blobs(),
-        SCENARIOS,
-        settings=settings,
-        folder=folder,
-        progress=False,
-        **arguments,
-    )
-    return model, history
+    patches = patches or Blobs()
+    return model, train(model, patches, SCENARIOS, settings=settings, folder=folder, **arguments)
 
 
 def same(first, second) -> bool:
@@ -115,7 +105,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name, at,
 
     With a state after every epoch alone, and with one after every step.
     """
-    monkeypatch.setattr("lsgs_core.training.SAVE_EVERY", save_every)
+    monkeypatch.setattr("study.training.SAVE_EVERY", save_every)
     whole, history = run(tmp_path / "whole", small(name), sampler=LossProportional(THIRDS, 0.5, 1))
     steps = 0
 
@@ -142,8 +132,8 @@ sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 import test_training as t
-import lsgs_core.training
-lsgs_core.training.SAVE_EVERY = 0.0
+import study.training
+study.training.SAVE_EVERY = 0.0
 model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=20))
 torch.save(model.state_dict(), {out!r})
 """
@@ -199,9 +189,11 @@ def test_a_full_disk_is_said_and_leaves_the_last_state(tmp_path, small_disk):
     assert len(history) == SETTINGS.epochs
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"identity": {"data": "others"}}])
-def test_the_state_of_another_run_is_not_gone_on_with(tmp_path, capsys, change):
+@pytest.mark.parametrize("change", [{"seed": 1}, {"identity": {"data": "others"}}, {}])
+def test_the_state_of_another_run_or_code_is_discarded(tmp_path, capsys, monkeypatch, change):
     run(tmp_path)
+    if not change:
+        monkeypatch.setattr("study.training.fingerprint", lambda stage: "edited")
     fresh, _ = run(tmp_path / "elsewhere", **change)
     again, history = run(tmp_path, **change)
     assert "starting anew" in capsys.readouterr().out
@@ -223,9 +215,11 @@ def test_a_loss_that_is_not_finite_names_patches_and_scenarios(tmp_path):
         run(tmp_path, model)
 
 
-def test_history_says_what_was_drawn(tmp_path):
+def test_history_says_what_was_drawn_and_how_fast_it_learned(tmp_path):
     sampler = FixedSampler([0, 0, 0, 0, 0, 0, 1.0])
-    _, history = run(tmp_path, sampler=sampler, validate=lambda model: {"score": 0.5})
+    settings = replace(SETTINGS, epochs=4, rate_decay=0.5, rate_decay_every=2)
+    _, history = run(tmp_path, None, settings, sampler=sampler, validate=lambda _: {"score": 0.5})
+    assert history["learning_rate"].tolist() == [2e-3, 2e-3, 1e-3, 1e-3]
     assert (history["drawn:A+B+C"] == 1).all()
     assert (history["drawn:A"] == 0).all()
     assert (history["score"] == 0.5).all()
@@ -242,19 +236,6 @@ def test_samples_without_a_label_tell_a_sampler_nothing(tmp_path):
     run(tmp_path, settings=replace(SETTINGS, epochs=2), patches=Unlabelled(), sampler=sampler)
     assert sampler.count.sum() == 2 * 9
     assert np.isfinite(sampler.probabilities(0)).all()
-
-
-def test_another_version_of_the_code_starts_anew(tmp_path, capsys, monkeypatch):
-    run(tmp_path, settings=replace(SETTINGS, epochs=1))
-    monkeypatch.setattr("lsgs_core.training.source_sha256", lambda name: "edited")
-    run(tmp_path, settings=replace(SETTINGS, epochs=1))
-    assert "starting anew" in capsys.readouterr().out
-
-
-def test_learning_rate_decays_in_steps(tmp_path):
-    settings = replace(SETTINGS, epochs=4, rate_decay=0.5, rate_decay_every=2)
-    _, history = run(tmp_path, settings=settings)
-    assert history["learning_rate"].tolist() == [2e-3, 2e-3, 1e-3, 1e-3]
 
 
 def test_paper_loss_and_sgd_run(tmp_path):
@@ -281,14 +262,7 @@ def test_bad_settings(change, field):
 
 @pytest.mark.parametrize(
     ("patches", "size", "sizes"),
-    [
-        (8, 4, [4, 4]),
-        (10, 4, [4, 4, 2]),
-        (9, 4, [4, 5]),
-        (3, 4, [3]),
-        (1, 4, [1]),
-        (3, 1, [1, 1, 1]),
-    ],
+    [(8, 4, [4, 4]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (1, 4, [1]), (3, 1, [1, 1, 1])],
 )
 def test_a_single_patch_left_over_joins_the_batch_before(patches, size, sizes):
     assert TrainingSettings(epochs=1, batch_size=size).batch_sizes(patches) == sizes
@@ -345,38 +319,26 @@ def test_low_rank_updates_only_once():
         add_lora(model)
 
 
-def test_batch_norm_of_a_network_that_trains_is_not_frozen():
-    model = small()
-    training_mode(model)
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert norms
-    assert all(norm.training for norm in norms)
-
-
 def test_a_sampler_may_score_the_network_before_an_epoch(tmp_path):
     """What it does to the mode of the network is undone before the first step."""
     model = small()
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    modes: list[bool] = []
 
-    class Looks(FixedSampler):
-        modes: ClassVar[list[bool]] = []
+    class Scoring(FixedSampler):
+        scored = -1
 
         def probabilities(self, epoch):
-            model.eval()
+            if self.scored < epoch:
+                model.eval()
+                self.scored = epoch
             return super().probabilities(epoch)
 
         def observe(self, scenario, loss):
-            norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-            self.modes.append(norms[0].training)
+            modes.append(norm.training)
 
-    class LooksOnce(Looks):
-        def probabilities(self, epoch):
-            looked = getattr(self, "looked", -1)
-            self.looked = epoch
-            return super().probabilities(epoch) if looked < epoch else self._probabilities
-
-    run(tmp_path, model, replace(SETTINGS, epochs=2), sampler=LooksOnce(np.full(7, 1 / 7)))
-    assert Looks.modes
-    assert all(Looks.modes)
+    run(tmp_path, model, replace(SETTINGS, epochs=2), sampler=Scoring(np.full(7, 1 / 7)))
+    assert modes == [True] * 6
 
 
 def test_arms_with_another_stream_draw_other_scenarios(tmp_path):
@@ -389,15 +351,3 @@ def test_arms_with_another_stream_draw_other_scenarios(tmp_path):
     assert not drawn.equals(other.filter(like="drawn:"))
     _, before = run(tmp_path / "d", settings=settings, stage="pretraining")
     assert not drawn.equals(before.filter(like="drawn:"))
-
-
-def test_deterministic_without_filling_memory():
-    threads = torch.get_num_threads()
-    try:
-        make_deterministic(threads + 1)
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.get_num_threads() == threads + 1
-        assert torch.utils.deterministic.fill_uninitialized_memory is False
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(threads)

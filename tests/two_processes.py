@@ -1,53 +1,73 @@
-"""What test_devices.py runs in two processes, and in one for comparison."""
+"""What test_devices.py runs in one process or in two, in an interpreter of its own.
+
+`python two_processes.py OUT PROCESSES ACCUMULATION PROTOCOL`
+"""
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from study.devices import in_processes
+from study.evaluation import evaluate, validation_scores
+from study.scoring import score
+from study.training import replace, train
 from test_training import SCENARIOS, SETTINGS, Blobs, small
 
 from lsgs_core.adaptive import LossProportional
-from lsgs_core.devices import is_first_process
-from lsgs_core.distortion import score_scenarios
-from lsgs_core.evaluation import evaluate, validation_scores
-from lsgs_core.training import replace, train
+from lsgs_core.models.lora import add_lora
 
+out, count, accumulation, protocol = sys.argv[1:]
 torch.set_num_threads(1)
-out = Path(sys.argv[1])
-settings = replace(SETTINGS, epochs=2, accumulation=int(sys.argv[2]), precision=sys.argv[3])
-# Without dropout, which every process draws for itself; in float64, where nothing but a mistake can
-# make a difference: in float32 gradients of this network differ by 1e-3 when sums change order.
-double = sys.argv[3] == "float32"
-model = small("cbc_slp").double() if double else small("cbc_slp")
+settings = replace(SETTINGS, epochs=2, accumulation=int(accumulation), protocol=protocol)
+# In float64, where nothing but a mistake can make a difference: in float32 the gradients of this
+# network differ by 1e-3 when sums change their order. It has no dropout, which every process draws
+# for itself; and with low-rank updates its batch normalisation, whose statistics on a CPU are those
+# of each process, is frozen.
 
 
 class Patches(Blobs):
+    patch_ids = np.arange(10)
+
     def batches_of(self, parts):
         for batch in super().batches_of(parts):
-            if double:
-                images = tuple(image.double() for image in batch.images)
-                batch = replace(batch, images=images, target=batch.target.double())
-            yield batch
+            images = tuple(image.double() for image in batch.images)
+            yield replace(batch, images=images, target=batch.target.double())
 
 
-patches = Patches(10)
-sampler = LossProportional([1 / 7] * 7, 0.5, 0.5)
-history = train(
-    model, patches, SCENARIOS, sampler, settings, 0, out, {"data": 1}, progress=False,
-    validate=lambda network: validation_scores(
-        network, patches.batches(4, range(10)), SCENARIOS, ("bright",), "binary"
-    ),
-)  # fmt: skip
-order = list(range(10))
-batches = list(patches.batches(3, order))
-scores = score_scenarios(model, batches, SCENARIOS, progress=False)
-records = evaluate(model, batches, SCENARIOS, ("bright",), "binary")
-if is_first_process():
-    history.to_csv(out / "history.csv")
-    records.to_csv(out / "records.csv")
-    kept = {"D": scores.distortion, "shift": scores.latent_shift, "ids": scores.patch_ids}
-    torch.save({name: torch.tensor(value) for name, value in kept.items()}, out / "scores.pt")
-    torch.save(model.state_dict(), out / "weights.pt")
-    torch.save(sampler.state_dict(), out / "sampler.pt")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+def train_score_evaluate(folder: Path) -> dict:
+    model = small("cbc_slp").double()
+    if protocol == "paper":
+        add_lora(model)
+    patches = Patches(10)
+    sampler = LossProportional([1 / 7] * 7, 0.5, 0.5 if protocol == "paper" else 0.0)
+    history = train(
+        model, patches, SCENARIOS, sampler, settings, 0, folder, {"data": 1},
+        validate=lambda network: validation_scores(
+            network, patches.batches(4, range(10)), SCENARIOS, ("bright",), "binary"
+        ),
+    )  # fmt: skip
+    run = SimpleNamespace(
+        parameters={"batch_size": 3, "pretraining_seed": 0},
+        pretrained=lambda: model,
+        scenarios=SCENARIOS,
+        training=patches,
+        device=torch.device("cpu"),
+    )
+    scores = score(run, None)
+    batches = list(patches.batches(3, range(10)))
+    return {
+        "history": history.to_csv(index=False),
+        "records": evaluate(model, batches, SCENARIOS, ("bright",), "binary").to_csv(),
+        "D": torch.from_numpy(scores.distortion),
+        "shift": torch.from_numpy(scores.latent_shift),
+        "ids": scores.patch_ids.tolist(),
+        "weights": model.state_dict(),
+        "average": torch.from_numpy(sampler.average),
+        "count": sampler.count.tolist(),
+    }
+
+
+result = in_processes(train_score_evaluate, (Path(out),), int(count), "cpu")
+torch.save(result, Path(out) / "result.pt")

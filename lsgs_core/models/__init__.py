@@ -1,54 +1,27 @@
-"""The three backbones, built by name."""
+"""The backbones, built by name."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from lsgs_core.errors import InputError
+import torch
+
+from lsgs_core.errors import LARGEST_COUNT, InputError, check_choice, shown
 from lsgs_core.models.author_weights import load_author_weights
-from lsgs_core.models.backbone import Backbone
-from lsgs_core.models.cbc import CBC
-from lsgs_core.models.cbc_layers import CBCSettings
-from lsgs_core.models.cmx import CMX, CMXSettings
+from lsgs_core.models.backbone import Backbone, is_count
+from lsgs_core.models.cbc import CBC, CBC_PRESETS, CBC_SLP_PRESETS
+from lsgs_core.models.cmx import CMX, CMX_PRESETS
 
-__all__ = ["BACKBONES", "PRESETS", "Backbone", "build_backbone", "load_author_weights"]
+__all__ = ["BACKBONES", "Backbone", "build_backbone", "load_author_weights"]
 
-# For 64×64 patches on a CPU; the decoder's volume stops at half the patch. Its depth is never 1:
-# the last instance normalisation gives every channel mean zero over the volume, and only with a
-# second slice can the one that is read differ from it, so that a patch can be all forest or none.
-_CBC_DEMO: dict[str, Any] = {
-    "stem_width": 8,
-    "stage_widths": (32, 32, 48, 64),
-    "stage_blocks": (1, 1, 1, 1),
-    "reduced_channels": (4, 8, 8, 8, 8),
-    "latent_channels": 16,
-    "latent_grid": (2, 4, 4),
-    "token_width": 64,
-    "attention_heads": 4,
-    "feed_forward_width": 128,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "decoder_channels": (32, 24, 16, 12),
-    "decoder_depths": (2, 2, 2),
-}
-_CMX_DEMO: dict[str, Any] = {
-    "stem_width": 16,
-    "stage_widths": (24, 32, 64, 96),
-    "attention_heads": 4,
-    "decoder_width": 48,
-    "dropout": 0.1,
+# A new backbone is one file and one line here: its class, and the settings of each preset.
+BACKBONES: dict[str, tuple[type[Backbone], Mapping[str, Any]]] = {
+    "cbc_slp": (CBC, CBC_SLP_PRESETS),
+    "cbc": (CBC, CBC_PRESETS),
+    "cmx": (CMX, CMX_PRESETS),
 }
 
-# What a preset changes in the settings of its backbone, whose defaults are the paper's.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "cbc_slp": {"paper": {}, "demo": _CBC_DEMO},
-    "cbc": {
-        "paper": {"private_branches": False},
-        "demo": {"private_branches": False, **_CBC_DEMO},
-    },
-    "cmx": {"paper": {}, "demo": _CMX_DEMO},
-}
-BACKBONES = tuple(PRESETS)
+MOST_PARAMETERS = 2**29  # 2 GiB of float32
 
 
 def build_backbone(
@@ -58,42 +31,55 @@ def build_backbone(
     classes: int = 1,
     **settings: Any,
 ) -> Backbone:
-    """Build a backbone with freshly initialised weights.
+    """Build a backbone with new initial weights.
 
     Its `configuration` is a dictionary for JSON with every value that was used, and
-    `build_backbone(**configuration)` builds the same network again.
+    `build_backbone(**configuration)` builds the same architecture again.
 
     Args:
-        name: "cbc_slp", "cbc" or "cmx".
+        name: Name in `BACKBONES`.
         preset: "paper", or "demo" for a network that trains on a CPU.
         bands: Number of bands of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
-        **settings: Fields of `CBCSettings` or `CMXSettings` that replace the preset's.
+        **settings: Fields of the backbone's settings that replace those of the preset.
 
     Raises:
-        InputError: For an unknown name, preset or setting, or values that do not fit together.
+        InputError: A name, preset or setting is unknown, or values do not fit together.
     """
-    if name not in PRESETS:
-        raise InputError(f"backbone {name!r} is unknown; expected one of {sorted(PRESETS)}")
-    if preset not in PRESETS[name]:
-        raise InputError(f"preset {preset!r} is unknown; expected one of {sorted(PRESETS[name])}")
-    kind: type[CBCSettings] | type[CMXSettings] = CMXSettings if name == "cmx" else CBCSettings
-    known = asdict(kind())
-    values = {**PRESETS[name][preset], **settings}
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(f"setting {key!r} of {name} is unknown; expected some of {[*known]}")
-        values[key] = value = tuple(value) if isinstance(value, list) else value
-        # Not isinstance: a bool is no count.
-        if type(value) is not type(known[key]) and (type(value), type(known[key])) != (int, float):
-            raise InputError(f"setting {key}: found {value!r}, expected one like {known[key]!r}")
-    chosen = kind(**values)
-    model: Backbone
-    if isinstance(chosen, CMXSettings):
-        model = CMX(bands, classes, chosen)
-    else:
-        model = CBC(bands, classes, chosen)
+    check_choice("backbone", name, BACKBONES)
+    kind, presets = BACKBONES[name]
+    check_choice("preset", preset, presets)
+    defaults = asdict(presets[preset])
+    for key, value in settings.items():
+        if key not in defaults:
+            raise InputError(f"setting {key!r}: expected one of {[*defaults]} for {name}")
+        value = tuple(value) if isinstance(value, list) else value
+        default = defaults[key]  # types are compared exactly: True is no count
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise InputError(
+                f"setting {key!r}: expected one like {default!r}, found {shown(value)}"
+            )
+        right = [_fits(one, default) for one in (value if isinstance(value, tuple) else (value,))]
+        if not all(right):
+            raise InputError(
+                f"setting {key!r}: expected counts from 1 to {LARGEST_COUNT} or a rate below 1, "
+                f"found {shown(value)}"
+            )
+        settings[key] = value if isinstance(value, tuple) else type(default)(value)
+    chosen = replace(presets[preset], **settings)
+    with torch.device("meta"):  # its size is known before any memory is taken
+        size = sum(parameter.numel() for parameter in kind(bands, classes, chosen).parameters())
+    if size > MOST_PARAMETERS:
+        raise InputError(f"settings: expected at most {MOST_PARAMETERS:,} weights, found {size:,}")
+    model = kind(bands, classes, chosen)
     model.configuration = {"name": name, "preset": preset, "bands": list(bands), "classes": classes}
     for key, value in asdict(chosen).items():
         model.configuration[key] = list(value) if isinstance(value, tuple) else value
     return model
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Return True for True and False, a count, or a rate from 0 to below 1."""
+    if isinstance(default, float):
+        return 0 <= value < 1
+    return isinstance(value, bool) or is_count(value)

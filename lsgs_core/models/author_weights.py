@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_type
 from lsgs_core.models.backbone import Backbone
 
-# What turns the authors' names into ours, one replacement after the other.
+# Replacements that turn the authors' names into ours, one after the other.
 _CBC_NAMES = (
     ("RGB|rgb", "0"),
     ("NIR|nir", "1"),
@@ -66,25 +66,27 @@ _CMX_NAMES = (
     (r"^linear_fuse\.1", "decoder.fuse_norm"),
     ("^linear_pred", "decoder.head"),
 )
-# In the checkpoints, but in no forward pass.
+# Entries of the checkpoints that no forward pass uses.
 _UNUSED = re.compile(r"fusion5\.|decoder_fuse\.seg_(d[1-4]|layer)\.|(RGB|NIR|SWIR)_decode_conv\.")
 
 
 def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path) -> None:
     """Load a checkpoint of the published CBC-SLP, CBC or CMX into the same backbone.
 
-    Entries that the published models never use are dropped. Nothing is loaded unless all fits.
+    Entries that the published models never use are dropped. Nothing is loaded unless all entries
+    fit.
 
     Args:
-        model: A backbone of the "paper" preset for three modalities (RGB, NIR, SWIR) of three
-            bands and one class.
-        weights: The state dict, also within "state_dict" or "model" and with "module." before
+        model: Backbone of the "paper" preset for three modalities (RGB, NIR, SWIR) of three bands
+            and one class.
+        weights: State dict, which may be inside "state_dict" or "model" and have "module." before
             its names, or the path of such a file (.safetensors, or a PyTorch file of tensors).
 
     Raises:
-        InputError: When the model is another one, the file cannot be read as plain tensors, or an
-            entry is missing, unexpected, of the wrong shape or not finite.
+        InputError: The model is another one, the file cannot be read as plain tensors, or an entry
+            is missing, unexpected, of the wrong shape or not finite.
     """
+    check_type("model", model, Backbone)
     expected = {"preset": "paper", "bands": [3, 3, 3], "classes": 1}
     found = {key: model.configuration.get(key) for key in expected}
     if found != expected:
@@ -94,9 +96,9 @@ def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path
     name = model.configuration["name"]
     marks = (("core.", "cmx"), ("shared_conv", "cbc_slp"), ("RGB_", "cbc"))
     kinds = [kind for mark, kind in marks if any(key.startswith(mark) for key in entries)]
-    if kinds[:1] != [name]:
-        kind = kinds[0] if kinds else "an unknown model"
-        raise InputError(f"{source}: found weights of {kind}, expected those of {name}")
+    kind = kinds[0] if kinds else "an unknown model"
+    if kind != name:
+        raise InputError(f"{source}: expected weights of {name}, found those of {kind}")
 
     targets = model.state_dict()
     values: dict[str, Tensor] = {}
@@ -107,10 +109,10 @@ def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path
             ours = re.sub(pattern, replacement, ours)
         if ours in targets and ours not in values:
             values[ours] = value
-            problems += _problems(key, value, targets[ours])
+            if problem := _problem(value, targets[ours]):
+                problems.append(f"{key} {problem}")
         elif name == "cmx" or not _UNUSED.match(key):
             problems.append(f"{key} is unexpected")
-    # Missing entries can only be told by our name.
     problems += [f"{key} (our name) is missing" for key in targets if key not in values]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -119,32 +121,35 @@ def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path
 
 
 def _entries(weights: Any, source: str) -> dict[str, Any]:
-    """Return the state dict without wrapping and "module."; no code that a file holds is run."""
+    """Return the state dict without wrapper and "module."; no code in a file is executed."""
     if isinstance(weights, str | Path):
         path = Path(weights)
         if not path.is_file():
-            raise InputError(f"{path}: no such file; expected a checkpoint")
+            raise InputError(f"{path}: expected a checkpoint, found no such file")
         try:
             if path.suffix == ".safetensors":
                 weights = load_file(path)
             else:
                 weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken or refused pickle can raise almost anything
+        except Exception as error:  # a damaged or refused pickle can raise almost anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{path}: expected a file of plain tensors; {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(weights, Mapping) and isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
     if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
-        raise InputError(f"{source}: found {type(weights).__name__}, expected a state dict")
+        raise InputError(f"{source}: expected a state dict, found {type(weights).__name__}")
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
-def _problems(key: str, value: Any, target: Tensor) -> list[str]:
-    """Return what is wrong with one entry."""
+def _problem(value: Any, target: Tensor) -> str:
+    """Return what is wrong with an entry, or nothing."""
     if not isinstance(value, Tensor):
-        return [f"{key} is a {type(value).__name__}, not a tensor"]
+        return f"is a {type(value).__name__}, not a tensor"
     # Their 1×1×1 and 1×3×3 kernels are 2-D convolutions and linear layers here.
     if [n for n in value.shape if n != 1] != [n for n in target.shape if n != 1]:
-        return [f"{key} has shape {list(value.shape)}, not that of {list(target.shape)}"]
-    return [] if bool(value.isfinite().all()) else [f"{key} is not finite"]
+        return f"has shape {list(value.shape)}, not that of {list(target.shape)}"
+    if value.is_complex() or value.is_floating_point() != target.is_floating_point():
+        return f"has dtype {value.dtype}, not {target.dtype}"
+    # As the model holds it: 1e300 is finite in float64 and infinite in float32.
+    return "" if bool(value.to(target.dtype).isfinite().all()) else "is not finite"

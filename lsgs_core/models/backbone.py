@@ -1,4 +1,4 @@
-"""What every backbone has in common: its public face and the checks on its input."""
+"""What all backbones have in common: their interface and the checks of their input."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -11,47 +11,57 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import LARGEST_COUNT, InputError, check_type, shown
+from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
 
 Images = Tensor | Sequence[Tensor]
+
+
+def is_count(value: Any) -> bool:
+    """Return True for an integer from 1 to `LARGEST_COUNT`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
 def zero_absent(features: Tensor, available: Tensor) -> Tensor:
     """Zero features [B, ...] or [B, M, ...] where `available`, [B] or [B, M], is False.
 
-    A fill and no product, so that what is absent may hold anything.
+    They are filled and not multiplied, so that absent features may hold anything, such as NaN.
     """
     added = (None,) * (features.ndim - available.ndim)
     return features.masked_fill(~available[(..., *added)], 0.0)
 
 
 class Backbone(nn.Module, ABC):
-    """A segmentation network for M modalities of which any non-empty subset may be available.
+    """A segmentation network for M modalities, of which any non-empty subset may be available.
 
-    `images` is a sequence of M tensors of shape [B, D_m, H, W] or, when every modality has D
-    bands, one tensor [B, M, D, H, W]; its floating dtype is that of the model. `available` is
-    bool [B, M] with at least one True per sample. Everything else raises `InputError`. The pixels
-    of an absent modality have no influence on the output in eval mode.
+    `images` are M tensors of shape [B, D_m, H, W] or, when every modality has D bands, one tensor
+    [B, M, D, H, W], in the floating dtype of the model. `available` is bool [B, M] with at least
+    one True per sample. Any other input raises `InputError`. In evaluation mode, the pixels of an
+    absent modality do not influence the output.
 
     Args:
         bands: Number of bands D_m of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
+        settings: Dataclass with the sizes of the backbone.
 
     Raises:
-        InputError: For fewer than two modalities, a modality without bands or no class.
+        InputError: There are fewer than two modalities, a modality without bands, or no class.
     """
 
-    head_count = 3  # the paper's three heads for the same mask
+    head_count = 3  # the paper has three heads for the same mask
 
-    def __init__(self, bands: Sequence[int], classes: int) -> None:
+    def __init__(self, bands: Sequence[int], classes: int, settings: Any = None) -> None:
         super().__init__()
-        if len(bands) < 2 or min(bands) < 1:
-            raise InputError(f"bands is {tuple(bands)}; expected two or more counts of at least 1")
-        if classes < 1:
-            raise InputError(f"classes is {classes}; expected at least 1")
-        self.bands = tuple(bands)
-        self.classes = classes
-        self.configuration: dict[str, Any] = {}  # filled by `build_backbone`
+        right = isinstance(bands, Sequence) and 2 <= len(bands) <= LARGEST_MODALITY_COUNT
+        if not right or not all(map(is_count, bands)):
+            raise InputError(
+                f"bands: expected 2 to {LARGEST_MODALITY_COUNT} counts of at least 1, found "
+                f"{shown(bands)}"
+            )
+        if not is_count(classes):
+            raise InputError(f"classes: expected a count of at least 1, found {shown(classes)}")
+        self.bands, self.classes, self.settings = tuple(bands), classes, settings
+        self.configuration: dict[str, Any] = {}  # `build_backbone` fills it
 
     def forward(self, images: Images, available: Tensor) -> Tensor:
         """Return the logits of head 0, [B, classes, H, W]."""
@@ -63,39 +73,34 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def latent(self, images: Images, available: Tensor) -> Tensor:
-        """Return the latent [B, C, ...] where distortion is measured; the decoder does not run."""
+        """Return the latent [B, C, ...] that distortion compares; the decoder does not run."""
 
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C, ...] of the same images under K scenarios.
 
-        They are those of `latent`, by a loop; a backbone may compute once what scenarios share. The
-        masks are bool [K, M], the modalities available in each. Distortion wants eval mode.
+        The masks are bool [K, M], the modalities that are available in each scenario. The latents
+        are those of `latent`; a backbone may override this to compute shared work once.
         """
         patches = self.check(images, masks, scenarios=True)
         batch = len(patches[0])
         return torch.stack([self.latent(patches, mask.expand(batch, -1)) for mask in masks])
 
     def for_scoring(self) -> Self:
-        """Return a copy in eval mode that is faster at it, and not to be trained or saved.
+        """Return a copy in evaluation mode that computes faster, not to be trained or saved.
 
-        Batch normalisation is folded into the convolution before it, and weights lie in the order
-        in which a CPU reads them; the results are the same up to rounding.
+        Batch normalisation is folded into the convolution before it, and weights have the memory
+        order that is fastest on a CPU; the results are equal up to rounding.
         """
         folded = copy.deepcopy(self).eval()
-        for module in [*folded.modules()]:
-            if isinstance(module, nn.Sequential):
-                for (index, conv), (after, norm) in pairwise([*module.named_children()]):
-                    if (
-                        isinstance(conv, nn.Conv2d)
-                        and isinstance(norm, nn.BatchNorm2d)
-                        and not parametrize.is_parametrized(conv)
-                    ):
-                        module.register_module(index, fuse_conv_bn_eval(conv, norm))
-                        module.register_module(after, nn.Identity())
-        for module in folded.modules():
-            if isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module):
-                weight = module.weight.data.contiguous(memory_format=torch.channels_last)
-                module.weight.data = weight
+        for parent in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
+            for (name, conv), (after, norm) in pairwise([*parent.named_children()]):
+                adapted = parametrize.is_parametrized(conv)
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and not adapted:
+                    parent.register_module(name, fuse_conv_bn_eval(conv, norm))
+                    parent.register_module(after, nn.Identity())
+        for conv in folded.modules():
+            if isinstance(conv, nn.Conv2d) and not parametrize.is_parametrized(conv):
+                conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
         return folded
 
     @abstractmethod
@@ -103,33 +108,42 @@ class Backbone(nn.Module, ABC):
         """Return the layers that low-rank adaptation changes, by their name in the model."""
 
     def check(self, images: Images, masks: Tensor, scenarios: bool = False) -> list[Tensor]:
-        """Return the images as M tensors [B, D_m, H, W]; masks are [B, M] or of K scenarios [K, M].
+        """Return the images as M tensors [B, D_m, H, W].
+
+        Args:
+            images: As in the class.
+            masks: bool [B, M], or [K, M] for K scenarios.
+            scenarios: True where the masks are those of K scenarios.
 
         Raises:
-            InputError: For images or masks of another shape or dtype, or an empty row.
+            InputError: Images or masks have another shape or dtype, or a row of masks is empty.
         """
+        check_type("images", images, Tensor, list, tuple)
         if isinstance(images, Tensor) and images.ndim != 5:
-            raise InputError(f"images: found shape {list(images.shape)}, not [B, M, D, H, W]")
+            raise InputError(f"images: expected [B, M, D, H, W], found shape {list(images.shape)}")
         patches = list(images.unbind(1) if isinstance(images, Tensor) else images)
         count, dtype = len(self.bands), next(self.parameters()).dtype
         if len(patches) != count:
-            raise InputError(f"images: found {len(patches)} modalities, not {count}")
+            raise InputError(f"images: expected {count} modalities, found {len(patches)}")
+        for patch in patches:
+            check_type("images", patch, Tensor)
         batch, _, height, width = patches[0].shape if patches[0].ndim == 4 else (0, 0, 0, 0)
         for index, (patch, bands) in enumerate(zip(patches, self.bands, strict=True)):
             shape, expected = list(patch.shape), [batch, bands, height, width]
             if shape != expected or 0 in expected or patch.dtype != dtype:
                 raise InputError(
-                    f"images of modality {index}: found shape {shape} of {patch.dtype}; expected "
-                    f"[B, {bands}, H, W] of the model's {dtype}, with B, H, W above 0 and the "
-                    "same for every modality"
+                    f"images of modality {index}: expected [B, {bands}, H, W] of the model's "
+                    f"{dtype}, with B, H, W above 0 and equal for all modalities, found shape "
+                    f"{shape} of {patch.dtype}"
                 )
         field, rows = ("masks", "K") if scenarios else ("available", batch)
+        check_type(field, masks, Tensor)
         right = masks.ndim == 2 and len(masks) > 0 and (scenarios or len(masks) == batch)
         if not right or masks.shape[1] != count or masks.dtype != torch.bool:
             raise InputError(
-                f"{field}: found {masks.dtype} of shape {list(masks.shape)}; "
-                f"expected torch.bool of shape [{rows}, {count}]"
+                f"{field}: expected torch.bool of shape [{rows}, {count}], found {masks.dtype} of "
+                f"shape {list(masks.shape)}"
             )
         if not bool(masks.any(dim=1).all()):
-            raise InputError(f"{field}: a row has no modality; expected at least one in each")
+            raise InputError(f"{field}: expected at least one modality in each row, found none")
         return patches

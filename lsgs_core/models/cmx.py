@@ -1,4 +1,4 @@
-"""CMX as the paper uses it: two convolutional streams, rectified and fused after each stage."""
+"""CMX as in the paper: two convolutional streams that are rectified and fused after each stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone, Images, zero_absent
 
-STREAMS = (slice(0, 1), slice(1, None))  # which modalities go into which stream
+STREAMS = (slice(0, 1), slice(1, None))  # the modalities of each stream
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class CMXSettings:
     """Sizes of CMX; the defaults are the paper's.
 
     Raises:
-        InputError: When the entries do not fit together.
+        InputError: The stage widths do not fit.
     """
 
     stem_width: int = 64  # channels after the stem of a stream
@@ -31,9 +31,20 @@ class CMXSettings:
     def __post_init__(self) -> None:
         if len(self.stage_widths) != 4 or any(w % self.attention_heads for w in self.stage_widths):
             raise InputError(
-                f"stage_widths is {self.stage_widths}; expected four multiples of "
-                f"attention_heads, {self.attention_heads}"
+                f"stage_widths: expected four multiples of attention_heads "
+                f"({self.attention_heads}), found {self.stage_widths}"
             )
+
+
+CMX_PRESETS = {
+    "paper": CMXSettings(),
+    "demo": CMXSettings(  # for 64×64 patches on a CPU
+        stem_width=16,
+        stage_widths=(24, 32, 64, 96),
+        attention_heads=4,
+        decoder_width=48,
+    ),
+}
 
 
 class Stage(nn.Sequential):
@@ -51,7 +62,7 @@ class Stage(nn.Sequential):
 
 
 class Rectification(nn.Module):
-    """CMX's feature rectification: each stream takes from the other what both agree on."""
+    """CMX's feature rectification: each stream adds weighted features of the other."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -169,14 +180,14 @@ class CMX(Backbone):
     """CMX with two convolutional streams: the first modality, and all others together."""
 
     def __init__(self, bands: Sequence[int], classes: int, settings: CMXSettings) -> None:
-        super().__init__(bands, classes)
+        super().__init__(bands, classes, settings)
         stem, *widths = settings.stem_width, *settings.stage_widths
-        # The first modality needs no mixing when it has three bands.
+        # A first modality with three bands needs no mixing.
         mixing = [
             nn.Identity() if bands[0] == 3 else nn.Conv2d(bands[0], 3, 1, bias=False),
             nn.Conv2d(sum(bands[1:]), 3, 1, bias=False),
         ]
-        # Up to the first rectification a stream depends on its own modalities alone.
+        # Until the first rectification, a stream depends on its own modalities alone.
         self.starts = nn.ModuleList(
             nn.Sequential(mix, Stage(3, stem), Stage(stem, widths[0])) for mix in mixing
         )
@@ -208,8 +219,8 @@ class CMX(Backbone):
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C, H/32, W/32] of K scenarios, masks bool [K, M].
 
-        The start of a stream runs once for each state of its modalities, and once for all images
-        where none is present; from there on the scenarios are the batch.
+        The start of a stream runs once for each state of its modalities (for one image where none
+        is available, because all images are then equal); after it, the scenarios form the batch.
         """
         patches = self.check(images, masks, scenarios=True)
         batch = len(patches[0])
@@ -218,8 +229,8 @@ class CMX(Backbone):
             states, indices = masks[:, part].unique(dim=0, return_inverse=True)
             starts = []
             for state in states:
-                some = patches if bool(state.any()) else [patch[:1] for patch in patches]
-                start = self._start(stream, some, state.expand(len(some[0]), -1))
+                inputs = patches if bool(state.any()) else [patch[:1] for patch in patches]
+                start = self._start(stream, inputs, state.expand(len(inputs[0]), -1))
                 starts.append(start.expand(batch, -1, -1, -1))
             streams.append(torch.cat([starts[index] for index in indices.tolist()]))
         latent = self.fusions[-1](*self._rectify(*streams)[-1])
@@ -234,7 +245,7 @@ class CMX(Backbone):
         }
 
     def _start(self, stream: int, patches: list[Tensor], available: Tensor) -> Tensor:
-        """Return one stream, [B, C, H/4, W/4], with `available` of its own modalities alone."""
+        """Return one stream, [B, C, H/4, W/4]; `available` is that of its own modalities."""
         pairs = zip(patches[STREAMS[stream]], available.unbind(1), strict=True)
         return self.starts[stream](torch.cat([zero_absent(*pair) for pair in pairs], dim=1))
 
@@ -244,7 +255,7 @@ class CMX(Backbone):
         return self._rectify(x1, x2)
 
     def _rectify(self, x1: Tensor, x2: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return what the starts of both streams become, as `_levels` does."""
+        """Return both streams after each rectification, from their starts."""
         levels = [self.rectifications[0](x1, x2)]
         for stages, rectify in zip(self.stages.values(), self.rectifications[1:], strict=True):
             pairs = zip(stages.children(), levels[-1], strict=True)

@@ -1,8 +1,7 @@
 """LoRA: low-rank adaptation of a frozen network (Hu et al. 2021), the paper's second baseline.
 
-W becomes W + B A with A of `rank` rows and B zero at the start, without a scaling factor, on the
-layers that a backbone names in `low_rank_layers()`. Everything else is frozen; BatchNorm layers
-keep their statistics, since the trainer leaves frozen ones in evaluation mode.
+W becomes W + B A, with `rank` rows in A, B at zero in the beginning and no scaling factor, in the
+layers that a backbone names in `low_rank_layers()`. All other parameters are frozen.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_count, check_type
 from lsgs_core.models.backbone import Backbone
 
 
@@ -21,7 +20,7 @@ class LowRankUpdate(nn.Module):
 
     Args:
         weight: The weight to adapt, [out, in, ...]; trailing kernel axes count as inputs.
-        rank: Rows of A; at most what the weight's shape allows is used.
+        rank: Number of rows of A, limited by the shape of the weight.
     """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -33,7 +32,7 @@ class LowRankUpdate(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the adapted weight, of the same shape."""
+        """Return the adapted weight, which has the same shape."""
         return weight + (self.b @ self.a).view_as(weight)
 
 
@@ -41,31 +40,31 @@ def add_lora(model: Backbone, rank: int = 4) -> int:
     """Freeze a backbone and add low-rank updates to the layers that it names.
 
     Args:
-        model: Changed in place; its outputs are the same until training begins.
-        rank: 4 in the paper.
+        model: Backbone, changed in place; its outputs stay the same until training begins.
+        rank: Rank of the updates, 4 in the paper.
 
     Returns:
         Number of trained parameters.
 
     Raises:
-        InputError: A rank below 1, or a model that already has updates.
+        InputError: The rank is below 1, or the model already has low-rank updates.
     """
-    if rank < 1:
-        raise InputError(f"rank: expected 1 or more, found {rank}")
+    check_type("model", model, Backbone)
+    check_count("rank", rank)
     layers = model.low_rank_layers()
     if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         raise InputError("model: expected one without low-rank updates, found one that has them")
     model.requires_grad_(False)
     for layer in layers.values():
         weight = layer.weight
-        if not isinstance(weight, Tensor):
-            raise InputError(f"low_rank_layers: expected layers with a weight, found {layer}")
+        assert isinstance(weight, Tensor)
         parametrize.register_parametrization(layer, "weight", LowRankUpdate(weight, rank))
     return trained_parameters(model)
 
 
 def merge_lora(model: Backbone) -> None:
-    """Write the updates into the weights, so that the model is an ordinary backbone again."""
+    """Add the updates to the weights, so that the model is an ordinary backbone again."""
+    check_type("model", model, Backbone)
     for layer in model.low_rank_layers().values():
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -73,15 +72,17 @@ def merge_lora(model: Backbone) -> None:
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """Number of parameters that training changes."""
+    """Return the number of parameters that training changes."""
+    check_type("model", model, nn.Module)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def training_mode(model: nn.Module) -> None:
-    """Training mode, except for BatchNorm layers whose parameters are frozen.
+    """Set the training mode, except in batch normalisation with frozen parameters.
 
-    A frozen layer whose running statistics moved would change the frozen network.
+    Moving running statistics would change a frozen network.
     """
+    check_type("model", model, nn.Module)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,0 +1,132 @@
+"""How precisely the patches that were scored determine p, and how much the smoothing changes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lsgs_core.errors import (
+    array_of,
+    check_choice,
+    check_count,
+    check_number,
+    check_type,
+    real_numbers,
+)
+from lsgs_core.probabilities import scenario_probabilities, smooth_scores, total_variation
+from lsgs_core.randomness import generator
+
+FEWEST_BLOCKS = 8  # with fewer, a standard error over blocks is unreliable
+ToProbabilities = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def bootstrap_probabilities(
+    patch_distortion: NDArray[np.float64],
+    blocks: NDArray[np.int64],
+    to_probabilities: ToProbabilities,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Compute p for resampled scorings, in which spatial blocks are drawn with replacement.
+
+    Neighbouring patches overlap, so blocks are resampled, not patches. Descriptors other than the
+    distortion keep their measured values.
+
+    Args:
+        patch_distortion: d_k(x), [N, K].
+        blocks: Spatial block of every patch, [N].
+        to_probabilities: Function from D [K] to p [K].
+        resamples: Number of resamples R.
+        seed: Random seed of the resampling.
+
+    Returns:
+        float64 [R, K]; the standard deviations over R are the standard errors of p.
+
+    Raises:
+        InputError: There is no patch, or an argument or a result of the function is not finite, out
+            of its range or of another shape.
+    """
+    patch_distortion = real_numbers("patch_distortion", patch_distortion, [None, None])
+    check_count("patch_distortion", len(patch_distortion))
+    blocks = array_of("blocks", blocks, "iu", [len(patch_distortion)])
+    check_type("to_probabilities", to_probabilities, Callable)
+    check_count("resamples", resamples)
+    labels, positions = np.unique(blocks, return_inverse=True)
+    sums = np.zeros((len(labels), patch_distortion.shape[1]))
+    np.add.at(sums, positions, patch_distortion)
+    shares = np.full(len(labels), 1 / len(labels))
+    weights = generator("bootstrap", seed).multinomial(len(labels), shares, size=resamples)
+    distortions = (weights @ sums) / (weights @ np.bincount(positions))[:, None]
+    found = [to_probabilities(distortion) for distortion in distortions]
+    return real_numbers("to_probabilities", found, [None, None])
+
+
+def stop_when_precise(
+    tolerance: float, to_probabilities: ToProbabilities
+) -> Callable[[NDArray[np.float64], NDArray[np.int64]], bool]:
+    """Return a stopping rule for `score_scenarios(..., until=...)`.
+
+    The rule is met once the standard error of every p is at most the tolerance. The patches must
+    come in random order. Since the rule is checked after every batch, the standard error at the
+    stop is slightly optimistic.
+
+    Args:
+        tolerance: Largest standard error of p that is allowed.
+        to_probabilities: Function from D [K] to p [K].
+
+    Raises:
+        InputError: The tolerance is no positive number, or there is no function.
+    """
+    tolerance = check_number("tolerance", tolerance, lambda x: x > 0, "a positive number")
+    check_type("to_probabilities", to_probabilities, Callable)
+
+    def is_precise(patch_distortion: NDArray[np.float64], blocks: NDArray[np.int64]) -> bool:
+        if len(np.unique(blocks)) < FEWEST_BLOCKS:
+            return False
+        resampled = bootstrap_probabilities(patch_distortion, blocks, to_probabilities, 200)
+        return bool((resampled.std(axis=0, ddof=1) <= tolerance).all())
+
+    return is_precise
+
+
+def smoothing_report(
+    distortion: NDArray[np.float64], settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Quantify the effect of the smoothing.
+
+    Args:
+        distortion: D, [K].
+        settings: Keyword arguments of `scenario_probabilities`.
+
+    Returns:
+        total_variation_from_unsmoothed: between p and the p of r = U;
+        total_variation_from_prior: between p and the prior;
+        effective_scenarios: exp of the entropy of p, from 1 to the number of scenarios;
+        degrees_of_freedom: trace of K (K + lambda I)^-1, or K without smoothing;
+        kernel_condition: condition number of K + lambda I.
+
+    Raises:
+        InputError: As in `scenario_probabilities`, or a setting is no argument of it.
+    """
+    check_type("settings", settings, Mapping)
+    defaults = inspect.signature(scenario_probabilities).parameters
+    for name in settings:
+        check_choice("settings", name, [*defaults][1:])
+    result = scenario_probabilities(distortion, **settings)
+    unsmoothed = scenario_probabilities(distortion, **{**settings, "smooth": False})
+    p, identity = result.probabilities, np.eye(len(distortion))
+    ridge = settings.get("ridge", defaults["ridge"].default)
+    drawn = p[p > 0]
+    is_smoothed = settings.get("smooth", True)
+    smoother = smooth_scores(result.kernel, identity, ridge) if is_smoothed else identity
+    return {
+        "total_variation_from_unsmoothed": total_variation(p, unsmoothed.probabilities),
+        "total_variation_from_prior": total_variation(p, result.prior),
+        "effective_scenarios": float(np.exp(-(drawn * np.log(drawn)).sum())),
+        "degrees_of_freedom": float(np.trace(smoother)),
+        "kernel_condition": float(np.linalg.cond(result.kernel + ridge * identity)),
+    }

@@ -1,0 +1,7 @@
+"""`python -m study`."""
+
+import sys
+
+from study.commands import main
+
+sys.exit(main())

@@ -1,0 +1,113 @@
+"""Pretrained weights: committed, of one's own, or the authors'."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lsgs_core.errors import InputError
+from lsgs_core.models import Backbone, load_author_weights
+from study.artifacts import check, load_table, load_weights, sidecar_path
+from study.data.manifest import load_manifest
+from study.files import file_sha256
+
+# What any weights of ours must have been made for, and what committed ones in addition.
+OWN = ("model", "modalities", "classes")
+COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where the weights of a network were taken from."""
+
+    path: Path
+    origin: str  # in words
+    trained_with: Mapping[str, Any]  # settings of the training; empty where they are not known
+    history: pd.DataFrame | None  # of the training, as `train` returns it; None where not known
+
+
+def load_pretrained(
+    model: Backbone, weights: str, manifest: Path, made_with: Mapping[str, Any]
+) -> Pretrained:
+    """Load the weights that a study starts from, after making sure that they are the wanted ones.
+
+    Args:
+        model: Changed in place.
+        weights: "committed" takes the network that the manifest lists; anything else is a file:
+            the user's own weights with their record, or the authors' checkpoint.
+        manifest: Path of data_manifest.yaml, to which the paths of networks are relative.
+        made_with: What the weights must have been made with: model, modalities, classes, dataset,
+            task, fold, normalisation, pretraining_seed and patches_sha256. Only the first three
+            are looked at in the user's own weights.
+
+    Raises:
+        InputError: No such network or file, another hash than the manifest lists, weights of
+            another model, band order, class list or fold, or a file that is no plain tensors.
+    """
+    if weights != "committed":
+        path, origin = Path(weights), "a checkpoint of this study"
+        expected = {name: made_with[name] for name in OWN}
+        if not path.is_file():
+            accepted = "'committed', 'train' or the path of a checkpoint"
+            raise InputError(f"weights: no such file: {weights!r}; expected {accepted}")
+    else:
+        names = ("dataset", "backbone", "fold", "pretraining_seed")
+        wanted = {**made_with, "backbone": made_with["model"]["name"]}
+        network = load_manifest(manifest).network(*(wanted[name] for name in names))
+        path, origin = manifest.parent / network.weights, f"committed: {network.origin}"
+        expected = {name: made_with[name] for name in COMMITTED}
+        again = f"`git checkout -- {network.weights}` brings it, `make networks` trains it anew"
+        if not path.is_file():
+            raise InputError(f"{path}: not there (a clone without large files?); {again}")
+        if (found := file_sha256(path)) != network.sha256:
+            raise InputError(
+                f"{path}: its sha256 is {found}, expected {network.sha256} as in {manifest.name}; "
+                + again
+            )
+        if check(path)["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
+            raise InputError(
+                f"{path}: trained on another patch table than the one here, whose test patches it "
+                "may have seen; prepare the data with the manifest's patches and folds, or set "
+                "weights to 'train'"
+            )
+    if load_checkpoint(model, path, expected) == "authors":
+        return Pretrained(path, "the authors' checkpoint", {}, None)
+    trained_with = check(path)["parameters"].get("trained_with", {})
+    history = path.with_name("history.csv")
+    seen = load_table(history) if sidecar_path(history).is_file() else None
+    return Pretrained(path, origin, trained_with, seen)
+
+
+def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
+    """Load pretrained weights: ours, known by the record beside them, or the authors'.
+
+    Args:
+        model: Changed in place.
+        path: The checkpoint.
+        expected: Parameters that a checkpoint of ours must have been made with.
+
+    Returns:
+        "ours" or "authors".
+
+    Raises:
+        InputError: It is the checkpoint of another model, or damaged, or made with other
+            parameters.
+    """
+    if not sidecar_path(path).is_file():
+        load_author_weights(model, path)
+        return "authors"
+    weights, _ = load_weights(path, expected)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise InputError(
+            f"{path}: a checkpoint of another model: {len(wrong)} entries differ, the first is "
+            f"{wrong[0]}: expected {wanted.get(wrong[0])}, found {found.get(wrong[0])}"
+        )
+    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+        raise InputError(f"{path}: {len(bad)} entries are not finite, the first is {bad[0]}")
+    model.load_state_dict(weights)
+    return "ours"

@@ -1,0 +1,380 @@
+"""Runs a tier from one command, on top of Snakemake: `python -m study run demo`.
+
+What Snakemake leaves to its caller after a `kill -9` is done here: processes of the earlier run
+that still write are ended, the stale lock is removed, and incomplete outputs are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lsgs_core.errors import InputError
+from study.agreement import AGREEMENT
+from study.artifacts import check, sidecar_path
+from study.data.manifest import Dataset
+from study.durations import durations, estimate, executed, read_executed
+from study.files import TEMPORARY, file_sha256, make_folder, written_beside
+from study.pages import tier_page
+from study.reproduction import compare, only
+from study.tiers import StudyFolder, Tier, load_tier
+
+ROOT = Path(__file__).resolve().parents[2]
+# Every process of a run carries this variable, so that those a kill orphaned can be found.
+MARK = "LSGS_STUDY_ROOT"
+TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pdf"}
+NETWORKS = ROOT / "results" / "networks"
+DOWNLOADS = ROOT / "work" / "downloads"
+NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
+MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
+
+
+def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
+    """Run what is missing or out of date of a tier, and say where its figures are.
+
+    Args:
+        tier: Checked already, so that a wrong parameter fails before anything runs.
+        cores: CPU cores to share out among notebook runs on this machine.
+        dry_run: Only list what would run.
+        profile: Folder of a workflow profile, such as profiles/slurm, which says how to run jobs
+            elsewhere.
+
+    Returns:
+        Exit status of Snakemake.
+
+    Raises:
+        InputError: Another process runs a study of this checkout now, or there is no such profile.
+    """
+    if profile and not (ROOT / profile).is_dir():
+        raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
+    _expect_folders(tier)
+    with _only_one(ROOT):
+        _clear_up(tier, elsewhere=bool(profile))
+        print(estimate(tier, cores, ROOT), flush=True)
+        before = executed(tier, ROOT)
+        if dry_run:
+            options = ["--cores", str(cores), "--dry-run"]
+        elif profile:
+            options = ["--workflow-profile", profile, "--keep-going"]
+        else:
+            options = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}", "--keep-going"]
+        status = _snakemake(tier, options)
+    if not dry_run:
+        for line in durations(before, executed(tier, ROOT)):
+            print(line, flush=True)
+    if status:
+        _say_what_failed(tier)
+    elif not dry_run:
+        print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
+        print((ROOT / tier.folder.evaluation / AGREEMENT).read_text().strip())
+    return status
+
+
+def reproduce(tier: Tier, run: str, cores: int) -> int:
+    """Run one committed result again in a folder of its own, and say whether it is the same.
+
+    Args:
+        tier: With that run.
+        run: Such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone.
+        cores: CPU cores.
+
+    Returns:
+        0 where it is the same, 1 where it is not or did not finish.
+
+    Raises:
+        InputError: The tier has no such run, or it is not published.
+    """
+    again = load_tier(tier.name, ROOT, Path("work") / "reproduction")
+    if not run:
+        dataset, backbone, fold, seed = list(tier.grid.points())[-1]
+        method = tier.grid.points()[dataset, backbone, fold, seed][0]
+        run = f"{dataset}/{backbone}/{method}/{fold}/{seed}"
+    single = only(again, run)
+    published = ROOT / "results" / tier.name / "evaluation" / "records.csv.xz"
+    if not published.is_file():
+        raise InputError(f"results/{tier.name}: nothing is published; run make study first")
+    done = ROOT / single.folder.root / "compared.txt"
+    if done.is_file():  # an earlier one was finished; one that was killed goes on
+        shutil.rmtree(done.parent)
+    with _only_one(ROOT):
+        _clear_up(single)
+        [point] = single.grid.points()
+        target = str(single.folder.runs(*point) / "scores.csv")
+        if _snakemake(single, ["--cores", str(cores)], [f"only={run}"], [target]):
+            _say_what_failed(single)
+            return 1
+    here = replace(single, folder=StudyFolder(ROOT / single.folder.root))
+    same, sentence = compare(here, published)
+    done.write_text(f"{run}: {sentence}\n")
+    print(f"{run}: {sentence}")
+    return 0 if same else 1
+
+
+def make_networks(tier: Tier, cores: int) -> int:
+    """Pretrain the networks of a tier and put them into `results/networks`.
+
+    Nothing else writes there. Whether a network is the one that the manifest lists is said, with
+    the hash to write there where it is not.
+
+    Args:
+        tier: One that trains its networks, such as scratch.
+        cores: CPU cores.
+
+    Returns:
+        Exit status of Snakemake.
+    """
+    starts = {
+        start: tier.folder.pretrained(*start, tier.pretraining_seed) for start in tier.grid.starts()
+    }
+    with _only_one(ROOT):
+        _clear_up(tier)
+        targets = [str(folder / "weights.safetensors") for folder in starts.values()]
+        if status := _snakemake(tier, ["--cores", str(cores)], (), targets):
+            _say_what_failed(tier)
+            return status
+    listed = {network.weights: network.sha256 for network in tier.manifest.networks}
+    for folder in starts.values():
+        target = NETWORKS / folder.relative_to(tier.folder.root / "pretrained")
+        make_folder(target)
+        for name in NETWORK_FILES:
+            for path in (ROOT / folder / name, sidecar_path(ROOT / folder / name)):
+                with written_beside(target / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+        weights = (target / NETWORK_FILES[0]).relative_to(ROOT).as_posix()
+        sha256 = file_sha256(ROOT / weights)
+        same = "the one that" if listed.get(weights) == sha256 else f"sha256 {sha256}, not what"
+        print(f"{weights}: {same} the manifest lists")
+    return 0
+
+
+def _expect_folders(tier: Tier) -> None:
+    """Raise `InputError` where a run could not write its last files, hours later."""
+    for path in (tier.folder.root / "parameters", tier.folder.root / "notebooks", Path("results")):
+        if not os.access(make_folder(ROOT / path), os.W_OK):
+            raise InputError(f"{path}: expected a folder that can be written to")
+    if (ROOT / "results" / tier.name).is_file():
+        raise InputError(f"results/{tier.name}: expected a folder, found a file")
+
+
+def _clear_up(tier: Tier, elsewhere: bool = False) -> None:
+    """End what an earlier run that was killed left behind, and take its lock and files away.
+
+    Args:
+        tier: The tier that is to run.
+        elsewhere: Jobs may run on other machines, whose temporary files are left alone.
+    """
+    if ended := end_orphans(ROOT):
+        print(f"ended {ended} processes that an earlier run had left behind", flush=True)
+    for folder in () if elsewhere else (ROOT / tier.folder.root, DOWNLOADS, NETWORKS):
+        sweep(folder)
+    for log in (ROOT / tier.folder.root).rglob("*.failed"):  # with what an earlier run executed
+        log.with_suffix("").unlink(missing_ok=True)
+        log.unlink()
+    if any((ROOT / ".snakemake" / "locks").glob("*")):
+        _snakemake(tier, ["--unlock"])
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files below a folder whose process has ended."""
+    for path in [*folder.rglob(".*")]:
+        match = TEMPORARY.fullmatch(path.name)
+        if match and not psutil.pid_exists(int(match[2])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _say_what_failed(tier: Tier) -> None:
+    """Print, as the last lines of all, why each notebook failed and in which cell."""
+    print(f"the study did not finish; executed notebooks: {tier.folder.root}/notebooks", flush=True)
+    jobs = [(job, tier.folder.executed_notebook(job)) for job, _ in tier.jobs()]
+    for job, path in [*jobs, ("publish", tier.folder.root / "published.txt")]:
+        log = ROOT / f"{path}.failed"
+        if log.is_file():
+            print(_why(job, ROOT / path, log), file=sys.stderr, flush=True)
+
+
+def _why(job: str, notebook: Path, log: Path) -> str:
+    """Return a sentence that says in which cell a notebook failed, or what was said last."""
+    for cell in read_executed(notebook).get("cells", []):
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                place = f"notebooks/{job.partition('-')[0]}.ipynb, cell [{cell['execution_count']}]"
+                kind = "" if output["ename"] == "InputError" else f"{output['ename']}: "
+                return f"error: {job}: {place}: {kind}{output['evalue']}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"error: {job}: {lines[-1].removeprefix('error: ') if lines else 'was ended'}"
+
+
+def _snakemake(
+    tier: Tier, options: Sequence[str], config: Sequence[str] = (), targets: Sequence[str] = ()
+) -> int:
+    """Run Snakemake on a tier, and return its exit status.
+
+    Rules run again when inputs are newer or parameters differ, of which the code's fingerprint is
+    one, and where a kill left their output incomplete.
+    """
+    command = [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
+        *("--directory", str(ROOT), "--rerun-triggers", "mtime", "params", "--rerun-incomplete"),
+        *([] if "--dry-run" in options else ["--quiet", "rules", "host"]),
+        *options,
+        *("--config", f"tier={tier.name}", f"work={tier.folder.root.parent}", *config),
+        *(("--", *targets) if targets else ()),
+    ]
+    marked = {**os.environ, MARK: str(ROOT)}
+    return subprocess.run(command, env=marked, check=False).returncode
+
+
+def publish(tier: Tier) -> list[Path]:
+    """Copy tables and figures of a finished tier into `results/<tier>`, in place of older ones.
+
+    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole.
+
+    Records with dates and package versions stay behind but for one, `provenance.json`, so that
+    `git diff results` shows what changed in the figures and not that time went by.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: The tier was not evaluated yet.
+    """
+    record = check(ROOT / tier.folder.evaluation / "summary.csv")
+    target = ROOT / "results" / tier.name
+    beside, old = (target.with_name(f".{tier.name}.{part}") for part in ("new", "old"))
+    if old.is_dir() and not target.exists():  # killed between the two renames below
+        old.replace(target)
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    sources = {
+        **{f"data/{name}": tier.folder.prepared(name) / "figures" for name in tier.grid.datasets},
+        "pretrained": tier.folder.root / "pretrained",
+        "scores": tier.folder.root / "scores",
+        "evaluation": tier.folder.evaluation,
+    }
+    many = len(tier.grid.starts()) > MOST_DRAWN
+    for name, source in sources.items():
+        kinds = TABLES if many and name in ("pretrained", "scores") else TABLES | FIGURES
+        for path in sorted((ROOT / source).rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(ROOT / source).parts)
+            if path.suffix in kinds and not hidden and not path.name.endswith(".record.json"):
+                copy = beside / name / path.relative_to(ROOT / source)
+                make_folder(copy.parent)
+                shutil.copyfile(path, copy)
+    provenance = {
+        "command": f"make study TIER={tier.name}",
+        "parameters": {name: dict(section) for name, section in tier.sections.items()},
+        "grid": [part.model_dump() for part in tier.grid.parts],
+        "tier_sha256": tier.sha256,
+        "evaluation": {"parameters": record["parameters"], "environment": record["environment"]},
+        "runs": _runs_by_commit(tier),
+    }
+    with written_beside(beside / "provenance.json") as temporary:
+        temporary.write_text(json.dumps(provenance, indent=2) + "\n")
+    with written_beside(beside / "NOTICE.txt") as temporary:
+        temporary.write_text(
+            _notice({n: tier.manifest.dataset(n) for n in tier.grid.datasets}), "utf-8"
+        )
+    with written_beside(beside / "README.md") as temporary:
+        temporary.write_text(tier_page(beside), "utf-8")
+    if target.is_dir():
+        target.replace(old)
+    beside.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
+    """How many runs there are of every data set and backbone, of which commit and date."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for path in sorted((ROOT / tier.folder.root / "runs").rglob("records.csv.record.json")):
+        record = check(path.with_name(path.name.removesuffix(".record.json")))
+        parameters, environment = record["parameters"], record["environment"]
+        keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
+        found.setdefault(keys, []).append(environment["date"])
+    names = ("dataset", "backbone", "commit")
+    return [
+        {**dict(zip(names, keys, strict=True)), "runs": len(d), "from": min(d), "to": max(d)}
+        for keys, d in found.items()
+    ]
+
+
+def _notice(datasets: Mapping[str, Dataset]) -> str:
+    """Under which licences pictures, labels and predictions of these data sets are."""
+    lines = ["Pictures, labels, predictions and networks here are derived from these data,"]
+    lines += ["and are passed on under their licences.", ""]
+    for name, dataset in datasets.items():
+        lines.append(f"{name}: {dataset.title}")
+        lines += [
+            f"  {entry.covers}: {entry.name}. {entry.attribution}." for entry in dataset.licences
+        ]
+    return "\n".join([*lines, ""])
+
+
+def end_orphans(root: Path) -> int:
+    """End the processes that an earlier run of this checkout left behind; return their number."""
+    own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in own and process.environ().get(MARK) == str(root):
+                orphans.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    for process in orphans:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(orphans, timeout=10)
+    return len(orphans)
+
+
+@contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Hold the checkout's lock, which a killed process gives up by itself."""
+    lock = root / "work" / "study.lock"
+    make_folder(lock.parent)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{root}: a study is running here already") from error
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
+    parser.add_argument("action", choices=["run", "publish", "reproduce", "networks"])
+    parser.add_argument("tier", help="a file in notebooks/tiers, such as demo")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    parser.add_argument("--run", default="", help="of reproduce, such as demo/cmx/lsgs/0/0")
+    parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
+    options = parser.parse_args(arguments)
+    try:
+        tier = load_tier(options.tier, ROOT)
+        if options.action == "run":
+            return run(tier, options.cores, options.dry_run, options.profile)
+        if options.action == "reproduce":
+            return reproduce(tier, options.run, options.cores)
+        if options.action == "networks":
+            return make_networks(tier, options.cores)
+        print(f"published {len(publish(tier))} files in results/{tier.name}")
+        return 0
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

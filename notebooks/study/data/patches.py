@@ -1,0 +1,351 @@
+"""Patches of a prepared data set as batches of tensors, read and normalised when needed."""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import pandas as pd
+import rasterio
+import torch
+from pydantic import ValidationError
+from rasterio.windows import Window
+from torch.utils.data import DataLoader
+
+from lsgs_core.batch import Batch
+from lsgs_core.errors import InputError
+from study.data.alignment import windows
+from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
+from study.data.labels import class_membership, membership
+from study.data.manifest import Dataset, DiagonalBlocks, Patches
+from study.data.preparation import LABELS, PATCH_TABLE, Prepared, matching_record, open_prepared
+from study.data.schema import Strict, validated
+from study.files import file_sha256, written_beside
+
+logger = logging.getLogger(__name__)
+
+OPEN_FILES = 64  # per process; well below what systems allow
+Split = Literal["training", "validation", "test"]
+Normalisation = Literal["standardise", "centre", "none"]
+
+
+def make_patches(
+    dataset: Dataset,
+    prepared_folder: Path,
+    folds: str = "",
+    index_file: Path | None = None,
+    **overrides: int | float | None,
+) -> pd.DataFrame:
+    """Write `patches.csv` into a prepared folder and return it; see `folds.patch_table`.
+
+    It is proved here that no pixel is in two parts of a fold, except for shuffled patches, where
+    neighbours are: a warning says so.
+
+    Args:
+        dataset: Gives the defaults (`patches` and `folds` of the manifest).
+        prepared_folder: Folder that `prepare` wrote.
+        folds: Name of folds of the manifest, "" for the first.
+        index_file: For shuffled patches, a permutation of their numbers, one per line.
+        **overrides: size, stride, minimum_labelled, or a field of the folds such as block_size;
+            None keeps the manifest's value.
+
+    Raises:
+        InputError: An override is unknown, lengths do not fit, or a scene is not prepared.
+    """
+    folder = Path(prepared_folder)
+    record = matching_record(folder, dataset)
+    chosen = dataset.fold_definition(folds)
+    settings = [dataset.patches.model_dump(), chosen.model_dump()]
+    for name, value in overrides.items():
+        if not any(name in part for part in settings):
+            names = sorted((settings[0] | settings[1]).keys() - {"kind"})
+            raise InputError(f"unknown patch setting {name!r}; expected some of {names}")
+        if value is not None:
+            settings = [part | {name: value} if name in part else part for part in settings]
+    patches = validated(Patches, settings[0], "patches")
+    chosen = validated(type(chosen), settings[1], "folds")
+    labels = dataset.labels
+    rasters, member = _label_rasters(folder, record), membership(labels)
+    table = patch_table(rasters, member, labels.names, patches, chosen, index_file)
+    if leaks(chosen):
+        logger.warning("patches are shuffled: neighbours of test patches are trained on")
+    for fold in range(table.filter(regex="^fold_").shape[1]):
+        margin = chosen.margin if isinstance(chosen, DiagonalBlocks) else 0
+        check_separation(table, fold, margin, {} if leaks(chosen) else record.scenes)
+    with written_beside(folder / PATCH_TABLE) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+    return table
+
+
+def _label_rasters(folder: Path, record: Prepared) -> Iterator[tuple[str, Any]]:
+    """Yield name and label raster of every scene, open until the next scene is asked for."""
+    for name in record.scenes:
+        with open_prepared(folder / name / f"{LABELS}.tif") as raster:
+            yield name, raster
+
+
+class Statistics(Strict):
+    """Mean and population standard deviation per band of each modality, over training pixels."""
+
+    made_from: dict[str, str]  # hashes of the patch table and of the rasters
+    means: dict[str, list[float]]
+    deviations: dict[str, list[float]]
+
+
+def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
+    """Return the normalisation of a fold, computed once and kept beside the patch table."""
+    folder = Path(prepared_folder)
+    record = matching_record(folder, dataset)
+    made_from = _hashes(folder, record)
+    path = folder / f"normalisation_fold_{fold}.json"
+    try:
+        kept = Statistics.model_validate_json(path.read_bytes())
+        if kept.made_from == made_from:
+            return kept
+    except (OSError, ValidationError):
+        pass  # does not exist yet, or is not complete
+    table = read_patch_table(folder / PATCH_TABLE)
+    training = table[table[f"fold_{fold}"] == "training"]
+    means, deviations = {}, {}
+    for modality, bands in dataset.modalities.items():
+        mean, deviation = _moments(folder, modality, training, record)
+        # Below this part of the mean, float32 images cannot resolve a deviation.
+        flat = deviation <= 1e-6 * np.abs(mean)
+        if flat.any():
+            constant = [band for band, is_flat in zip(bands, flat, strict=True) if is_flat]
+            logger.warning("fold %d: bands %s of %s do not vary", fold, constant, modality)
+        means[modality] = mean.tolist()
+        deviations[modality] = np.where(flat, 1.0, deviation).tolist()
+    statistics = Statistics(made_from=made_from, means=means, deviations=deviations)
+    with written_beside(path) as temporary:
+        temporary.write_text(statistics.model_dump_json(indent=1) + "\n", "utf-8")
+    return statistics
+
+
+def _moments(
+    folder: Path, modality: str, training: pd.DataFrame, record: Prepared
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation [D], float64, of the pixels that the patches cover."""
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for scene, patches in training.groupby("scene", sort=False):
+        prepared = record.scenes[str(scene)]
+        if modality not in prepared.modalities:
+            continue
+        with open_prepared(folder / str(scene) / f"{modality}.tif") as raster:
+            for window in windows(prepared.height, prepared.width):
+                covered = coverage(patches, (window.height, window.width), window=window)
+                inside = covered & (raster.read_masks(1, window=window) > 0)
+                pixels = raster.read(window=window)[:, inside].astype(np.float64)
+                count += pixels.shape[1]
+                total = total + pixels.sum(axis=1)
+                squares = squares + (pixels**2).sum(axis=1)
+    if not count:
+        raise InputError(f"{folder}: {modality} has no pixel with data in the training windows")
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
+def _hashes(folder: Path, record: Prepared) -> dict[str, str]:
+    """Return the hash of the patch table and of every raster, by path."""
+    rasters = {name: sha for scene in record.scenes.values() for name, sha in scene.outputs.items()}
+    return {PATCH_TABLE: file_sha256(folder / PATCH_TABLE)} | rasters
+
+
+class PatchDataset:
+    """The patches of one split of one fold, for one task.
+
+    Only the patch table is held in memory: windows are read from the aligned rasters, and GDAL's
+    block cache keeps what is used again. Files are opened once per process and thread, so an
+    instance can be pickled and used after a fork.
+
+    Args:
+        prepared_folder: Folder with the rasters of `prepare` and the table of `make_patches`.
+        dataset: Definition that the folder was prepared from.
+        task: Name of a task of the data set.
+        fold: Number of a fold, from 0.
+        split: "training", "validation" or "test".
+        normalisation: "standardise" (subtract the mean, divide by the standard deviation, or by 1
+            where a band does not vary, with a warning), "centre" (subtract the mean) or "none".
+            Statistics are over all pixels with data in the fold's training windows, each once.
+        limit: Keep only this many patches, spread evenly over the split.
+        workers: Processes that read batches ahead; 0 reads them when they are asked for.
+
+    Raises:
+        InputError: A name or number is unknown, the split is empty, or the folder is not prepared
+            from this definition.
+
+    Attributes:
+        table: The rows of the patch table that belong to the split.
+        patch_ids, block_ids: Numbers of patches and blocks, [N] int64.
+        modalities: Names, in the order of `Batch.images`.
+        bands: Number of bands D_m per modality.
+        classes: Names, in the order of the target's channels.
+        size: Side of a patch in pixels.
+        data_sha256: One hash of the patch table and of all rasters.
+        patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
+    """
+
+    def __init__(
+        self,
+        prepared_folder: Path,
+        dataset: Dataset,
+        task: str,
+        fold: int,
+        split: Split,
+        normalisation: Normalisation = "standardise",
+        limit: int | None = None,
+        workers: int = 0,
+    ) -> None:
+        self.folder, self.workers, self.dataset = Path(prepared_folder), workers, dataset
+        definition = dataset.task(task)
+        _expect("split", split, get_args(Split))
+        _expect("normalisation", normalisation, get_args(Normalisation))
+        record = matching_record(self.folder, dataset)
+        table = read_patch_table(self.folder / PATCH_TABLE)
+        _expect("fold", fold, range(table.filter(regex="^fold_").shape[1]))
+        self._hashes = _hashes(self.folder, record)
+        assignment = table.filter(regex="^(scene|row|column|size|fold_.*)$").to_csv(index=False)
+        self.patches_sha256 = hashlib.sha256(assignment.encode()).hexdigest()
+        all_hashes = json.dumps(self._hashes, sort_keys=True)
+        self.data_sha256 = hashlib.sha256(all_hashes.encode()).hexdigest()
+        chosen = table[table[f"fold_{fold}"] == split]
+        if chosen.empty:
+            raise InputError(f"{self.folder / PATCH_TABLE}: fold {fold} has no {split} patches")
+        if limit is not None:
+            if limit < 1:
+                raise InputError(f"limit: expected at least 1 patch, found {limit}")
+            spread = np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round()
+            chosen = chosen.iloc[spread.astype(np.int64)]
+        self.table = chosen.reset_index(drop=True)
+        self.patch_ids = self.table["patch_id"].to_numpy(np.int64)
+        self.block_ids = self.table["block"].to_numpy(np.int64)
+        places = self.table[["scene", "row", "column"]].itertuples(index=False, name=None)
+        self._places = [(str(scene), int(row), int(column)) for scene, row, column in places]
+        self.modalities = tuple(dataset.modalities)
+        self.bands = tuple(len(bands) for bands in dataset.modalities.values())
+        self.classes = tuple(definition.classes)
+        self.task_kind = definition.kind
+        self.size = int(self.table["size"].iloc[0])
+        # Per label code: whether it belongs to each class, and the first class that it has.
+        member = class_membership(dataset, task)
+        self._member = member.astype(np.float32)
+        self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
+        self._ignore = dataset.labels.ignore
+        self._present = {name: set(scene.modalities) for name, scene in record.scenes.items()}
+        self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
+        self._scale: dict[str, Any] = dict.fromkeys(self.modalities, 1)
+        if normalisation != "none":
+            statistics = fold_statistics(self.folder, dataset, fold)
+            self._shift = {m: _column(means) for m, means in statistics.means.items()}
+            if normalisation == "standardise":
+                self._scale = {m: _column(values) for m, values in statistics.deviations.items()}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return one patch as it is, for display.
+
+        These are the bands [D_m, H, W] per modality in the type of the source, zeros for an absent
+        one, and the label codes [H, W] (see `study.data.labels`).
+        """
+        images = {modality: self._read(index, modality)[0] for modality in self.modalities}
+        return images, self._read(index, LABELS)[0][0]
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        """Return a whole batch: what a `DataLoader` asks for whose sampler yields positions."""
+        return self.batch(indices)
+
+    def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
+        """Return the patches at these positions (0 … len − 1) as a `Batch`."""
+        chosen = [int(index) for index in indices]
+        shape = self.size, self.size
+        seen = np.empty((len(chosen), len(self.modalities), *shape), dtype=bool)
+        images = [np.empty((len(chosen), bands, *shape), np.float32) for bands in self.bands]
+        for position, index in enumerate(chosen):
+            for number, modality in enumerate(self.modalities):
+                image = images[number][position]
+                seen[position, number] = self._fill(image, index, modality)
+        seen_pixels = torch.from_numpy(seen)
+        available = seen_pixels.flatten(start_dim=2).any(dim=2)
+        complete = bool((seen_pixels == available[:, :, None, None]).all())
+        codes = np.stack([self._read(index, LABELS)[0][0] for index in chosen])
+        if self.task_kind == "multiclass":
+            target = self._class_of[codes]
+            valid = target >= 0  # a labelled pixel of no class has no right answer
+            target[~valid] = 0
+        else:
+            target = np.stack([member[codes] for member in self._member], axis=1)
+            valid = codes != self._ignore
+        return Batch(
+            images=tuple(torch.from_numpy(image) for image in images),
+            available=available,
+            target=torch.from_numpy(target),
+            valid=torch.from_numpy(valid),
+            seen=None if complete else seen_pixels,
+            patch_ids=torch.from_numpy(self.patch_ids[chosen]),
+            block_ids=torch.from_numpy(self.block_ids[chosen]),
+        )
+
+    def batches(
+        self, batch_size: int, order: Sequence[int] | np.ndarray | torch.Tensor | None = None
+    ) -> Iterator[Batch]:
+        """Yield batches of all patches, or of those in `order`; the last may be smaller."""
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected at least 1, found {batch_size}")
+        order = np.arange(len(self)) if order is None else order
+        starts = range(0, len(order), batch_size)
+        yield from self.batches_of([order[start : start + batch_size] for start in starts])
+
+    def batches_of(self, parts: Sequence[Any]) -> Iterator[Batch]:
+        """Yield a batch for each list of positions (0 … len − 1), in order."""
+        batches: Iterable[Batch] = map(self.batch, parts)
+        if self.workers:  # one item is a whole batch, made in a worker process; order is kept
+            dataset, sampler = cast(Any, self), cast(Any, list(parts))
+            batches = DataLoader(
+                dataset, batch_size=None, sampler=sampler, num_workers=self.workers
+            )
+        yield from batches
+
+    def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a patch of a raster [D, H, W], and where it has data [H, W] bool."""
+        scene, row, column = self._places[index]
+        shape = self.size, self.size
+        if name != LABELS and name not in self._present[scene]:
+            bands = self.bands[self.modalities.index(name)]
+            return np.zeros((bands, *shape), np.uint8), np.zeros(shape, dtype=bool)
+        file = f"{scene}/{name}.tif"
+        raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
+        window = Window(column, row, self.size, self.size)
+        return raster.read(window=window), raster.read_masks(1, window=window) > 0
+
+    def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
+        """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
+        pixels, with_data = self._read(index, modality)
+        np.subtract(pixels, self._shift[modality], out=image, dtype=np.float32, casting="unsafe")
+        np.divide(image, self._scale[modality], out=image)
+        if not with_data.all():
+            image[:, ~with_data] = 0
+        return with_data
+
+
+@lru_cache(OPEN_FILES)
+def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
+    """Open a raster once per content, process and thread; those used least are closed."""
+    return rasterio.open(path)
+
+
+def _column(values: list[float]) -> np.ndarray:
+    """Return one number per band as [D, 1, 1] float32."""
+    return np.array(values, dtype=np.float32)[:, None, None]
+
+
+def _expect(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {list(choices)}, found {value!r}")

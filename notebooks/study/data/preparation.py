@@ -1,0 +1,357 @@
+"""Prepare a data set: every band and the labels of a scene on one grid.
+
+Written per scene: `<scene>/<modality>.tif`, with its bands in the manifest's order, in the type of
+the source and with an internal mask of the pixels that the modality sees, and `<scene>/labels.tif`.
+`prepared.json` beside them records what they were made from, so that no scene is made twice.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import rasterio
+from pydantic import ValidationError
+from rasterio.errors import RasterioError
+from rasterio.windows import Window, intersection
+from tqdm.auto import tqdm
+
+from lsgs_core.errors import InputError
+from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, windows
+from study.data.labels import Draw, code_names, membership, open_labels
+from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
+from study.data.raw_files import Modality, Scene, find_scenes
+from study.data.schema import Strict
+from study.files import file_sha256, make_folder, written_beside
+
+RECORD = "prepared.json"
+PATCH_TABLE = "patches.csv"
+LABELS = "labels"
+# A patch of 224 pixels reads half as much from small tiles. Files are as small with Zstandard as
+# with deflate, and three times as fast to write and twice as fast to read.
+PROFILE = {"driver": "GTiff", "tiled": True, "blockxsize": 128, "blockysize": 128}
+PROFILE |= {"compress": "zstd", "zstd_level": 1, "BIGTIFF": "IF_SAFER"}
+
+
+class PreparedScene(Strict):
+    """What one scene was made from and what was written; hashes by path relative to the folder.
+
+    Attributes:
+        transform: From pixels to the ground, the first six elements of the affine matrix.
+        modalities: Modalities that are not absent.
+        label_pixels: Pixels per label value; more in total than labelled where values overlap.
+        label_values: Values of the raw labels, also of pixels that no modality sees.
+        unseen_pixels: Pixels without data per modality.
+    """
+
+    raw: dict[str, str]
+    outputs: dict[str, str]
+    height: int
+    width: int
+    crs: str | None
+    transform: tuple[float, float, float, float, float, float]
+    modalities: list[str]
+    labelled_pixels: int
+    label_pixels: dict[str, int]
+    label_values: list[str]
+    unseen_pixels: dict[str, int]
+
+    @property
+    def pixel_size(self) -> tuple[float, str]:
+        """Return the width of a pixel and its unit, as maps show it."""
+        if self.crs is None:
+            return 1.0, "pixels"
+        crs = rasterio.crs.CRS.from_wkt(self.crs)
+        if crs.is_geographic:
+            return self.transform[0], "degrees"
+        return self.transform[0] * crs.linear_units_factor[1] / 1000, "km"
+
+
+class Prepared(Strict):
+    """The content of `prepared.json`; `complete` is false while scenes are still missing."""
+
+    definition: dict[str, Any]
+    scenes: dict[str, PreparedScene]
+    complete: bool = True
+
+    def summary(self) -> pd.DataFrame:
+        """Return a row per scene: its size, and the shares that are labelled and that are seen."""
+        rows = []
+        for name, scene in self.scenes.items():
+            pixels = scene.height * scene.width
+            row = {"scene": name, "rows": scene.height, "columns": scene.width}
+            row |= {"labelled": scene.labelled_pixels / pixels}
+            rows.append(row | {f"{m} sees": 1 - n / pixels for m, n in scene.unseen_pixels.items()})
+        return pd.DataFrame(rows)
+
+
+def load_prepared(folder: Path) -> Prepared | None:
+    """Return the record of a prepared folder, None when there is no readable one."""
+    try:
+        return Prepared.model_validate_json((Path(folder) / RECORD).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def matching_record(folder: Path, dataset: Dataset) -> Prepared:
+    """Return the record of a prepared folder that is complete and of this definition."""
+    record = load_prepared(folder)
+    if record is None:
+        raise InputError(f"{folder}: is not a prepared folder")
+    if record.definition != dataset.raster_definition():
+        raise InputError(f"{folder}: was prepared from another definition; prepare it again")
+    if not record.complete:
+        raise InputError(f"{folder}: its preparation was interrupted; prepare it again to resume")
+    return record
+
+
+@contextmanager
+def open_prepared(path: Path) -> Iterator[Any]:
+    """Open a prepared raster for reading. Raises `InputError` when it does not exist."""
+    with rasterio.Env(**ENVIRONMENT):
+        try:
+            raster = rasterio.open(path)
+        except RasterioError as error:
+            raise InputError(f"{path}: is not prepared: {error}") from error
+        with raster:
+            yield raster
+
+
+def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepared:
+    """Make the aligned rasters of all scenes that do not exist yet, and return the record.
+
+    A scene is kept when the definition, its raw files and its outputs are unchanged (by hash). All
+    raw files of the other scenes are read before the first of these is written. A pixel that a
+    modality does not see (nodata or NaN in any of its bands, or hidden by its mask) is 0 and masked
+    in that modality; one that no modality sees is unknown in the labels.
+
+    Raises:
+        InputError: A raw file is missing, damaged, lies elsewhere than the reference band, or does
+            not hold what the manifest says.
+    """
+    raw_folder, prepared_folder = Path(raw_folder), Path(prepared_folder)
+    scenes = {scene.name: scene for scene in find_scenes(dataset, raw_folder)}
+    files = sorted({file for scene in scenes.values() for file in scene.files})
+    print(f"{len(scenes)} scenes, {len(files)} files; writes to {prepared_folder}")
+    hashes = {file: file_sha256(file) for file in tqdm(files, desc="hash raw files", unit="file")}
+    raw = {
+        name: {file.relative_to(raw_folder).as_posix(): hashes[file] for file in scene.files}
+        for name, scene in scenes.items()
+    }
+    definition, previous = dataset.raster_definition(), load_prepared(prepared_folder)
+    done: dict[str, PreparedScene] = {}
+    if previous and previous.definition == definition:
+        done = {
+            name: scene
+            for name, scene in previous.scenes.items()
+            if scene.raw == raw.get(name)
+            and all(_sha256(prepared_folder / file) == sha for file, sha in scene.outputs.items())
+        }
+    pending = [scene for name, scene in scenes.items() if name not in done]
+    with rasterio.Env(**ENVIRONMENT):
+        values = {name: set(scene.label_values) for name, scene in done.items()}
+        for scene in tqdm(pending, desc="check", unit="scene"):
+            values[scene.name] = check_scene(scene)
+        missing = set(dataset.labels.names) - set().union(*values.values()) - {BACKGROUND}
+        if pending and missing:
+            raise InputError(f"labels.values: {sorted(missing)} occur in no scene of {raw_folder}")
+        if pending:
+            begun = Prepared(definition=definition, scenes=done, complete=False)
+            write_record(begun, prepared_folder)
+            # Its patches are of other rasters.
+            (prepared_folder / PATCH_TABLE).unlink(missing_ok=True)
+        last_written = 0.0
+        for scene in tqdm(pending, desc="align", unit="scene"):
+            made = _write_scene(scene, prepared_folder)
+            made |= {"raw": raw[scene.name], "label_values": sorted(values[scene.name])}
+            done[scene.name] = PreparedScene(**made)
+            # A killed preparation resumes from here. With thousands of small scenes, the record
+            # is written every ten seconds, or the writing would take most of the time.
+            if time.monotonic() - last_written > 10:
+                write_record(begun.model_copy(update={"scenes": done}), prepared_folder)
+                last_written = time.monotonic()
+    record = Prepared(definition=definition, scenes={name: done[name] for name in scenes})
+    if pending or not previous or record.model_dump_json() != previous.model_dump_json():
+        write_record(record, prepared_folder)
+    return record
+
+
+def write_record(record: Prepared, folder: Path) -> None:
+    """Write the record of a prepared folder, beside and renamed."""
+    make_folder(folder)
+    with written_beside(folder / RECORD) as path:
+        path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file, "" when it does not exist."""
+    return file_sha256(path) if path.is_file() else ""
+
+
+def check_scene(scene: Scene) -> set[str]:
+    """Read all raw files of a scene once; return the label values that it has."""
+    with open_scene(scene) as (grid, modalities, draw):
+        rasters = [raster for modality in modalities.values() for raster in modality.rasters]
+        for raster in {raster.path: raster for raster in rasters}.values():
+            raster.check()
+        member = membership(scene.labels)
+        occurs = np.zeros(member.shape[1], dtype=bool)
+        for window in windows(grid.height, grid.width):
+            occurs |= member[np.unique(draw(window))].any(axis=0)
+    return set(np.array(scene.labels.names)[occurs].tolist())
+
+
+@contextmanager
+def open_scene(scene: Scene) -> Iterator[tuple[Grid, dict[str, "AlignedModality"], Draw]]:
+    """Open a scene: its grid, modalities and labels."""
+    grid = grid_of(scene.reference_file, scene.reference)
+    with ExitStack() as stack:
+        modalities = {
+            name: AlignedModality(modality, grid, scene.resampling, stack)
+            for name, modality in scene.modalities.items()
+        }
+        yield grid, modalities, stack.enter_context(open_labels(scene, grid))
+
+
+class AlignedModality:
+    """The bands of one modality on the grid of a scene, with derived bands and the mask.
+
+    Args:
+        modality: Definitions and files.
+        grid: Grid of the scene.
+        resampling: Name of one of rasterio's methods.
+        stack: Keeps the files open.
+
+    Attributes:
+        rasters: The files of the bands, and after them the mask's.
+        bands: Names of the bands.
+        kind: Data type of the bands.
+    """
+
+    def __init__(self, modality: Modality, grid: Grid, resampling: str, stack: ExitStack) -> None:
+        self.grid, self.definitions, self.rasters = grid, modality.bands, list[AlignedRaster]()
+        self.bands = list(modality.bands)
+        self._sources = [name for file in modality.files for name in file.bands]
+        for file in modality.files:
+            bands = list(file.bands.values())
+            placed, channels = bands[0], [band.channel for band in bands]
+            more = resampling, placed.nodata, file.data_channels
+            raster = AlignedRaster(file.path, placed, grid, channels, *more)
+            self.rasters.append(stack.enter_context(raster))
+            count = raster.raw.count
+            if placed.channel_count not in (None, count):
+                wanted = placed.channel_count
+                raise InputError(f"{file.path}: expected {wanted} channels, found {count}")
+            for band, channel in zip(bands, raster.channels, strict=True):
+                description = raster.raw.descriptions[channel - 1]
+                if band.description and description and description != band.description:
+                    raise InputError(
+                        f"{file.path}: expected {band.description!r} as channel {channel}, "
+                        f"found {description!r}: are bands swapped?"
+                    )
+        derived = [b for b in modality.bands.values() if not isinstance(b, FileBand)]
+        self._halo = int(any(isinstance(band, Slope) for band in derived))
+        kinds = [raster.kind for raster in self.rasters]
+        self.kind = np.result_type(*kinds, *[np.float32] * bool(derived))
+        self._unseen = modality.mask.unseen if modality.mask else []
+        if modality.mask and modality.mask_file:
+            mask = AlignedRaster(modality.mask_file, modality.mask, grid, [modality.mask.channel])
+            self.rasters.append(stack.enter_context(mask))
+
+    def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bands [D, h, w], 0 where not seen, and where all are seen [h, w]."""
+        wide, inner = _widened(window, self._halo, self.grid)
+        parts = [raster.read(wide) for raster in self.rasters]
+        seen = np.logical_and.reduce([with_data for _, with_data in parts])
+        if self._unseen:
+            seen &= ~np.isin(parts.pop()[0][0], self._unseen)
+        channels = [channel for pixels, _ in parts for channel in pixels]
+        pixels = dict(zip(self._sources, channels, strict=True))
+        bands = []
+        for name, band in self.definitions.items():
+            if isinstance(band, Difference):
+                first, second = (pixels[source].astype(np.float32) for source in band.difference)
+                bands.append(first - second)
+            elif isinstance(band, Slope):
+                heights = np.where(seen, pixels[band.slope], np.nan).astype(np.float32)
+                down, across = np.gradient(heights, band.pixel_size)
+                bands.append(np.degrees(np.arctan(np.hypot(down, across))))
+            else:
+                bands.append(pixels[name])
+        stacked = np.stack(bands).astype(self.kind)[(slice(None), *inner)]
+        seen = seen[inner] & np.isfinite(stacked).all(axis=0)  # no slope beside a hole
+        stacked[:, ~seen] = 0
+        return stacked, seen
+
+
+def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice, slice]]:
+    """Return a window with a halo, cut at the grid's edge, and where the inner one lies in it."""
+    top, left = window.row_off - halo, window.col_off - halo
+    around = Window(left, top, window.width + 2 * halo, window.height + 2 * halo)
+    wide = intersection(around, Window(0, 0, grid.width, grid.height))
+    row, column = window.row_off - wide.row_off, window.col_off - wide.col_off
+    inner = slice(row, row + window.height), slice(column, column + window.width)
+    return wide, inner
+
+
+def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
+    """Write all rasters of one scene and return what its record says of them."""
+    make_folder(folder / scene.name)
+    labels, member = scene.labels, membership(scene.labels)
+    files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
+    counts = np.zeros(member.shape[1], dtype=np.int64)
+    labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
+    with open_scene(scene) as (grid, modalities, draw), ExitStack() as renamed:
+        rename = renamed.enter_context
+        paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
+        with ExitStack() as written:
+            outputs = {
+                name: written.enter_context(_create(paths[name], grid, source.bands, source.kind))
+                for name, source in modalities.items()
+            }
+            kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
+            codes_file = _create(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+            output = written.enter_context(codes_file)
+            output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
+            steps = windows(grid.height, grid.width)
+            quiet = len(steps) == 1
+            for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
+                codes = draw(window)
+                seen_at_all = np.zeros(codes.shape, dtype=bool)
+                for modality, source in modalities.items():
+                    pixels, seen = source.read(window)
+                    outputs[modality].write(pixels, window=window)
+                    outputs[modality].write_mask(seen, window=window)
+                    seen_at_all |= seen
+                    unseen[modality] += int((~seen).sum())
+                codes[~seen_at_all] = labels.ignore
+                output.write(codes, 1, window=window)
+                labelled += int((codes != labels.ignore).sum())
+                occurring, pixels_of = np.unique(codes, return_counts=True)
+                counts += pixels_of @ member[occurring].astype(np.int64)
+    return {
+        "outputs": {file: file_sha256(folder / file) for file in files.values()},
+        "height": grid.height,
+        "width": grid.width,
+        "crs": grid.crs.to_wkt() if grid.crs else None,
+        "transform": tuple(grid.transform)[:6],
+        "modalities": list(scene.modalities),
+        "labelled_pixels": labelled,
+        "label_pixels": dict(zip(labels.names, counts.tolist(), strict=True)),
+        "unseen_pixels": unseen,
+    }
+
+
+def _create(path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any) -> Any:
+    """Open a tiled, compressed GeoTIFF on the grid for writing, with named bands."""
+    place: Mapping[str, Any] = {"width": grid.width, "height": grid.height}
+    if grid.georeferenced:
+        place = {**place, "transform": grid.transform, "crs": grid.crs}
+    predictor = 3 if np.issubdtype(kind, np.floating) else 2
+    options |= {"count": len(bands), "dtype": kind, "predictor": predictor} | PROFILE
+    raster = rasterio.open(path, "w", **place, **options)
+    raster.descriptions = tuple(bands)
+    return raster

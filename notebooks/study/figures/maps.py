@@ -1,0 +1,211 @@
+"""Maps: a prepared scene at a glance, and the predictions for single patches."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from study.data.folds import split_roles
+from study.data.labels import class_membership
+from study.data.manifest import Dataset
+from study.data.preparation import LABELS, matching_record, open_prepared
+from study.figures import GREY, PALETTE
+from study.predictions import NOTHING, UNKNOWN, Predictions, composite
+from study.statistics import method_title
+
+LARGEST = 1000  # height or width of a picture, pixels
+Extent = tuple[float, float, float, float]  # left, right, bottom, top
+
+
+def category_colours(count: int, colours: Sequence[str] = PALETTE) -> list[str]:
+    """Return the first `count` colours, or evenly spread hues if there are too few of them."""
+    enough = count <= len(colours)
+    return list(colours[:count]) if enough else list(sns.husl_palette(count).as_hex())
+
+
+def category_map(
+    axes: Axes,
+    ids: NDArray[np.integer],
+    names: Mapping[int, str],
+    title: str,
+    colours: Sequence[str] = PALETTE,
+    extent: Extent | None = None,
+    legend: bool = True,
+) -> None:
+    """Draw a map of ids [H, W]; ids without a name stay white.
+
+    There are evenly spread hues if there are fewer colours than names. The extent is in the units
+    of the axes; without it, these are pixels.
+    """
+    positions = np.full(ids.shape, np.nan)
+    for position, key in enumerate(names):
+        positions[ids == key] = position
+    chosen = category_colours(len(names), colours)
+    norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
+    axes.imshow(positions, cmap=ListedColormap(chosen), norm=norm, extent=extent)
+    axes.set_title(title)
+    if legend:
+        handles = _patches(chosen, names.values())
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+
+
+def first_scene(
+    dataset: Dataset, prepared_folder: Path, table: pd.DataFrame, task: str, fold: int
+) -> Figure:
+    """Draw every modality of the first scene, its labels, and the parts of one fold.
+
+    Where several classes of the task overlap, the first is shown.
+    """
+    scene, made = next(iter(matching_record(prepared_folder, dataset).scenes.items()))
+    folder = Path(prepared_folder) / scene
+    codes, _, factor = read_overview(folder / f"{LABELS}.tif")
+    pictures = {}
+    for modality in made.modalities:
+        bands, seen, _ = read_overview(folder / f"{modality}.tif")
+        pictures[modality] = composite(bands, seen)
+    names = list(dataset.task(task).classes)
+    member = class_membership(dataset, task)
+    class_of = np.where(member.any(axis=0), member.argmax(axis=0), len(names))
+    class_of[dataset.labels.ignore] = -1
+    classes = class_of[codes[0]]
+    roles, role_names = split_roles(table[table["scene"] == scene], fold, classes.shape, factor)
+    pixel_size, unit = made.pixel_size
+    height, width = classes.shape
+    extent = (0.0, width * pixel_size * factor, height * pixel_size * factor, 0.0)
+    columns = 2 if width > 1.5 * height else 3
+    rows = -(-(len(pictures) + 2) // columns)
+    row_height = 13 / columns * 0.72 * height / width + 0.6
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(13, rows * row_height), sharex=True, sharey=True, squeeze=False
+    )
+    panels = list(axes.flat)
+    for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
+        panel.imshow(picture, extent=extent)
+        panel.set_title(f"{name} (2 to 98 % stretch)")
+    label_panel, part_panel, *empty = panels[len(pictures) :]
+    colours = [*category_colours(len(names)), GREY]
+    titles = dict(enumerate([*names, "none of these"]))
+    category_map(label_panel, classes, titles, f"{task} (white: unknown, ignored)", colours, extent)
+    role_colours = ("#56B4E9", "#E69F00", "#D55E00")
+    category_map(part_panel, roles, role_names, f"Parts of fold {fold}", role_colours, extent)
+    for panel in empty:
+        panel.axis("off")
+    for panel in panels[::columns]:
+        panel.set_ylabel(unit)
+    for panel in panels[: len(pictures) + 2][-columns:]:  # the last of every column
+        panel.set_xlabel(unit)
+        panel.tick_params(labelbottom=True)
+    return figure
+
+
+def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Read a prepared raster at a reduced size, by nearest neighbours, which keep label codes.
+
+    Returns:
+        The bands [D, h, w], the pixels with data as bool [h, w], and the factor of the reduction.
+    """
+    with open_prepared(path) as raster:
+        factor = max(1.0, max(raster.shape) / LARGEST)
+        shape = tuple(max(1, round(length / factor)) for length in raster.shape)
+        bands = raster.read(out_shape=(raster.count, *shape))
+        return bands, raster.read_masks(1, out_shape=shape) > 0, factor
+
+
+def prediction_maps(predictions: Predictions, backbone: str, method: str) -> Figure:
+    """Draw a row per patch: picture, truth, and the predictions from one and from all modalities.
+
+    Pixels without a label are pale.
+    """
+    maps, scenarios = predictions.of(backbone, method), predictions.scenarios
+    single = np.flatnonzero(scenarios.masks.sum(axis=1) == 1)
+    shown = {scenarios.names[index]: index for index in single} | {"all": scenarios.full}
+    titles = [f"image ({predictions.modalities[0]})", "truth", *shown]
+    figure, axes = plt.subplots(
+        len(maps), len(titles), figsize=(2 * len(titles) + 1.6, 2.15 * len(maps)), squeeze=False
+    )
+    for panels, pictures, truth, predicted in zip(
+        axes, predictions.pictures, predictions.truth, maps, strict=True
+    ):
+        panels[0].imshow(pictures[0])
+        _draw_classes(panels[1], truth, predictions)
+        for panel, index in zip(panels[2:], shown.values(), strict=True):
+            _draw_classes(panel, predicted[index], predictions, truth == UNKNOWN)
+    for panel, title in zip(axes[0], titles, strict=True):
+        panel.set_title(title)
+    _finish(figure, predictions)
+    figure.suptitle(f"{backbone}, {method_title(method)}")
+    return figure
+
+
+def prediction_view(
+    predictions: Predictions, patch: int, backbone: str, method: str, available: Sequence[bool]
+) -> Figure:
+    """Draw one patch under one scenario: its modalities, truth, prediction, and the errors.
+
+    Args:
+        predictions: The stored predictions.
+        patch: Position of the patch among them.
+        backbone: Backbone of the network.
+        method: Method of the network.
+        available: Whether each modality is available, [M]; at least one is.
+    """
+    scenario = predictions.scenarios.index(available)
+    predicted = predictions.of(backbone, method)[patch, scenario]
+    truth, names = predictions.truth[patch], predictions.modalities
+    columns = max(3, len(names))
+    figure, axes = plt.subplots(2, columns, figsize=(3 * columns + 1, 6))
+    for panel, name, picture, is_available in zip(
+        axes[0], names, predictions.pictures[patch], available, strict=False
+    ):
+        panel.imshow(picture if is_available else np.full_like(picture, 225))
+        panel.set_title(name if is_available else f"{name}: missing")
+    _draw_classes(axes[1, 0], truth, predictions)
+    axes[1, 0].set_title("truth (white: no label)")
+    _draw_classes(axes[1, 1], predicted, predictions, truth == UNKNOWN)
+    axes[1, 1].set_title(f"prediction from {predictions.scenarios.names[scenario]}")
+    compared = (truth != UNKNOWN) & (predicted != UNKNOWN)
+    is_right = predicted == truth
+    share = is_right[compared].mean() if compared.any() else float("nan")
+    errors, titles = np.where(compared, is_right, -1), {0: "wrong", 1: "right"}
+    title, colours = f"{share:.0%} right (orange: wrong)", ("#D55E00", "#DDDDDD")
+    category_map(axes[1, 2], errors, titles, title, colours, legend=False)
+    for panel in [*axes[0, len(names) :], *axes[1, 3:]]:
+        panel.axis("off")
+    _finish(figure, predictions)
+    return figure
+
+
+def _draw_classes(
+    panel: Axes,
+    classes: NDArray[np.uint8],
+    predictions: Predictions,
+    pale: NDArray[np.bool_] | None = None,
+) -> None:
+    """Draw a map of classes, grey where there is none of them, and pale where `pale` is True."""
+    category_map(panel, classes.astype(int), dict(enumerate(predictions.classes)), "", legend=False)
+    panel.imshow(np.where((classes == NOTHING)[..., None], to_rgba(GREY), 0))
+    if pale is not None:
+        panel.imshow(np.dstack([np.ones((*pale.shape, 3)), pale * 0.6]))
+
+
+def _patches(colours: Sequence[str], names: Iterable[str]) -> list[Patch]:
+    """Return the handles of a legend."""
+    return [Patch(color=c, label=name) for c, name in zip(colours, names, strict=True)]
+
+
+def _finish(figure: Figure, predictions: Predictions) -> None:
+    """Remove ticks and frames, and put a legend of the classes below."""
+    for panel in figure.axes:
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    classes = predictions.classes
+    handles = _patches([*category_colours(len(classes)), GREY], [*classes, "none of these"])
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)

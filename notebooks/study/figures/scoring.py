@@ -1,0 +1,127 @@
+"""Figures of a scoring: distortions, kernel, probabilities, and what they depend on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from lsgs_core.distortion import ScenarioScores
+from lsgs_core.probabilities import ScenarioProbabilities
+from study.figures import PALETTE
+
+SETTING_TITLES = {
+    "inverse_temperature": "inverse temperature τ",
+    "mixing": "mixing γ",
+    "ridge": "ridge λ",
+    "lengthscale": "lengthscale σ / median distance",
+}
+
+
+def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) -> Figure:
+    """Draw a row per scenario: its modalities, its distortion, and how often it is drawn.
+
+    Bars of the distortion have one standard error, clustered by spatial block.
+    """
+    scenarios = scores.scenarios
+    rows = np.arange(len(scenarios))
+    shades = sns.color_palette("crest", len(scenarios.modalities))
+    colours = [shades[int(missing)] for missing in scenarios.missing]
+    size, layout = (9, 0.8 + 0.32 * len(rows)), ConstrainedLayoutEngine(w_pad=0.1)
+    figure, axes = plt.subplots(
+        1, 3, figsize=size, width_ratios=(1, 2.2, 2.2), sharey=True, layout=layout
+    )
+    row, column = np.nonzero(scenarios.masks)
+    axes[0].scatter(column, row, s=90, color="#262626")
+    row, column = np.nonzero(~scenarios.masks)
+    axes[0].scatter(column, row, s=90, facecolors="none", edgecolors="#999999")
+    axes[0].set_xticks(range(len(scenarios.modalities)), scenarios.modalities)
+    axes[0].set_yticks(rows, scenarios.names)
+    axes[0].set(title="1  what is there", xlim=(-0.6, len(scenarios.modalities) - 0.4))
+    axes[1].barh(rows, scores.distortion, xerr=scores.standard_error, color=colours, capsize=2)
+    axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
+    axes[2].barh(rows, result.probabilities, color=colours)
+    axes[2].plot(result.prior, rows, color="#262626", linestyle="--")
+    label = f"probability p (dashed: {_prior_title(result)})"
+    axes[2].set(title="3  how often training draws it", xlabel=label)
+    axes[0].invert_yaxis()
+    handles = [Patch(color=shade, label=f"{n} missing") for n, shade in enumerate(shades)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
+    """Draw the kernel, the effect of the smoothing, and the probabilities beside the prior."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
+    labels = list(names)
+    sns.heatmap(
+        result.kernel, ax=axes[0], xticklabels=labels, yticklabels=labels, cmap="viridis",
+        vmin=0, vmax=1, square=True, cbar_kws={"label": "similarity"},
+    )  # fmt: skip
+    plt.setp(axes[0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+    axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
+    axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
+    limits = [result.utility.min(), result.utility.max()]
+    axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
+    axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
+    _probability_bars(axes[2], result, names, "Scenario probabilities")
+    return figure
+
+
+def sensitivity_panels(
+    result: ScenarioProbabilities,
+    names: Sequence[str],
+    resampled: NDArray[np.float64],
+    varied: pd.DataFrame,
+    settings: Mapping[str, Any],
+) -> Figure:
+    """Draw p with its uncertainty, and p as a function of each setting.
+
+    Args:
+        result: The probabilities in use.
+        names: Names of the scenarios.
+        resampled: Probabilities of `bootstrap_probabilities`, [R, K].
+        varied: Table of `sensitivity`.
+        settings: Settings in use; numbers are marked in their panels, except for the lengthscale,
+            whose panel has another unit.
+    """
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), width_ratios=(1.3, 1, 1, 1, 1))
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    axes[0].vlines(np.arange(len(names)), low, high, color="#333333")
+    _probability_bars(axes[0], result, names, "95 % over resampled blocks")
+    shades = sns.color_palette("viridis", len(names)).as_hex()
+    for panel, (setting, rows) in zip(axes[1:], varied.groupby("setting", sort=False), strict=True):
+        for (_, line), name, shade in zip(rows.groupby("scenario"), names, shades, strict=True):
+            panel.plot(line["value"], line["probability"], color=shade, label=name)
+        value = settings.get(str(setting))
+        if setting != "lengthscale" and isinstance(value, float):
+            panel.axvline(value, color="#333333", linestyle=":", linewidth=1)
+        if setting in ("ridge", "lengthscale"):
+            panel.set_xscale("log")
+        panel.set(xlabel=SETTING_TITLES[str(setting)], ylim=(0, None))
+    axes[4].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    axes[1].set_ylabel("probability p")
+    return figure
+
+
+def _probability_bars(
+    axes: Axes, result: ScenarioProbabilities, names: Sequence[str], title: str
+) -> None:
+    """Draw p as bars, and the prior as a dashed line."""
+    positions, label = np.arange(len(names)), _prior_title(result)
+    axes.bar(positions, result.probabilities, color=PALETTE[1])
+    axes.plot(positions, result.prior, color="#333333", linestyle="--", label=label)
+    axes.set_xticks(positions, list(names), rotation=40, ha="right")
+    axes.set(ylabel="probability p", title=title)
+    axes.legend()
+
+
+def _prior_title(result: ScenarioProbabilities) -> str:
+    return "uniform" if np.ptp(result.prior) < 1e-12 else "deployment"

@@ -1,0 +1,195 @@
+"""Figures of the comparison: one panel per data set and backbone, all made from tables."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lsgs_core.methods import METHODS
+from study.figures import PALETTE, family_members, method_colour
+from study.statistics import METRICS, method_title, rank_correlation
+
+MARKERS = "osD^vP*Xh"
+
+
+def forest(differences: pd.DataFrame, metric: str) -> Figure:
+    """Draw the difference of every method to uniform in one metric, with its 95 % interval."""
+    table = differences[differences["metric"] == metric]
+    present = set(table["method"])
+    first = ["pretrained", "uniform_again"]
+    order = [name for name in dict.fromkeys([*first, *METHODS]) if name in present][::-1]
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        rows = rows.set_index("method")
+        axes.axvline(0, color="#333333", linewidth=1)
+        for position, name in enumerate(order):
+            if name not in rows.index:
+                continue
+            row, colour = rows.loc[name], method_colour(name)
+            face = colour if row["p_holm"] < 0.05 else "white"
+            axes.hlines(position, row["low"], row["high"], color=colour, linewidth=2)
+            axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
+            axes.text(
+                1.02, position, f"{row['replicates']:.0f}", fontsize=8, color="#666666",
+                va="center", transform=axes.get_yaxis_transform(),
+            )  # fmt: skip
+        axes.set_yticks(range(len(order)), [method_title(name) for name in order])
+        axes.set_xlabel("IoU minus uniform")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+
+    figure = _panels(table, draw, width=3.6, height=0.6 + 0.27 * len(order), sharey=True)
+    # The numbers of replicates stand between the panels.
+    figure.set_layout_engine("constrained", wspace=0.08)
+    figure.suptitle(
+        f"{METRICS[metric]}: difference to uniform, 95 % over replicates and blocks\n"
+        "filled: Holm-corrected p < 0.05; on the right: replicates; second arm: the noise floor"
+    )
+    return figure
+
+
+def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Draw the IoU per method and scenario; colours span the range of a data set.
+
+    Scores have the columns dataset, backbone, method, scenario and iou.
+    """
+    methods = list(dict.fromkeys(scores["method"]))
+    limits = scores.groupby("dataset")["iou"].agg(["min", "max"])
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        table = rows.pivot_table(index="method", columns="scenario", values="iou", sort=False)
+        table = table.reindex(index=methods, columns=list(names)).rename(index=method_title)
+        low, high = limits.loc[rows["dataset"].iloc[0], ["min", "max"]]
+        numbers = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 8}}
+        label = {"label": "IoU"}
+        sns.heatmap(table, ax=axes, cmap="viridis", vmin=low, vmax=high, cbar_kws=label, **numbers)
+        axes.set(xlabel="", ylabel="")
+        plt.setp(axes.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
+
+    pairs = len(scores[["dataset", "backbone"]].drop_duplicates())
+    height = 1.2 + 0.3 * len(methods)
+    return _panels(scores, draw, width=5.6, height=height, columns=1 if pairs < 4 else 2)
+
+
+def method_curves(histories: pd.DataFrame) -> Figure:
+    """Draw the validation IoU per epoch of fine-tuning, a line per method: means over folds, seeds.
+
+    Histories have the columns dataset, backbone, method, epoch and validation_mean_iou.
+    """
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        for method, lines in rows.groupby("method", sort=False):
+            curve = lines.groupby("epoch")["validation_mean_iou"].mean()
+            axes.plot(curve.index + 1, curve, **_look(str(method)))
+        axes.set(xlabel="epochs of fine-tuning", ylabel="validation IoU, mean over scenarios")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+    height = max(3.2, 0.18 * histories["method"].nunique())
+    return _panels(histories, draw, width=4, height=height, legend=True)
+
+
+def worst_against_mean(summary: pd.DataFrame) -> Figure:
+    """Draw the IoU of the worst scenario against the mean, a point per method: means over seeds."""
+    keys = ["dataset", "backbone", "method"]
+    table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        for method, row in rows.groupby("method", sort=False):
+            axes.plot(row["mean_iou"], row["worst_iou"], linestyle="", **_look(str(method)))
+        axes.set(xlabel="IoU, mean over scenarios", ylabel="IoU, worst scenario")
+        axes.margins(0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+
+    height = max(3.6, 0.2 * table["method"].nunique())
+    return _panels(table, draw, width=4, height=height, legend=True)
+
+
+def distortion_against_loss(table: pd.DataFrame) -> Figure:
+    """Draw what each scenario costs against its distortion, a point per scenario and fold.
+
+    The rank correlations are Spearman's, as means over folds.
+
+    Args:
+        table: The columns dataset, backbone, fold, scenario, missing, distortion, and lost (before
+            fine-tuning, the IoU with all modalities minus that of the scenario).
+    """
+    shades = sns.color_palette("crest", int(table["missing"].max()) + 1)
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        rows = rows[rows["missing"] > 0]
+        for _, points in rows.groupby(["fold", "missing"]):
+            fold, missing = (int(points[name].iloc[0]) for name in ("fold", "missing"))
+            label, marker = f"{missing} missing, fold {fold}", MARKERS[fold % len(MARKERS)]
+            x, y = points["distortion"], points["lost"]
+            axes.scatter(x, y, color=shades[missing], marker=marker, label=label)
+        ranks = [rank_correlation(rows, column) for column in ("distortion", "missing")]
+        label = f"distortion D\nrank correlation {ranks[0]:.2f}; of number missing {ranks[1]:.2f}"
+        axes.set(xlabel=label, ylabel="IoU lost against all modalities")
+        axes.axhline(0, color="#333333", linewidth=1, zorder=0)
+
+    return _panels(table, draw, width=4, height=3.3, legend=True)
+
+
+def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Draw p of LSGS per scenario: bars are means over folds, points the folds, dashes uniform.
+
+    The table has the columns dataset, backbone, fold, scenario and probability.
+    """
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        means = rows.groupby("scenario")["probability"].mean().reindex(list(names))
+        axes.bar(np.arange(len(names)), means, color=PALETTE[4])
+        positions = pd.Index(list(names)).get_indexer(pd.Index(rows["scenario"]))
+        axes.plot(positions, rows["probability"], ".", color=PALETTE[0])
+        axes.axhline(1 / len(names), color="#333333", linestyle="--", linewidth=1)
+        axes.set_xticks(np.arange(len(names)), list(names), rotation=40, ha="right")
+        axes.set_ylabel("probability p")
+
+    return _panels(table, draw, width=4, height=3, sharey=True)
+
+
+def _look(method: str) -> dict[str, Any]:
+    """Return the colour and title of a method, and a marker of its own within its family."""
+    members = family_members(method)
+    marker = MARKERS[(members.index(method) if members else -1) % len(MARKERS)]
+    return {"color": method_colour(method), "label": method_title(method), "marker": marker}
+
+
+def _panels(
+    table: pd.DataFrame,
+    draw: Callable[[Axes, pd.DataFrame], None],
+    width: float,
+    height: float,
+    columns: int = 3,
+    sharey: bool = False,
+    legend: bool = False,
+) -> Figure:
+    """Draw a panel of `width` × `height` inches per data set and backbone, `columns` in a row.
+
+    The legend, on the right, is that of the panel with most entries.
+    """
+    keys = ["dataset", "backbone"]
+    order = [list(dict.fromkeys(table[key])) for key in keys]
+    groups = sorted(
+        table.groupby(keys, sort=False),
+        key=lambda group: [names.index(name) for names, name in zip(order, group[0], strict=True)],
+    )
+    columns = min(columns, len(groups))
+    rows = -(-len(groups) // columns)
+    size = max(7, width * columns + 1), height * rows + 0.6
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+    for panel in axes.flat[len(groups) :]:
+        panel.axis("off")
+    for panel, (names, group) in zip(axes.flat, groups, strict=False):
+        draw(panel, group)
+        panel.set_title(", ".join(map(str, names)))
+    if legend:
+        entries = [panel.get_legend_handles_labels() for panel in figure.axes]
+        longest = max(entries, key=lambda entry: len(entry[0]))
+        figure.legend(*longest, loc="outside right center", fontsize="small")
+    return figure

@@ -1,0 +1,67 @@
+"""Files that are whole or not there."""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lsgs_core.errors import InputError
+
+# What `written_beside` calls a file until it is whole.
+TEMPORARY = re.compile(r"\.(.+)\.(\d+)(\.[^.]*)?")
+FULL = 1 << 20  # bytes; with less than that left, a failed write is for want of space
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Write a file beside its place and rename it when it is whole.
+
+    A kill leaves at most a file with the process id in its name, which nothing reads; an exception
+    leaves nothing. The suffix is kept, since writers choose a format by it.
+
+    Args:
+        path: Where the file is to be; its folder exists.
+
+    Yields:
+        A path in the same folder to write to.
+
+    Raises:
+        OSError: The disk is full; what was there before is whole.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        # Writers say it in many ways, such as a RuntimeError about a stream.
+        if shutil.disk_usage(path.parent).free < FULL:
+            said = f"the disk is full; {path.name} was not written, what it held before is whole"
+            raise OSError(errno.ENOSPC, said, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, with those around it, and return its path.
+
+    Raises:
+        InputError: It is not there and cannot be made, or it is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: expected a folder, or a place for one: {error}") from error
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,119 @@
+"""The one rule of freshness: an output is kept while parameters, inputs and code are the same.
+
+Notebooks ask `artifacts.is_made` with the parameters, the hashes of the inputs and the fingerprint
+of their stage's code, before they compute anything that takes long. Snakemake is given the same
+fingerprint as a parameter of each rule, so that it starts a notebook again for the same reasons.
+
+The code of a stage are the modules below with all that they import from this project, directly or
+not. Comments, docstrings and layout do not count, and neither does what only draws.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import lsgs_core
+
+NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation"]
+# A network and its patches, as `study.run` opens them.
+NETWORK = ("lsgs_core.models.cpu", "study.checkpoints", "study.data.patches")
+# What computes the results of a stage; its notebook imports more, such as figures.
+STAGES: dict[NotebookStage, tuple[str, ...]] = {
+    "data": ("study.data.preparation", "study.data.patches"),
+    "pretraining": ("study.pretraining", *NETWORK),
+    "scoring": (
+        "study.scoring",
+        "lsgs_core.probabilities",
+        "lsgs_core.uncertainty",
+        *NETWORK,
+    ),
+    "finetuning": ("study.finetuning", *NETWORK),
+    "evaluation": (
+        "study.evaluation",
+        "study.statistics",
+        "study.agreement",
+        "study.predictions",
+        "study.figures.study",
+    ),
+}
+PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__).parent}
+
+
+@lru_cache
+def imported(module: str) -> frozenset[str]:
+    """Names of the modules of this project that a module imports, itself included.
+
+    Args:
+        module: Such as "study.training".
+    """
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name == "lsgs_core":  # imports what it names when that is used
+            continue
+        # Importing a module runs the packages around it.
+        waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
+        for node in _without_imports_of_types(_parsed(name)):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            source = node.module or ""
+            if source.partition(".")[0] in PACKAGES:
+                inner = [f"{source}.{alias.name}" for alias in node.names]
+                waiting += [source, *(n for n in inner if _path(n).is_file())]
+    return frozenset(found - set(PACKAGES))
+
+
+@lru_cache
+def fingerprint(stage: NotebookStage) -> str:
+    """SHA-256 over the code that decides the results of a stage.
+
+    Args:
+        stage: One of `STAGES`.
+    """
+    digest = hashlib.sha256()
+    modules = frozenset[str]().union(*map(imported, STAGES[stage]))
+    for name in sorted(modules):
+        digest.update(name.encode() + b"\0" + _without_docstrings(name).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node of a module but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from ast.walk(node)
+
+
+@lru_cache
+def _without_docstrings(module: str) -> str:
+    """The code as Python would write it, without docstrings and comments."""
+    tree = _parsed(module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _parsed(module: str) -> ast.Module:
+    return ast.parse(_path(module).read_text(encoding="utf-8"))
+
+
+def _path(module: str) -> Path:
+    package, *inner = module.split(".")
+    path = PACKAGES[package].joinpath(*inner)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

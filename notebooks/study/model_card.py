@@ -1,0 +1,69 @@
+"""A page beside every saved checkpoint: how it was made, from which data, and its scores."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from study.artifacts import Record, save
+from study.data.patches import PatchDataset
+from study.evaluation import scenario_scores
+
+CARD = "model_card.md"
+
+
+def save_model_card(
+    folder: Path,
+    training: PatchDataset,
+    history: pd.DataFrame | None,
+    records: pd.DataFrame,
+    record: Record,
+) -> Path:
+    """Write `model_card.md` into the folder of a checkpoint, whose record is given.
+
+    History is that of `train`, None if a checkpoint was loaded; records are those of `evaluate` on
+    the test patches.
+    """
+    dataset, made_with = training.dataset, dict(record.parameters)
+    # The code's fingerprint stays in the record: an edit is no news about the network.
+    inputs = {name: sha256 for name, sha256 in record.inputs.items() if name != "code"}
+    name = made_with.get("model", {}).get("name", "network")
+    rows = []
+    for row in scenario_scores(records.assign(model="this"), ["model"]).itertuples():
+        column = f"drawn:{row.scenario}"
+        drawn = "" if history is None or column not in history else f"{history[column].mean():.3f}"
+        rows.append(f"| {row.scenario} | {drawn} | {row.iou:.3f} | {row.f1:.3f} |")
+    lines = [
+        f"# {name}, {made_with.get('method', 'pretrained')}: {dataset.title}",
+        "",
+        f"Segments {', '.join(training.classes)} from any non-empty subset of "
+        f"{', '.join(training.modalities)}.",
+        "",
+        "## Data",
+        "",
+        f"- {dataset.title}; {len(training)} patches of {training.size} × {training.size} pixels, "
+        f"fold {made_with['fold']} held out for testing",
+        *[f"- {entry.covers}: {entry.name}. {entry.attribution}" for entry in dataset.licences],
+        *([f"- Cite: {dataset.citation}"] if dataset.citation else []),
+        "",
+        "The weights are derived from these data: see their licences before passing them on.",
+        "",
+        "## Scenarios",
+        "",
+        "IoU and F1 are averaged over the classes, on test patches that no training saw.",
+        "",
+        "| scenario | drawn in training | IoU | F1 |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "## How it was made",
+        "",
+        "```json",
+        json.dumps({**made_with, "inputs": inputs}, indent=1),
+        "```",
+        "",
+        f"`weights.safetensors.record.json` has its hash and the environment. Device: "
+        f"{record.device}. Not tried on other places, dates or sensors than those above.",
+        "",
+    ]
+    return save(folder / CARD, lambda path: path.write_text("\n".join(lines), "utf-8"), record)

@@ -1,0 +1,216 @@
+"""The parameters of the notebooks: their defaults, and the values that each of them can have.
+
+A tier file and the first cell of every notebook are checked by one model, which is made from the
+notebook's `parameters` cell and the table `TYPES`. What the definition of a data set limits, such
+as the number of folds, is checked with it, long before a notebook comes to use it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, Field, create_model
+
+from lsgs_core.distributions import read_failure_rates
+from lsgs_core.errors import InputError
+from lsgs_core.methods import METHODS, find_method, without_evidence
+from lsgs_core.models import BACKBONES
+from lsgs_core.scenarios import ScenarioSet
+from study import settings
+from study.data.folds import default_split
+from study.data.manifest import Dataset, Name, load_manifest
+from study.data.patches import Normalisation
+from study.data.schema import Exact, read_json, validated
+from study.settings import Positive, Rate
+from study.statistics import METRICS, planned_pairs
+
+NOTEBOOK_FOLDER = Path(__file__).parents[1]
+Index = Annotated[int, Field(ge=0, le=2**31)]
+Count = Annotated[int, Field(ge=0, le=10**6)]
+OrDefault = Annotated[int, Field(ge=-1, le=10**6)]  # -1 is the manifest's value
+
+
+def _one_of(names: Collection[str]) -> Any:
+    """Return the type of a text that is one of some names."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"expected one of {sorted(names)}")
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def _methods(text: str) -> str:
+    for name in text.split(","):
+        find_method(name)
+    return text
+
+
+def _contrasts(text: str) -> str:
+    planned_pairs(text, {*METHODS, "pretrained"})
+    return text
+
+
+def _folder(text: str) -> str:
+    path = Path(text)
+    try:
+        file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"expected a folder: {error.strerror}") from error
+    if file:
+        raise ValueError(f"expected a folder, and {file} is a file")
+    return text
+
+
+def _not_zero(number: float) -> float:
+    if number == 0:
+        raise ValueError("expected a number other than 0")
+    return number
+
+
+Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
+Folder = Annotated[Text, AfterValidator(_folder)]
+Tuning = Annotated[float, Field(ge=0, le=10**6)]
+Backbone, Method = _one_of(BACKBONES), _one_of(METHODS)
+# The values that a parameter can have, the same in all notebooks that have it. A parameter that is
+# not listed can have any value of the type of its default.
+TYPES: Mapping[str, Any] = {
+    **settings.TYPES,
+    **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
+    **dict.fromkeys(("paper_work", "raw", "explored", "reference"), Folder),
+    **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
+    **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
+    "dataset": Name,
+    "task": Name,
+    "normalisation": _one_of(get_args(Normalisation)),
+    "backbone": Backbone,
+    "preset": _one_of({preset for _, presets in BACKBONES.values() for preset in presets}),
+    **dict.fromkeys(("fold", "shown_fold", "seed", "pretraining_seed"), Index),
+    "drawn_by": Method,
+    "methods": Annotated[Text, AfterValidator(_methods)],
+    **dict.fromkeys(("patch_size", "patch_stride", "block_size"), Count),
+    **dict.fromkeys(("margin", "validation_blocks"), OrDefault),
+    **dict.fromkeys(("training_patches", "evaluation_patches", "shown_patches"), Count),
+    "lora_learning_rate": Rate,
+    "lora_rank": Annotated[int, Field(ge=1, le=1024)],
+    "direction": Annotated[float, Field(ge=-(10**6), le=10**6), AfterValidator(_not_zero)],
+    "descriptor": Literal["distortion", "latent_shift", "availability"],
+    **dict.fromkeys(("lengthscale", "inverse_temperature", "tolerance"), Tuning),
+    "ridge": Annotated[float, Field(gt=0, le=10**6)],
+    "mixing": Annotated[float, Field(ge=0, le=1)],
+    "primary_metric": _one_of(METRICS),
+    "contrasts": Annotated[Text, AfterValidator(_contrasts)],
+    "resamples": Annotated[int, Field(ge=1, le=10**6)],
+    "repeats": Positive,
+    "workers": Annotated[int, Field(ge=0, le=1024)],
+    "processes": Annotated[int, Field(ge=1, le=1024)],
+    "threads": Annotated[int, Field(ge=1, le=1024)],
+    "device": Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu)(:\d+)?)$")],
+}
+
+
+def notebook_model(notebook: str, folder: Path, left_out: Collection[str] = ()) -> type[BaseModel]:
+    """Return the model that checks the parameters of a notebook.
+
+    Args:
+        notebook: Name of the notebook, such as "04_finetuning".
+        folder: Folder of the notebooks.
+        left_out: Names of parameters that must not be given.
+
+    Raises:
+        InputError: As `notebook_parameters`.
+    """
+    defaults = notebook_parameters(folder / f"{notebook}.ipynb")
+    fields: dict[str, Any] = {
+        name: (TYPES.get(name, type(default)), default)
+        for name, default in defaults.items()
+        if name not in left_out
+    }
+    return create_model(notebook, __base__=Exact, **fields)
+
+
+def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a notebook, after checking them; its first cell calls this.
+
+    Args:
+        notebook: Name of the notebook, such as "04_finetuning".
+        names: Names and values of the notebook, as `globals()` gives them there.
+
+    Raises:
+        InputError: A parameter has a value that it cannot have, or that the definition of the
+            data set does not allow.
+    """
+    model = notebook_model(notebook, NOTEBOOK_FOLDER)
+    parameters = {name: names[name] for name in model.model_fields}
+    validated(model, parameters, notebook)
+    if {"dataset", "task"} <= parameters.keys():
+        manifest = load_manifest(Path(parameters["manifest"]))
+        check_against(manifest.dataset(parameters["dataset"]), parameters)
+    return parameters
+
+
+def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
+    """Check the parameters that the definition of a data set limits.
+
+    Args:
+        dataset: Definition of the data set.
+        parameters: Checked parameters of a notebook. Folds are looked at where it has `split` or
+            `shown_fold`.
+
+    Raises:
+        InputError: The data set has no such task, folds, fold or modality, the backbone no such
+            preset, or a method cannot be used.
+    """
+    task, get = dataset.task(parameters["task"]), parameters.get
+    if get("epochs") and get("protocol") == "paper" and task.kind == "multiclass":
+        raise InputError("protocol: 'paper' is for binary and multi-label tasks")
+    scenarios = ScenarioSet.of(tuple(dataset.modalities))
+    read_failure_rates(get("failure_rates", ""), scenarios)
+    if "drawn_by" in parameters:
+        find_method(parameters["drawn_by"]).sampler(without_evidence(scenarios))
+    if {"backbone", "preset"} <= parameters.keys():
+        presets = BACKBONES[parameters["backbone"]][1]
+        if parameters["preset"] not in presets:
+            raise InputError(
+                f"preset: {parameters['backbone']} has {[*presets]}, found {parameters['preset']!r}"
+            )
+    if {"split", "shown_fold"} & parameters.keys():
+        split = get("split") or default_split(get("protocol", "strict"))
+        folds = dataset.fold_definition(split)
+        count = getattr(folds, "count", 1)  # an official split is one fold
+        for name in ("fold", "shown_fold"):
+            if get(name, 0) >= count:
+                raise InputError(
+                    f"{name}: expected less than {count}, the number of folds of the data set, "
+                    f"found {get(name)}"
+                )
+
+
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """Names and default values in a notebook's `parameters` cell.
+
+    The cell is parsed, never run: every line is `name: type = literal`, perhaps with a comment.
+
+    Raises:
+        InputError: No such cell, or a line in it that is something else.
+    """
+    # Plain JSON: importing nbformat takes as long as importing torch, in every notebook.
+    cells = read_json(path)["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise InputError(f"{path.name}: expected one cell tagged 'parameters', found {len(tagged)}")
+    defaults = {}
+    for line in ast.parse("".join(tagged[0]["source"])).body:
+        if not (
+            isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value
+        ):
+            raise InputError(
+                f"{path.name}: expected 'name: type = value' in the parameters cell, "
+                f"found {ast.unparse(line)!r}"
+            )
+        defaults[line.target.id] = ast.literal_eval(line.value)
+    return defaults

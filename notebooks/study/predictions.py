@@ -1,0 +1,230 @@
+"""Predictions for a few patches under every scenario, stored in 8 bits per pixel.
+
+They are small enough to be committed, and are shown without networks and data.
+"""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from lsgs_core.errors import InputError
+from lsgs_core.models import Backbone, build_backbone
+from lsgs_core.scenarios import ScenarioSet
+from study.artifacts import Record, save
+from study.checkpoints import load_checkpoint
+from study.data.patches import PatchDataset
+from study.evaluation import class_map
+from study.tiers import StudyFolder
+
+NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
+MAP = "map/"  # prefix of the predictions in a file
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """P patches with their pictures, their truth, and the predictions of several networks.
+
+    Attributes:
+        modalities: Names of the M modalities.
+        classes: Names of the C classes, at most 254.
+        patch_ids: int64 [P].
+        pictures: Colour picture of every modality, uint8 [P, M, H, W, 3].
+        truth: Class of every pixel, `NOTHING` or `UNKNOWN`, uint8 [P, H, W].
+        maps: Predicted classes in each of the K scenarios, uint8 [P, K, H, W], by
+            "backbone/method".
+    """
+
+    modalities: tuple[str, ...]
+    classes: tuple[str, ...]
+    patch_ids: NDArray[np.int64]
+    pictures: NDArray[np.uint8]
+    truth: NDArray[np.uint8]
+    maps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` when the shapes do not fit together."""
+        count, *size = self.truth.shape
+        found = {"patches": self.patch_ids.shape, "pictures": self.pictures.shape}
+        found |= {name: array.shape for name, array in self.maps.items()}
+        expected = {"patches": (count,), "pictures": (count, len(self.modalities), *size, 3)}
+        expected |= {name: (count, len(self.scenarios), *size) for name in self.maps}
+        if len(size) != 2 or found != expected:
+            raise InputError(f"predictions: expected shapes {expected}, found {found}")
+
+    @property
+    def scenarios(self) -> ScenarioSet:
+        """The K scenarios of the maps, in their order."""
+        return ScenarioSet.of(self.modalities)
+
+    def of(self, backbone: str, method: str) -> NDArray[np.uint8]:
+        """Return the predictions of a network, uint8 [P, K, H, W], or raise `InputError`."""
+        name = f"{backbone}/{method}"
+        if name not in self.maps:
+            raise InputError(f"predictions: none of {name}; there are {list(self.maps)}")
+        return self.maps[name]
+
+
+def composite(bands: NDArray[Any], seen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Return a colour picture of three bands (grey, of fewer), each stretched from 2 to 98 %.
+
+    Args:
+        bands: [D, H, W]; the first three are red, green and blue.
+        seen: Pixels with data, [H, W]; the others are white.
+
+    Returns:
+        float64 [H, W, 3], from 0 to 1.
+    """
+    shown = np.asarray(bands, dtype=np.float64)[:3]
+    shown = np.repeat(shown[:1], 3, axis=0) if len(shown) < 3 else shown
+    inside = np.ones(shown.shape[1:], dtype=bool) if seen is None else seen
+    if not inside.any():
+        return np.ones((*inside.shape, 3))
+    limits = np.percentile(shown[:, inside], [2, 98], axis=1)[..., None, None]
+    stretched = np.clip((shown - limits[0]) / np.maximum(np.ptp(limits, axis=0), 1e-12), 0, 1)
+    stretched[:, ~inside] = 1
+    return stretched.transpose(1, 2, 0)
+
+
+def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
+    """Return the positions of the patches with most label values, from as many blocks as possible.
+
+    Among patches with equally many values, one with more labelled pixels comes first.
+    """
+    pixels = dataset.table.filter(like="pixels_")
+    order = pd.DataFrame({"values": (pixels > 0).sum(axis=1), "labelled": pixels.sum(axis=1)})
+    order["block"] = dataset.block_ids
+    order = order.sort_values(["values", "labelled"], ascending=False, kind="stable")
+    # The best of every block first, then the second best of every block, and so on.
+    order["turn"] = order.groupby("block").cumcount()
+    return order.sort_values("turn", kind="stable").index[:count].tolist()
+
+
+def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
+    """Return the pictures and the truth of the patches at some positions, without predictions."""
+    pictures, truth = [], []
+    for index in indices:
+        batch = dataset.batch([index])
+        assert batch.target is not None
+        assert batch.valid is not None
+        bands, _ = dataset.read(index)
+        seen = [None] * len(bands) if batch.seen is None else batch.seen[0].numpy()
+        pictures.append([composite(*pair) for pair in zip(bands.values(), seen, strict=True)])
+        if dataset.task_kind == "multiclass":
+            classes = batch.target[0]
+        else:  # targets of 0 and 1 as logits of -1 and 1
+            classes = class_map(2 * batch.target - 1, dataset.task_kind)[0]
+        truth.append(torch.where(batch.valid[0], _coded(classes), UNKNOWN).numpy())
+    return Predictions(
+        modalities=tuple(dataset.modalities),
+        classes=tuple(dataset.classes),
+        patch_ids=dataset.patch_ids[list(indices)],
+        pictures=np.round(255 * np.array(pictures)).astype(np.uint8),
+        truth=np.array(truth).astype(np.uint8),
+    )
+
+
+def predict_patches(
+    model: Backbone, dataset: PatchDataset, indices: Sequence[int]
+) -> NDArray[np.uint8]:
+    """Predict the patches at some positions under every scenario, uint8 [P, K, H, W].
+
+    The network is left in evaluation mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    masks = torch.tensor(ScenarioSet.of(dataset.modalities).masks, device=device)
+    predicted = []
+    for index in indices:
+        batch = dataset.batch([index]).to(device)
+        present = batch.available & masks  # [K, M]: every scenario of the one patch
+        maps = torch.full((len(masks), *batch.images[0].shape[2:]), UNKNOWN)
+        with torch.inference_mode():
+            for scenario in torch.nonzero(present.any(dim=1)).flatten().tolist():
+                logits = model(batch.images, present[scenario : scenario + 1])
+                maps[scenario] = _coded(class_map(logits, dataset.task_kind)[0]).cpu()
+        predicted.append(maps.numpy())
+    return np.array(predicted).astype(np.uint8)
+
+
+def predictions_of_runs(
+    study: StudyFolder,
+    points: Mapping[tuple[str, str, int, int], Sequence[str]],
+    tests: Mapping[tuple[str, int], PatchDataset],
+    preset: str,
+    pretraining_seed: int,
+    count: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Predictions]:
+    """Predict the richest patches of every data set with the runs of its first fold and seed.
+
+    Args:
+        study: Folder of the runs and their weights.
+        points: Methods of every (dataset, backbone, fold, seed).
+        tests: Test patches of every (dataset, fold).
+        preset: Size of the backbones.
+        pretraining_seed: Seed of the networks before fine-tuning, which are method "pretrained".
+        count: Number of patches per data set.
+        device: Where to compute.
+
+    Raises:
+        InputError: A checkpoint is missing, or was made with other parameters.
+    """
+    first: dict[str, tuple[int, int]] = {}
+    by_dataset: dict[str, Predictions] = {}
+    for (dataset, backbone, fold, seed), methods in points.items():
+        if first.setdefault(dataset, (fold, seed)) != (fold, seed):
+            continue
+        test = tests[dataset, fold]
+        indices = richest_patches(test, count)
+        model = build_backbone(backbone, preset, test.bands, len(test.classes)).to(device)
+        folders = {"pretrained": study.pretrained(dataset, backbone, fold, pretraining_seed)}
+        folders |= {name: study.runs(dataset, backbone, fold, seed) / name for name in methods}
+        maps = {}
+        for method, folder in folders.items():
+            made_with = {"model": model.configuration, "dataset": dataset, "fold": fold}
+            made_with |= {} if method == "pretrained" else {"method": method, "seed": seed}
+            load_checkpoint(model, folder / "weights.safetensors", made_with)
+            maps[f"{backbone}/{method}"] = predict_patches(model, test, indices)
+        before = by_dataset.get(dataset) or shown_patches(test, indices)
+        by_dataset[dataset] = replace(before, maps={**before.maps, **maps})
+    return by_dataset
+
+
+def save_predictions(path: Path, predictions: Predictions, record: Record) -> Path:
+    """Write predictions as a compressed .npz; equal predictions give equal bytes."""
+    arrays: dict[str, Any] = {**vars(predictions)}
+    arrays |= {MAP + name: values for name, values in arrays.pop("maps").items()}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    return save(path, write, record)
+
+
+def load_predictions(path: Path) -> Predictions:
+    """Read predictions that `save_predictions` wrote; another file raises `InputError`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return Predictions(
+            modalities=tuple(arrays["modalities"].tolist()),
+            classes=tuple(arrays["classes"].tolist()),
+            patch_ids=arrays["patch_ids"],
+            pictures=arrays["pictures"].astype(np.uint8),
+            truth=arrays["truth"].astype(np.uint8),
+            maps={n.removeprefix(MAP): a for n, a in arrays.items() if n.startswith(MAP)},
+        )
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: expected the predictions of notebook 05: {error}") from error
+
+
+def _coded(classes: torch.Tensor) -> torch.Tensor:
+    return torch.where(classes < 0, NOTHING, classes)

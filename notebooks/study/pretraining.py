@@ -1,0 +1,168 @@
+"""Pretraining with random modality dropout, and what scoring takes for granted of a network."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from lsgs_core.batch import Batch
+from lsgs_core.errors import InputError
+from lsgs_core.methods import find_method, without_evidence
+from lsgs_core.models import Backbone
+from lsgs_core.scenarios import ScenarioSet
+from study.artifacts import Record, is_made, load_table
+from study.checkpoints import load_checkpoint, load_pretrained
+from study.devices import in_processes, seed_weights
+from study.evaluation import validation_scores
+from study.files import file_sha256
+from study.training import train
+
+if TYPE_CHECKING:
+    from study.run import NetworkRun
+
+# Differences below this, relative to the size of the latent, are float32 rounding.
+TOLERANCE = 1e-4
+CHECKED_PATCHES = 3
+
+
+@dataclass(frozen=True)
+class PretrainedNetwork:
+    """A network before fine-tuning, on the device of its run."""
+
+    model: Backbone
+    origin: str  # of the weights, in words
+    history: pd.DataFrame | None  # of the training, as `train` returns it; None where not known
+    record: Record  # of what is written about the network
+
+
+def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
+    """Load the pretrained network of a run, or train it.
+
+    A training that was finished with the same parameters, data and code is read instead.
+
+    Args:
+        run: Its parameter `weights` is "committed", "train" or the path of a checkpoint.
+
+    Raises:
+        InputError: The weights are not there, or are those of another network.
+    """
+    weights, names = run.parameters["weights"], ("weights", "evaluation_patches")
+    if weights != "train":
+        model = run.build()
+        loaded = load_pretrained(model, weights, Path(run.parameters["manifest"]), run.made_with)
+        inputs = {"weights": file_sha256(loaded.path)}
+        record = run.record(*names, inputs=inputs, trained_with=loaded.trained_with)
+        return PretrainedNetwork(model, loaded.origin, loaded.history, record)
+    here = {name: run.parameters[name] for name in ("drawn_by", "training_patches", "processes")}
+    record = run.record(*names, trained_with={"settings": asdict(run.settings), **here})
+    history = run.weights.with_name("history.csv")
+    if is_made(run.weights, record) and is_made(history, record):
+        model = run.build()
+        load_checkpoint(model, run.weights)
+        return PretrainedNetwork(model, "trained here before", load_table(history), record)
+    trained, state = in_processes(
+        pretrain, (run, record), run.parameters["processes"], run.parameters["device"]
+    )
+    model = run.build()
+    model.load_state_dict(state)
+    return PretrainedNetwork(model, "trained here", trained, record)
+
+
+def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """Train a network from fresh weights; every process that shares the training calls this.
+
+    The record's parameters identify a training that was interrupted. Returns the history, as
+    `train` returns it, and the weights on the CPU.
+    """
+    seed, size = run.parameters["pretraining_seed"], run.settings.batch_size
+    patches, scenarios = run.validation, run.scenarios
+    seed_weights(seed, "pretraining")
+    model = run.build()
+    history = train(
+        model,
+        run.training,
+        scenarios,
+        find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios)),
+        run.settings,
+        seed,
+        run.weights.parent,
+        identity={**record.parameters, "device": record.device},
+        validate=lambda network: validation_scores(
+            network, patches.batches(size), scenarios, patches.classes, patches.task_kind
+        ),
+        stage="pretraining",
+    )
+    return history, {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def check_network(
+    model: Backbone, batches: Iterable[Batch], scenarios: ScenarioSet
+) -> pd.DataFrame:
+    """Make sure of what scoring takes for granted.
+
+    Args:
+        model: The network; it is left in evaluation mode.
+        batches: The first complete patches of these are used.
+        scenarios: The scenarios of the model's modalities.
+
+    Returns:
+        One row per check: check, found (largest relative difference, or count), allowed, passed.
+
+    Raises:
+        InputError: No patch has every modality.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    images = [image.to(device) for image in _complete_images(batches)]
+    masks = torch.tensor(scenarios.masks, device=device)
+    full = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=device)
+    with torch.inference_mode():
+        shared = model.scenario_latents(images, masks)
+        together = model.latent(images, full)
+        patches = zip(*(image.split(1) for image in images), strict=True)
+        alone = torch.cat([model.latent(list(patch), full[:1]) for patch in patches])
+        absent = [_latents_without(model, images, gone) for gone in range(len(images))]
+    not_finite = sum(not bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    differences = {
+        "entries that are not finite": (float(not_finite), 0.0),
+        "D of the full scenario": (_difference(shared[scenarios.full], together), TOLERANCE),
+        "a patch alone and in a batch": (_difference(alone, together), TOLERANCE),
+        "pixels of an absent modality": (max(_difference(*pair) for pair in absent), 0.0),
+    }
+    rows = [
+        {"check": name, "found": found, "allowed": allowed, "passed": found <= allowed}
+        for name, (found, allowed) in differences.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """Images of the first complete patches, one tensor per modality."""
+    parts: list[list[torch.Tensor]] = []
+    count = 0
+    for batch in batches:
+        parts.append([image[batch.complete] for image in batch.images])
+        count += int(batch.complete.sum())
+        if count >= CHECKED_PATCHES:
+            break
+    if not count:
+        raise InputError("expected a patch that every modality sees, found none")
+    return [torch.cat(images)[:CHECKED_PATCHES] for images in zip(*parts, strict=True)]
+
+
+def _latents_without(
+    model: Backbone, images: list[torch.Tensor], gone: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents when a modality is not there, with its pixels as they are and with others."""
+    available = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=images[0].device)
+    available[:, gone] = False
+    others = [torch.full_like(i, 1e3) if m == gone else i for m, i in enumerate(images)]
+    return model.latent(images, available), model.latent(others, available)
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest difference relative to the root mean square of the second."""
+    return float((first - second).abs().max() / second.square().mean().sqrt().clamp(min=1e-12))

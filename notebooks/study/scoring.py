@@ -1,0 +1,74 @@
+"""Scoring of a pretrained network: shared out over processes, and read where it was done before."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lsgs_core.distortion import (
+    BatchScores,
+    ScenarioScores,
+    joined_scores,
+    score_batches,
+    score_scenarios,
+)
+from lsgs_core.randomness import generator
+from study.artifacts import is_made, load_weights, save_weights
+from study.devices import Processes, in_processes, is_first_process
+
+if TYPE_CHECKING:
+    from study.run import NetworkRun
+
+SCORES = "scores.safetensors"
+Until = Callable[[NDArray[np.float64], NDArray[np.int64]], bool]
+
+
+def scored(
+    run: "NetworkRun", until: Until | None = None, stopped_by: Mapping[str, Any] | None = None
+) -> ScenarioScores:
+    """Return the scoring of a run's pretrained network on its training patches.
+
+    A scoring that is there already, of the same weights, data and code, is read instead.
+
+    Args:
+        run: The run of notebook 03.
+        until: Stops the scoring, as in `score_scenarios`; patches come in random order then.
+        stopped_by: The settings that decide when `until` stops.
+    """
+    inputs = {"weights": run.weights_sha256()}
+    more = {"stopped_by": dict(stopped_by or {})}
+    record = run.record("training_patches", "batch_size", inputs=inputs, **more)
+    path = run.scores / SCORES
+    if is_made(path, record):
+        tensors, _ = load_weights(path)
+        return ScenarioScores(run.scenarios, **{k: v.numpy() for k, v in tensors.items()})
+    processes = run.parameters["processes"] if until is None else 1
+    scores: ScenarioScores = in_processes(score, (run, until), processes, run.parameters["device"])
+    names = [field.name for field in fields(scores) if field.name != "scenarios"]
+    save_weights(path, {n: torch.from_numpy(getattr(scores, n)) for n in names}, record)
+    return scores
+
+
+def score(run: "NetworkRun", until: Until | None) -> ScenarioScores:
+    """Score a network; every process that shares the scoring calls this.
+
+    Each takes every n-th batch. The result is that of one process.
+    """
+    size = run.parameters["batch_size"]
+    model, scenarios = run.pretrained(), run.scenarios
+    if until is not None:
+        order = generator("order", run.parameters["pretraining_seed"])
+        batches = run.training.batches(size, order.permutation(len(run.training)))
+        return score_scenarios(model, batches, scenarios, until=until)
+    processes = Processes(run.device)
+    positions = np.arange(len(run.training))
+    starts = range(processes.rank * size, len(positions), processes.count * size)
+    batches = run.training.batches_of([positions[start : start + size] for start in starts])
+    own = [*score_batches(model, batches, scenarios, progress=is_first_process())]
+    position = {patch: place for place, patch in enumerate(run.training.patch_ids.tolist())}
+    parts: list[BatchScores] = [part for share in processes.gather(own) for part in share]
+    parts.sort(key=lambda part: position[int(part.patch_ids[0])])
+    return joined_scores(parts, scenarios)

@@ -1,0 +1,74 @@
+"""How to train: the settings of a run, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import Field, create_model
+
+from study.data.schema import Exact, validated
+from study.devices import Precision
+from study.losses import Protocol
+
+# Ranges of numbers. Beyond the upper ends, which no run comes near, a value is a typing error.
+Positive = Annotated[int, Field(ge=1, le=100_000)]
+Rate = Annotated[float, Field(gt=0, le=100)]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. The paper's own values sit in a file that was not published; these are ours.
+
+    Attributes:
+        epochs: Passes over the training patches.
+        batch_size: Patches per step, over all processes.
+        learning_rate: At the start.
+        optimiser: "adam" or "sgd" (with momentum 0.9).
+        weight_decay: L2 penalty.
+        rate_decay: Factor on the learning rate ...
+        rate_decay_every: ... every so many epochs.
+        accumulation: Parts that a batch is computed in, one after the other, where memory is short.
+            Loss and normalisation are then those of each part.
+        precision: Of the forward pass, "float32" or "bfloat16" (mixed).
+        protocol: "strict" takes `segmentation_loss`, "paper" the published one (binary and
+            multi-label tasks only).
+        augment: Turn and mirror every patch at random (the eight symmetries of the square).
+    """
+
+    epochs: Positive
+    batch_size: Positive = 8
+    learning_rate: Rate = 2e-3
+    optimiser: Literal["adam", "sgd"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rate_decay_every: Positive = 5
+    protocol: Protocol = "strict"
+    augment: bool = True
+    accumulation: Positive = 1
+    precision: Precision = "float32"
+
+    def batch_sizes(self, patches: int) -> list[int]:
+        """Patches of every step of an epoch.
+
+        A single one that is left over joins the batch before: batch normalisation has no variance
+        over one sample where the features have shrunk to one pixel.
+        """
+        size = self.batch_size
+        sizes = [min(size, patches - start) for start in range(0, patches, size)]
+        if len(sizes) > 1 and sizes[-1] == 1 < size:
+            sizes[-2:] = [size + 1]
+        return sizes
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: Names the setting and what was expected.
+        """
+        validated(_CHECKED, asdict(self), "settings of the training")
+
+
+TYPES = get_type_hints(TrainingSettings, include_extras=True)  # of every setting, with its range
+_FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in TYPES.items()}
+_CHECKED = create_model("TrainingSettings", __base__=Exact, **_FIELDS)

@@ -1,0 +1,304 @@
+"""Differences between methods, with intervals over replicates and spatial blocks.
+
+A replicate is a seed of fine-tuning, with the held-out counts of all folds pooled. Methods are
+compared within replicates, which share initial weights, order of the data and random numbers. Both
+seeds and blocks could have been drawn differently, so the bootstrap resamples both; a resampled
+block is the same for all methods. All replicates share the pretrained network and the scoring of a
+fold: the intervals do not tell how results vary with the pretraining. "Uniform" is the mean of its
+arms, and the difference between the arms is the noise floor.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from numpy.typing import NDArray
+
+from lsgs_core.errors import InputError
+from lsgs_core.methods import METHODS
+from lsgs_core.scenarios import ScenarioSet
+from study.evaluation import COUNTS, expected
+
+Array = NDArray[np.float64]
+# Names of the metrics, and their titles in figures and tables.
+METRICS = {
+    "worst_iou": "worst scenario",
+    "mean_iou": "mean over scenarios",
+    "expected_iou": "expected in deployment",
+    "full_iou": "all modalities",
+}
+UNIFORM_ARMS = ("uniform", "uniform_again")
+FEWEST_BLOCKS = 9
+# Two-sided 5 %, power 80 %: normal quantiles 1.96 + 0.84.
+DETECTABLE = float(scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8))
+
+
+def method_title(method: str) -> str:
+    """Return the title of a method in figures and tables."""
+    if method == "pretrained":
+        return "before fine-tuning"
+    return METHODS[method].title if method in METHODS else method
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Records of one data set and backbone as an array, for the seeds that all methods have.
+
+    Attributes:
+        methods: Names of the M methods.
+        seeds: The S replicates.
+        blocks: The B spatial blocks.
+        values: tp, fp, fn, float64 [B, M, S, K, C, 3].
+    """
+
+    methods: list[str]
+    seeds: list[int]
+    blocks: list[int]
+    values: Array
+
+    @classmethod
+    def of(cls, records: pd.DataFrame, methods: Sequence[str], scenarios: ScenarioSet) -> Self:
+        """Put records into an array.
+
+        Args:
+            records: The columns seed, fold, method, block, scenario, class, tp, fp and fn, of one
+                data set and backbone.
+            methods: Names of the methods, in order.
+            scenarios: The K scenarios.
+
+        Raises:
+            InputError: No seed has all methods, or a seed lacks a fold or block.
+        """
+        rows = records[records["method"].isin(list(methods))]
+        seeds_of = rows.groupby("method")["seed"].agg(set)
+        seeds = sorted(set.intersection(*(seeds_of.get(name, set()) for name in methods)))
+        if not seeds:
+            raise InputError(f"records: expected a seed with all methods of {list(methods)}")
+        if not set(rows["scenario"]) <= set(scenarios.names):
+            raise InputError(f"records: expected the scenarios {list(scenarios.names)}")
+        rows = rows[rows["seed"].isin(seeds)]
+        axes: dict[str, list[Any]] = {
+            "block": sorted(rows["block"].unique()),
+            "method": list(methods),
+            "seed": seeds,
+            "scenario": list(scenarios.names),
+            "class": list(dict.fromkeys(rows["class"])),
+        }
+        combinations = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+        table = rows.groupby(list(axes))[COUNTS].sum().reindex(combinations)
+        if missing := int(table["tp"].isna().sum()):
+            raise InputError(
+                f"records: of {len(table)} combinations of {list(axes)}, {missing} are "
+                "missing; every method needs the same folds in every seed"
+            )
+        values = table.to_numpy(dtype=np.float64).reshape(*map(len, axes.values()), 3)
+        return cls(list(methods), seeds, axes["block"], values)
+
+    def metric(self, name: str, weights: Array, prior: Array) -> Array:
+        """Compute a metric of every method and replicate, float64 [R, M, S], for weighted blocks.
+
+        It is computed from the IoU averaged over classes. A class, and then a scenario, without any
+        pixel in truth and prediction is left out.
+
+        Args:
+            name: One of `METRICS`; another one raises `InputError`.
+            weights: Weights of the blocks, [R, B].
+            prior: Probability of every scenario in deployment, [K].
+        """
+        shape = self.values.shape[1:]
+        pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
+        union = pooled.sum(axis=-1)
+        iou = np.divide(pooled[..., 0], union, out=np.full(union.shape, np.nan), where=union > 0)
+        scores = expected(iou, np.ones(iou.shape[-1]))
+        match name:
+            case "worst_iou":
+                return np.fmin.reduce(scores, axis=-1)  # ignores NaN
+            case "mean_iou":
+                return expected(scores, np.ones_like(prior))
+            case "expected_iou":
+                return expected(scores, prior)
+            case "full_iou":
+                return scores[..., -1]
+        raise InputError(f"metric: expected one of {list(METRICS)}, found {name!r}")
+
+
+def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the seeds of a method that lack folds, as in a study that is still running."""
+    keys = ["dataset", "backbone"]
+    wanted = records.groupby(keys)["fold"].transform("nunique")
+    present = records.groupby([*keys, "method", "seed"])["fold"].transform("nunique")
+    return records[present == wanted].reset_index(drop=True)
+
+
+def contrast(
+    records: pd.DataFrame,
+    scenarios: ScenarioSet,
+    method: str,
+    reference: Sequence[str],
+    metric: str,
+    prior: Array | None = None,
+    resamples: int = 2000,
+) -> dict[str, Any]:
+    """Compute the difference of a method to reference methods, with its bootstrap interval.
+
+    Args:
+        records: Records of one data set and backbone.
+        scenarios: The K scenarios.
+        method: Name of the method.
+        reference: Names of the methods whose metrics are averaged in every replicate.
+        metric: One of `METRICS`.
+        prior: Probability of every scenario, [K], for expected_iou; None is uniform.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        replicates, blocks, difference, low and high (95 %, percentiles), standard_error, p
+        (two-sided, from the same resamples) and detectable, the smallest true difference that this
+        design finds with a power of 80 %.
+
+    Raises:
+        InputError: There are fewer than two replicates or blocks, or the records are not paired.
+    """
+    counts = Counts.of(records, [method, *reference], scenarios)
+    replicates, blocks = len(counts.seeds), len(counts.blocks)
+    if replicates < 2 or blocks < 2:
+        found = f"{replicates} and {blocks}"
+        raise InputError(f"contrast: expected at least 2 replicates and 2 blocks, found {found}")
+    if blocks < FEWEST_BLOCKS:
+        message = f"{blocks} spatial blocks: intervals of fewer than {FEWEST_BLOCKS} are unreliable"
+        warnings.warn(message, stacklevel=2)
+    weights = np.full(len(scenarios), 1 / len(scenarios)) if prior is None else prior
+
+    def difference(
+        drawn_blocks: NDArray[np.int64], drawn_seeds: NDArray[np.int64], axis: int = -1
+    ) -> Array:
+        values = counts.metric(metric, _frequencies(drawn_blocks, blocks), weights)
+        paired = values[:, 0] - values[:, 1:].mean(axis=1)  # (R, S)
+        drawn = _frequencies(drawn_seeds, replicates)
+        means = (paired * drawn).sum(axis=1) / drawn.sum(axis=1)
+        return means.reshape(drawn_blocks.shape[:-1])
+
+    sample = np.arange(blocks), np.arange(replicates)
+    bootstrap = scipy.stats.bootstrap(
+        sample, difference, n_resamples=resamples, batch=50, method="percentile", vectorized=True,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    resampled, interval = bootstrap.bootstrap_distribution, bootstrap.confidence_interval
+    smaller_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return {
+        "replicates": replicates,
+        "blocks": blocks,
+        "difference": float(difference(*sample)),
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "standard_error": float(bootstrap.standard_error),
+        "p": float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1))),
+        "detectable": DETECTABLE * float(bootstrap.standard_error),
+    }
+
+
+def differences(
+    records: pd.DataFrame,
+    scenarios: ScenarioSet,
+    metrics: Iterable[str] = METRICS,
+    prior: Array | None = None,
+    resamples: int = 2000,
+    contrasts: str | None = None,
+) -> pd.DataFrame:
+    """Compute differences between methods, per data set, backbone and metric.
+
+    A difference of methods that share fewer than two replicates is left out.
+
+    Args:
+        records: The columns dataset, backbone, seed, fold, method, block, scenario, class, tp, fp
+            and fn.
+        scenarios: The K scenarios.
+        metrics: Some of `METRICS`.
+        prior: As in `contrast`.
+        resamples: Number of bootstrap resamples.
+        contrasts: Pairs of methods that were fixed beforehand, such as "lsgs-uniform, lora-lsgs";
+            uniform is the mean of its arms. None compares every method with uniform.
+
+    Returns:
+        The columns dataset, backbone, metric, contrast (or, without contrasts, method and
+        reference), those of the function `contrast`, and p_holm, corrected over the rows of a data
+        set, backbone and metric, except the second uniform arm, whose row is the noise floor.
+
+    Raises:
+        InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
+    """
+    pairs = None if contrasts is None else planned_pairs(contrasts, {*METHODS, *records["method"]})
+    rows = []
+    for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
+        seeds = part.groupby("method", sort=False)["seed"].agg(set)
+        compared = list(_compared(list(seeds.index), pairs))
+        for metric in metrics:
+            keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
+            table: list[dict[str, Any]] = []
+            for names, method, reference in compared:
+                shared = set.intersection(*(seeds.get(m, set()) for m in [method, *reference]))
+                if reference and len(shared) >= 2:
+                    row = contrast(part, scenarios, method, reference, metric, prior, resamples)
+                    table.append({**keys, **names, **row})
+            judged = [row for row in table if row.get("method") not in UNIFORM_ARMS]
+            for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
+                row["p_holm"] = p
+            rows += table
+    return pd.DataFrame(rows)
+
+
+def planned_pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
+    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
+
+    Raises:
+        InputError: A part is not two of the methods joined by a hyphen.
+    """
+    pairs = []
+    for part in contrasts.split(","):
+        first, hyphen, second = part.strip().partition("-")
+        if not hyphen or "-" in second:
+            raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
+        pairs.append((first, second))
+    if unknown := sorted({name for pair in pairs for name in pair} - methods):
+        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(methods)}")
+    return pairs
+
+
+def _compared(
+    present: list[str], pairs: list[tuple[str, str]] | None
+) -> Iterator[tuple[dict[str, str], str, list[str]]]:
+    """Yield the columns that name a difference, its method, and its reference methods."""
+    arms = [name for name in UNIFORM_ARMS if name in present]
+    if pairs is not None:
+        for method, other in pairs:
+            names = {"contrast": f"{method} - {other}"}
+            yield names, method, arms if other == "uniform" else [other]
+        return
+    for method in present:
+        reference = [arm for arm in arms[:1] if arm != method] if method in arms else arms
+        yield {"method": method, "reference": "+".join(reference)}, method, reference
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values after Holm's step-down correction (Holm 1979), in the same order."""
+    order = np.argsort(p_values, kind="stable")
+    steps = np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values)[order] * steps))
+    return adjusted.tolist()
+
+
+def rank_correlation(table: pd.DataFrame, column: str) -> float:
+    """Return Spearman's correlation of a column with the column lost, as a mean over folds."""
+    folds = [rows for _, rows in table.groupby("fold")]
+    return float(np.mean([rows[column].corr(rows["lost"], method="spearman") for rows in folds]))
+
+
+def _frequencies(drawn: NDArray[np.int64], count: int) -> Array:
+    """Return how often each of `count` indices was drawn, [R, count], for draws [R, n] or [n]."""
+    rows = drawn.reshape(-1, drawn.shape[-1])
+    flat = rows + count * np.arange(len(rows))[:, None]
+    return np.bincount(flat.ravel(), minlength=count * len(rows)).reshape(-1, count).astype(float)

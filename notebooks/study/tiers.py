@@ -1,0 +1,326 @@
+"""Tiers: one parameter file for the five notebooks, and where each of their runs writes.
+
+A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, one section per notebook with the
+parameters that differ from the notebook's own defaults, and perhaps a section `all` for those that
+several notebooks have. The grid says which data sets, backbones, methods, folds and seeds; it can
+be a list of such products, whose runs are put together. Everything is checked against the
+notebooks' `parameters` cells and the data manifest before anything runs (`study.parameters`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
+
+from lsgs_core.errors import InputError
+from lsgs_core.methods import METHODS
+from study.data.folds import default_split
+from study.data.manifest import NAME, Manifest, load_manifest
+from study.data.schema import Exact, read_json, read_yaml, validated
+from study.files import file_sha256, make_folder, written_beside
+from study.parameters import Backbone, Method, check_against, notebook_model
+from study.statistics import UNIFORM_ARMS, planned_pairs
+
+NOTEBOOKS = {
+    "data": "01_data_preparation",
+    "pretraining": "02_pretraining_check",
+    "scoring": "03_scenario_scoring",
+    "finetuning": "04_finetuning",
+    "evaluation": "05_evaluation",
+}
+MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
+# Parameters that can name a file, by stage.
+FILES = {"data": "index_file", "pretraining": "weights", "finetuning": "probabilities"}
+# Folders of other things in `work` and `results`.
+RESERVED = {"bench", "benchmarks", "downloads", "lock", "networks", "reproduction"}
+# Set per job from the grid and the folder, so a tier file must not set them.
+SET_BY_GRID = {"work", "dataset", "backbone", "fold", "seed", "methods", "tier"}
+
+
+def _different(values: list[Any]) -> list[Any]:
+    if len(set(values)) != len(values):
+        raise ValueError("expected different entries")
+    return values
+
+
+def _counted(value: Any) -> Any:
+    """Write a number of folds or seeds out: 3 is [0, 1, 2]."""
+    if type(value) is not int:
+        return value
+    if value > MOST_COUNTED:
+        raise ValueError(f"expected at most {MOST_COUNTED}, found {value}")
+    return [*range(value)]
+
+
+Entries = Field(min_length=1), AfterValidator(_different)
+Indices = Annotated[
+    list[Annotated[int, Field(ge=0)]], *Entries, BeforeValidator(_counted)
+]  # or their number
+
+
+class Runs(Exact):
+    """The product of all five: one part of a grid."""
+
+    datasets: Annotated[list[str], *Entries] = ["demo"]
+    backbones: Annotated[list[Backbone], *Entries]
+    methods: Annotated[list[Method], *Entries]
+    folds: Indices
+    seeds: Indices
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which runs a tier consists of.
+
+    Attributes:
+        parts: Products, whose runs are put together; what is in several is run once.
+    """
+
+    parts: list[Runs]
+
+    def points(self) -> dict[tuple[str, str, int, int], list[str]]:
+        """Methods of every (dataset, backbone, fold, seed)."""
+        found: dict[tuple[str, str, int, int], list[str]] = {}
+        for part in self.parts:
+            for point in product(part.datasets, part.backbones, part.folds, part.seeds):
+                known = found.setdefault(point, [])
+                known += [method for method in part.methods if method not in known]
+        return found
+
+    def starts(self) -> list[tuple[str, str, int]]:
+        """Every (dataset, backbone, fold): what is pretrained and scored once for all seeds."""
+        return list(dict.fromkeys(point[:3] for point in self.points()))
+
+    @property
+    def datasets(self) -> list[str]:
+        """Every data set."""
+        return list(dict.fromkeys(name for name, *_ in self.points()))
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where the runs of one tier write; the notebooks and the workflow both ask here.
+
+    Attributes:
+        root: Such as `work/demo`.
+    """
+
+    root: Path
+
+    def prepared(self, dataset: str) -> Path:
+        """Aligned rasters and patch table of a data set."""
+        return self.root / "prepared" / dataset
+
+    def pretrained(self, dataset: str, backbone: str, fold: int | str, seed: int | str) -> Path:
+        """Pretrained weights."""
+        return self.root / "pretrained" / dataset / backbone / f"fold{fold}" / f"seed{seed}"
+
+    def scores(self, dataset: str, backbone: str, fold: int | str, seed: int | str) -> Path:
+        """Distortions and probabilities of a pretrained network."""
+        return self.root / "scores" / dataset / backbone / f"fold{fold}" / f"seed{seed}"
+
+    def runs(self, dataset: str, backbone: str, fold: int | str, seed: int | str) -> Path:
+        """The runs of all methods: a folder each, with weights, history and records."""
+        return self.root / "runs" / dataset / backbone / f"fold{fold}" / f"seed{seed}"
+
+    def points(self) -> dict[tuple[str, str, int, int], list[str]]:
+        """Methods of every (dataset, backbone, fold, seed) that has records in this folder."""
+        found: dict[tuple[str, str, int, int], list[str]] = {}
+        for path in sorted(self.root.glob("runs/*/*/fold*/seed*/*/records.csv")):
+            dataset, backbone, fold, seed, method = path.relative_to(self.root).parts[1:-1]
+            point = dataset, backbone, int(fold[len("fold") :]), int(seed[len("seed") :])
+            found.setdefault(point, []).append(method)
+        order = list(METHODS)
+        return {point: sorted(found[point], key=order.index) for point in sorted(found)}
+
+    @property
+    def evaluation(self) -> Path:
+        """Tables and figures over all runs."""
+        return self.root / "evaluation"
+
+    def parameter_file(self, job: str) -> Path:
+        """What papermill injects into the notebook of a job."""
+        return self.root / "parameters" / f"{job}.yaml"
+
+    def executed_notebook(self, job: str) -> Path:
+        """Where papermill writes the executed copy."""
+        return self.root / "notebooks" / f"{job}.ipynb"
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A tier file that was checked.
+
+    Attributes:
+        name: Of the tier.
+        grid: Its runs.
+        sections: Parameters per notebook.
+        manifest: The manifest that notebook 01 takes its data sets from.
+        sha256: Of the file.
+        folder: Where it writes, relative to the project's root.
+    """
+
+    name: str
+    grid: Grid
+    sections: Mapping[str, Mapping[str, Any]]
+    manifest: Manifest
+    sha256: str
+    folder: StudyFolder
+
+    def setting(self, stage: str, name: str) -> Any:
+        """The value of a notebook's parameter in this tier."""
+        return self.sections[NOTEBOOKS[stage]][name]
+
+    @property
+    def pretraining_seed(self) -> int:
+        """Of the weights that all fine-tuning runs start from."""
+        return int(self.setting("finetuning", "pretraining_seed"))
+
+    def gpus_of(self, stage: str) -> int:
+        """Number of GPUs that a notebook of a stage uses."""
+        on_gpu = str(self.setting(stage, "device")).startswith("cuda")
+        return int(self.setting(stage, "processes")) if on_gpu else 0
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs that the largest job uses, at least 1."""
+        return max(1, *map(self.gpus_of, ("pretraining", "scoring", "finetuning")))
+
+    def jobs(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and parameters of every notebook run, in an order in which they can run."""
+        for dataset in self.grid.datasets:
+            yield self._job("data", dataset=dataset)
+        for stage in ("pretraining", "scoring"):
+            for dataset, backbone, fold in self.grid.starts():
+                yield self._job(stage, dataset=dataset, backbone=backbone, fold=fold)
+        for (dataset, backbone, fold, seed), methods in self.grid.points().items():
+            job, parameters = self._job(
+                "finetuning", dataset=dataset, backbone=backbone, fold=fold, seed=seed
+            )
+            yield job, parameters | {"methods": ",".join(methods)}
+        job, parameters = self._job("evaluation")
+        yield job, parameters | {"tier": self.name}
+
+    def _job(self, stage: str, **point: Any) -> tuple[str, dict[str, Any]]:
+        parts = [f"{k}{v}" if k in ("fold", "seed") else v for k, v in point.items()]
+        # Notebooks run in their own folder, so the path starts from there.
+        parameters = {**self.sections[NOTEBOOKS[stage]], "work": f"../{self.folder.root}", **point}
+        return "-".join([NOTEBOOKS[stage], *parts]), parameters
+
+    def write_parameter_files(self) -> None:
+        """Write every job's parameters; a file that says the same already keeps its date.
+
+        So the workflow runs again just those jobs whose parameters changed.
+        """
+        for job, parameters in self.jobs():
+            path = self.folder.parameter_file(job)
+            text = yaml.safe_dump(parameters)
+            if not path.is_file() or path.read_text() != text:
+                make_folder(path.parent)
+                with written_beside(path) as temporary:
+                    temporary.write_text(text)
+
+
+def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
+    """Read `notebooks/tiers/<name>.yaml` and check it against the notebooks.
+
+    Args:
+        name: Of the tier.
+        root: The project's root.
+        work: Where tiers write, relative to the root.
+
+    Raises:
+        InputError: No such tier, an unknown section or parameter, a value that a parameter cannot
+            have, a data set, task, fold or network that the manifest does not list, or a planned
+            contrast without two replicates.
+    """
+    folder = root / "notebooks"
+    path = folder / "tiers" / f"{name}.yaml"
+    tiers = sorted(file.stem for file in path.parent.glob("*.yaml"))
+    if name not in tiers:
+        raise InputError(f"tier: expected one of {tiers}, found {name!r}")
+    if name in RESERVED or not re.fullmatch(NAME, name):
+        raise InputError(f"tier: {name!r} cannot be the name of a tier; rename its file")
+    content = read_yaml(path)
+    sections: dict[str, Any] = {}
+    shared = content.pop("all", {}) if isinstance(content, dict) else {}
+    if not isinstance(shared, dict):
+        raise InputError(f"{path.name}: all: expected parameters with their values")
+    unused = set(shared)
+    for notebook in NOTEBOOKS.values():
+        section = notebook_model(notebook, folder, SET_BY_GRID)
+        sections[notebook] = (section, section())
+        common = {name: value for name, value in shared.items() if name in section.model_fields}
+        unused -= common.keys()
+        if common and isinstance(content.setdefault(notebook, {}), dict):
+            content[notebook] = common | content[notebook]
+    if unused:
+        raise InputError(f"{path.name}: all: no notebook has a parameter {sorted(unused)[0]!r}")
+    if isinstance(content, dict) and isinstance(content.get("grid"), dict):
+        content["grid"] = [content["grid"]]
+    grid = Annotated[list[Runs], Field(min_length=1)]
+    schema = create_model("TierFile", __base__=Exact, grid=(grid, ...), **sections)
+    checked: Any = validated(schema, content, path.name)
+    values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
+    folder_of_tier = StudyFolder(work / name)
+    manifest = load_manifest(folder / values[NOTEBOOKS["data"]]["manifest"])
+    tier = Tier(name, Grid(checked.grid), values, manifest, file_sha256(path), folder_of_tier)
+    try:
+        _check_grid(tier)
+        for stage, setting in FILES.items():
+            file = tier.setting(stage, setting)
+            if file not in ("", "committed", "train") and not (folder / file).is_file():
+                raise InputError(f"{setting}: expected a file, seen from notebooks, found {file!r}")
+        if "contrasts" in (content.get(NOTEBOOKS["evaluation"]) or {}):
+            _check_replicates(tier.grid, tier.setting("evaluation", "contrasts"))
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
+    return tier
+
+
+def _check_grid(tier: Tier) -> None:
+    """Check every start of the grid against the manifest, which knows data sets and networks."""
+    for dataset, backbone, fold in tier.grid.starts():
+        definition = tier.manifest.dataset(dataset)
+        split = tier.setting("data", "split") or default_split(tier.setting("data", "protocol"))
+        start = {"split": split or next(iter(definition.folds)), "fold": fold, "backbone": backbone}
+        for section in tier.sections.values():
+            check_against(definition, {**section, **start})
+        if tier.setting("pretraining", "weights") == "committed":
+            tier.manifest.network(dataset, backbone, fold, tier.pretraining_seed)
+
+
+def _check_replicates(grid: Grid, contrasts: str) -> None:
+    """Raise `InputError` where a planned contrast has no data set and backbone with two seeds."""
+    seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
+    for (dataset, backbone, _, seed), methods in grid.points().items():
+        for method in methods:
+            for name in {method, "pretrained", "uniform" if method in UNIFORM_ARMS else method}:
+                seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)
+    for first, second in planned_pairs(contrasts, {*METHODS, "pretrained"}):
+        shared = [of.get(first, set()) & of.get(second, set()) for of in seeds.values()]
+        if max(map(len, shared)) < 2:
+            raise InputError(
+                f"contrasts: {first}-{second} needs both methods in the grid, with at least two "
+                "seeds of one data set and backbone"
+            )
+
+
+def notebook_sha256(path: Path) -> str:
+    """SHA-256 over a notebook's code cells but for its `parameters` cell."""
+    cells = read_json(path)["cells"]
+    code = [
+        cell["source"]
+        for cell in cells
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+    ]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()

@@ -1,0 +1,333 @@
+"""Training with a scenario drawn for every sample: pretraining and fine-tuning alike.
+
+Order of the data, scenarios and augmentation are functions of (seed, epoch, sample), and the state
+of the run, that of the generator of dropout included, is on disk once a minute and after every
+epoch. So a killed run goes on at the step where it was last saved, and ends with the same bytes as
+one that was never killed (CPU, same number of threads).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lsgs_core.batch import Batch
+from lsgs_core.errors import InputError
+from lsgs_core.models.backbone import Backbone
+from lsgs_core.models.lora import training_mode
+from lsgs_core.randomness import Stage, generator, uniform_numbers
+from lsgs_core.sampling import ScenarioSampler, draw_scenarios
+from lsgs_core.scenarios import ScenarioSet
+from study.data.patches import PatchDataset
+from study.devices import Processes, is_first_process
+from study.files import make_folder, written_beside
+from study.freshness import fingerprint
+from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
+from study.settings import TrainingSettings
+
+Validation = Callable[[Backbone], Mapping[str, float]]
+STATE = "training_state.pt"
+SAVE_EVERY = 60.0  # seconds between states within an epoch
+
+
+def train(
+    model: Backbone,
+    dataset: PatchDataset,
+    scenarios: ScenarioSet,
+    sampler: ScenarioSampler,
+    settings: TrainingSettings,
+    seed: int,
+    folder: Path,
+    identity: Mapping[str, Any],
+    validate: Validation | None = None,
+    stream: str = "scenario",
+    stage: Stage = "finetuning",
+) -> pd.DataFrame:
+    """Train a model in place.
+
+    Args:
+        model: A network on its device; frozen parameters stay as they are.
+        dataset: Training patches.
+        scenarios: The scenarios of the sampler's probabilities.
+        sampler: Gives the probabilities, and sees the loss of every sample.
+        settings: How to train.
+        seed: Decides order, scenarios, augmentation and dropout.
+        folder: Where the training state goes while the run lasts.
+        identity: Everything else that the result depends on (data and initial weights). A training
+            state with another identity, seed, settings or code is discarded.
+        validate: Called after every epoch; its values become columns of the history.
+        stream: One of `lsgs_core.randomness.STREAMS`, which scenarios are drawn with.
+        stage: Decides the random numbers too, so that fine-tuning never replays pretraining.
+
+    Returns:
+        One row per epoch: epoch, learning_rate, loss, the share of samples drawn per scenario
+        (columns `drawn:<scenario>`), and what `validate` gave.
+
+    Raises:
+        FloatingPointError: The loss is not finite; names patches and scenarios.
+        InputError: The data set is empty, or the settings do not fit the data or the device.
+    """
+    if not len(dataset):
+        raise InputError("training: expected at least one training patch, found none")
+    if settings.protocol == "paper" and dataset.task_kind == "multiclass":
+        raise InputError("protocol: 'paper' is for binary and multi-label tasks")
+    device = next(model.parameters()).device
+    # Equal steps gave other gradients of a 3×3×3 convolution, and NaN in one of twenty runs: the
+    # backward pass of PyTorch 2.13 reads memory that was never written.
+    if device.type == "cpu" and settings.precision == "bfloat16":
+        raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
+    processes = Processes(device, settings.precision)
+    if (last := min(settings.batch_sizes(len(dataset)))) < processes.count:
+        raise InputError(
+            f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
+            f"for {processes.count} processes; expected at least a patch for each"
+        )
+    make_folder(folder)
+    complete = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
+    complete |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
+    objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
+    run = _Run(
+        model, dataset, scenarios, sampler, settings, seed, stream, stage,
+        _optimiser(model, settings), folder / STATE, json.dumps(complete, sort_keys=True),
+        processes, processes.wrap(objective),
+    )  # fmt: skip
+    reached = run.restore()
+    steps = len(settings.batch_sizes(len(dataset)))
+    done, total = len(reached.history) * steps + reached.step, settings.epochs * steps
+    bar = tqdm(initial=done, total=total, unit="step", desc="training", disable=processes.rank > 0)
+    with bar:
+        while len(reached.history) < settings.epochs:
+            row = run.epoch(reached, bar)
+            if validate is not None:
+                row |= validate(model)
+            reached = _Reached([*reached.history, row], np.zeros(len(scenarios)))
+            run.keep(reached)
+    return pd.DataFrame(reached.history)
+
+
+def discard_state(folder: Path) -> None:
+    """Delete the training state of a finished run, once its weights are saved."""
+    if is_first_process():
+        (folder / STATE).unlink(missing_ok=True)
+
+
+def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
+    """Apply one of the eight symmetries of the square to every patch, by numbers in [0, 1), [B]."""
+
+    def turn(tensor: Tensor) -> Tensor:
+        patches = []
+        for patch, symmetry in zip(tensor, (numbers * 8).astype(int).tolist(), strict=True):
+            patch = torch.rot90(patch, symmetry % 4, dims=(-2, -1))
+            patches.append(patch.flip(-1) if symmetry >= 4 else patch)
+        return torch.stack(patches)
+
+    return replace(
+        batch,
+        images=tuple(turn(image) for image in batch.images),
+        target=None if batch.target is None else turn(batch.target),
+        valid=None if batch.valid is None else turn(batch.valid),
+        seen=None if batch.seen is None else turn(batch.seen),
+    )
+
+
+@dataclass
+class _Reached:
+    """Where a run stands."""
+
+    history: list[dict[str, float]]  # a row for every complete epoch
+    drawn: NDArray[np.float64]  # how often the next epoch drew each scenario so far, [K]
+    step: int = 0  # steps of that epoch that are done
+    loss: float = 0.0  # sum of the losses of their samples
+    random: list[Tensor] = field(default_factory=list)  # PyTorch's generators after them
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training run, with what it needs to go on."""
+
+    model: Backbone
+    dataset: PatchDataset
+    scenarios: ScenarioSet
+    sampler: ScenarioSampler
+    settings: TrainingSettings
+    seed: int
+    stream: str
+    stage: Stage
+    optimiser: torch.optim.Optimizer
+    path: Path
+    identity: str
+    processes: Processes
+    objective: nn.Module
+
+    def restore(self) -> _Reached:
+        """Load the state if it is this run's, and return where it stands."""
+        reached = _Reached([], np.zeros(len(self.scenarios)))
+        if not self.path.is_file():
+            return reached
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            place = json.loads(state["place"])
+        except Exception as error:  # a damaged file can make torch raise anything
+            raise InputError(
+                f"{self.path}: not a training state; delete it to start anew: {error}"
+            ) from error
+        if state["identity"] != self.identity:
+            tqdm.write(f"{self.path}: left by a run with other parameters; starting anew")
+            return reached
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.sampler.load_state_dict(json.loads(state["sampler"]))
+        reached.history, reached.step, reached.loss = place["history"], place["step"], place["loss"]
+        reached.drawn = np.array(place["drawn"])
+        if len(state["random"]) != self.processes.count and reached.step:
+            raise InputError(
+                f"{self.path}: left by {len(state['random'])} processes within an epoch; go on "
+                f"with as many, found {self.processes.count}, or delete it"
+            )
+        reached.random = state["random"][self.processes.rank] if reached.step else []
+        tqdm.write(f"{self.path}: going on in epoch {len(reached.history)}, step {reached.step}")
+        return reached
+
+    def keep(self, reached: _Reached) -> None:
+        """Write the state, beside and renamed."""
+        place = {"history": reached.history, "step": reached.step, "loss": reached.loss}
+        state = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sampler": json.dumps(self.sampler.state_dict()),
+            "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
+            "random": self.processes.gather(
+                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            ),
+        }
+        if self.processes.rank == 0:
+            with written_beside(self.path) as temporary:
+                torch.save(state, temporary)
+
+    def epoch(self, reached: _Reached, bar: tqdm) -> dict[str, float]:
+        """Train the rest of an epoch and return its row of the history."""
+        settings, seed, stage = self.settings, self.seed, self.stage
+        epoch = len(reached.history)
+        rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        order = generator("order", seed, epoch, stage=stage).permutation(len(self.dataset))
+        self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
+        training_mode(self.model)
+        if reached.step:
+            torch.set_rng_state(reached.random[0])
+            torch.cuda.set_rng_state_all(reached.random[1:])
+        else:
+            # Dropout of an epoch does not depend on what ran before it.
+            dropout = generator("dropout", seed, epoch, self.processes.rank, stage)
+            torch.manual_seed(int(dropout.integers(2**63)))
+        saved = time.monotonic()
+        for batch in self._batches(order, reached.step):
+            loss, drawn = self._step(batch, epoch)
+            reached.step += 1
+            reached.loss += loss * len(drawn)
+            np.add.at(reached.drawn, drawn, 1)
+            bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            # One process decides, since all of them have to say where their generators stand.
+            if self.processes.gather(time.monotonic() - saved >= SAVE_EVERY)[0]:
+                self.keep(reached)
+                saved = time.monotonic()
+        shares = (reached.drawn / len(self.dataset)).tolist()
+        return {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "loss": reached.loss / len(self.dataset),
+            **{f"drawn:{k}": share for k, share in zip(self.scenarios.names, shares, strict=True)},
+        }
+
+    def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
+        """This process's share of every batch from the first on, in the parts of accumulation."""
+        count = self.processes.count
+        ends = np.cumsum(self.settings.batch_sizes(len(order)))
+        remaining = np.split(order, ends[:-1])[first:]
+        # As many parts in every process, though shares may differ by a patch.
+        numbers = [min(self.settings.accumulation, len(batch) // count) for batch in remaining]
+        shares = map(self.processes.mine, remaining)
+        parts = [np.array_split(s, number) for s, number in zip(shares, numbers, strict=True)]
+        batches = self.dataset.batches_of([part for share in parts for part in share])
+        for share in parts:
+            yield [next(batches) for _ in share]
+
+    def _step(self, parts: list[Batch], epoch: int) -> tuple[float, NDArray[np.int64]]:
+        """One step of the optimiser; return the loss and the scenarios of the whole batch."""
+        self.optimiser.zero_grad(set_to_none=True)
+        probabilities = self.sampler.probabilities(epoch)
+        seen = []
+        for number, batch in enumerate(parts):
+            assert batch.patch_ids is not None
+            ids, seed, stage = batch.patch_ids.numpy(), self.seed, self.stage
+            servable: NDArray[np.bool_] | None = None  # every patch has the modalities of all
+            if (absent := ~batch.available.numpy()).any():
+                servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
+            chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream, stage)
+            if self.settings.augment:
+                numbers = uniform_numbers("augmentation", seed, epoch, ids, stage)
+                batch = turned(batch, numbers)
+            with self.processes.whole_gradients(self.objective, number == len(parts) - 1):
+                loss, per_sample = self.objective(batch, self.scenarios.masks[chosen])
+                if not torch.isfinite(loss):
+                    names = [self.scenarios.names[index] for index in chosen]
+                    raise FloatingPointError(
+                        f"training: the loss is {loss.item()} in epoch {epoch} for patches "
+                        f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
+                    )
+                (loss / len(parts)).backward()
+            seen.append((chosen, per_sample.cpu().double().numpy(), loss.item()))
+        self.optimiser.step()
+        # In order of rank, so that a sampler sees what one process would have seen.
+        everyone = [part for share in self.processes.gather(seen) for part in share]
+        chosen = np.concatenate([scenarios for scenarios, *_ in everyone])
+        losses = np.concatenate([losses for _, losses, _ in everyone])
+        labelled = ~np.isnan(losses)  # skip samples without labelled pixels
+        self.sampler.observe(chosen[labelled], losses[labelled])
+        return float(np.mean([loss for *_, loss in everyone])), chosen
+
+
+class _Objective(nn.Module):
+    """The network and its loss in one module, which is what several processes share."""
+
+    def __init__(
+        self, model: Backbone, protocol: Protocol, kind: TaskKind, processes: Processes
+    ) -> None:
+        super().__init__()
+        self.model, self.protocol, self.kind = model, protocol, kind
+        self.processes = processes
+
+    def forward(self, batch: Batch, present: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """Loss of the batch, and per sample."""
+        device = next(self.model.parameters()).device
+        batch, available = batch.to(device), torch.from_numpy(present).to(device)
+        assert batch.target is not None
+        counted = batch.counted(available)
+        of_paper = self.protocol == "paper"
+        with self.processes.autocast():
+            logits = (self.model.heads if of_paper else self.model)(batch.images, available)
+        if logits.dtype == torch.bfloat16:  # too coarse for sums over millions of pixels
+            logits = logits.float()
+        if of_paper:
+            return paper_loss(logits, batch.target, counted)
+        return segmentation_loss(logits, batch.target, counted, self.kind)
+
+
+def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)

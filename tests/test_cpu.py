@@ -1,0 +1,164 @@
+"""The fast CPU forms against the published ones, in float64: outputs and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from study.published_form import as_published
+from torch import Tensor, nn
+
+from lsgs_core.models import Backbone, build_backbone, cpu
+from lsgs_core.models.cpu import _weights, accelerate_on_cpu, attention_with_dropout
+from lsgs_core.models.lora import add_lora
+
+SIZES: dict[str, dict[str, Any]] = {
+    "demo": {},
+    # The paper's shape: four levels, each twice as deep, the last as deep as it is wide.
+    "cube": {"decoder_channels": (32, 16, 12, 8, 4), "decoder_depths": (4, 8, 16, 32)},
+    "odd": {"decoder_channels": (16, 12, 8), "decoder_depths": (5, 3), "latent_grid": (3, 3, 5)},
+}
+
+
+def network(name: str, size: str, **settings: Any) -> Backbone:
+    torch.manual_seed(0)
+    model = build_backbone(name, "demo", **SIZES[size], **settings).double()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # no bias or scale that is the same everywhere hides a mistake
+            nn.init.normal_(parameter, 0.5, 0.2)
+    return model
+
+
+def results(model: Backbone, images: list[Tensor], available: Tensor) -> dict[str, Tensor]:
+    """All heads, and the gradients of a random sum of them, by name."""
+    for image in images:
+        image.requires_grad_().grad = None
+    model.zero_grad()
+    heads = model.heads(images, available)
+    heads.backward(torch.randn(heads.shape, generator=torch.Generator().manual_seed(2)).double())
+    found = {"heads": heads.detach()}
+    for name, tensor in [
+        *model.named_parameters(),
+        *((f"image {i}", x) for i, x in enumerate(images)),
+    ]:
+        if tensor.grad is not None:
+            found[name] = tensor.grad.clone()
+    return found
+
+
+@pytest.mark.parametrize("slab", [2**20, 1500])  # all at once, and in many small slabs
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["cbc_slp", "cbc"])
+@pytest.mark.parametrize("batch", [1, 2])  # PyTorch has kernels of its own for one sample
+def test_outputs_and_gradients(
+    name: str, size: str, slab: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "SLAB", slab)
+    monkeypatch.setattr(cpu, "SMALLEST", 0)
+    model = network(name, size, bands=(2, 3, 1), classes=2)
+    shape = (64, 96) if size == "odd" else (64, 64)
+    images = [torch.randn(batch, bands, *shape, dtype=torch.float64) for bands in (2, 3, 1)]
+    available = torch.tensor([[True, True, True], [False, True, False]])[-batch:]
+    found = results(accelerate_on_cpu(model), images, available)
+    expected = results(as_published(model), images, available)
+    assert found.keys() == expected.keys()
+    assert len(found) == 1 + len([*model.parameters()]) + 3
+    for key, value in expected.items():
+        # Sums over a volume cancel to zero for what a normalisation takes out again.
+        scale = max(1e-3, value.abs().max().item())
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9 * scale, msg=key)
+
+
+def test_only_what_is_trained_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SMALLEST", 0)
+    model = network("cbc_slp", "demo")
+    add_lora(model, rank=2)
+    images = [torch.randn(1, 3, 64, 64, dtype=torch.float64) for _ in range(3)]
+    available = torch.tensor([[True, False, True]])
+    found = results(accelerate_on_cpu(model), images, available)
+    expected = results(as_published(model), images, available)
+    assert found.keys() == expected.keys()
+    assert not any(name.startswith("decoder") for name in found)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9)
+
+
+def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own instance normalisation fails this for channels-last gradients."""
+    monkeypatch.setattr(cpu, "SMALLEST", 0)
+    model = accelerate_on_cpu(network("cbc_slp", "demo")).eval()
+    images = [torch.randn(1, 3, 64, 64, dtype=torch.float64) for _ in range(3)]
+    available = torch.tensor([[True, False, True]])
+    found = []
+    for count in (1, 2):
+        model.zero_grad()
+        repeated = [image.expand(count, -1, -1, -1) for image in images]
+        heads = model.heads(repeated, available.expand(count, -1))
+        (heads.square().sum() / count).backward()
+        found.append({name: x.grad for name, x in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("tokens", [7, 16])  # 49 numbers do not fill 64-bit words
+def test_attention_with_dropout(tokens: int) -> None:
+    query, key, value = (
+        torch.randn(2, 3, tokens, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
+    torch.manual_seed(5)
+    found = attention_with_dropout(query, key, value, 0.25)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, ()))
+    heads = [x.detach().flatten(0, 1) for x in (query, key)]
+    keep = torch.stack([keep.clone() for _, keep in _weights(*heads, 2**14, seed)])
+    logits = query @ key.transpose(2, 3) / 4**0.5
+    expected = logits.softmax(dim=3) * keep.view_as(logits) / 0.75 @ value
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(found)
+    for ours, definition in zip(
+        torch.autograd.grad(found, (query, key, value), gradient),
+        torch.autograd.grad(expected, (query, key, value), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, definition)
+
+
+def test_dropout_of_attention_is_random_and_seeded() -> None:
+    query = torch.randn(4, 8, 256, 8)
+    ones = torch.ones_like(query)
+    torch.manual_seed(1)
+    first = attention_with_dropout(query, query, ones, 0.1)
+    second = attention_with_dropout(query, query, ones, 0.1)
+    torch.manual_seed(1)
+    assert torch.equal(first, attention_with_dropout(query, query, ones, 0.1))
+    assert not torch.equal(first, second)
+    # With values of 1 the mean of the result is the share that was kept, scaled back.
+    assert first.mean().item() == pytest.approx(1, abs=0.005)
+    flat = torch.zeros_like(query)  # equal weights: a result is the number of kept of 256
+    kept = attention_with_dropout(flat, flat, ones, 0.1)[..., 0] * 0.9
+    assert kept.std().item() == pytest.approx((0.1 * 0.9 / 256) ** 0.5, rel=0.05)
+    heads = kept - kept.mean(dim=2, keepdim=True)
+    assert abs((heads[0, 0] * heads[0, 1]).mean().item()) < 0.3 * heads.var().item()
+
+
+def test_only_large_volumes_go_in_slabs() -> None:
+    for preset, expected in (("paper", True), ("demo", False)):
+        model = build_backbone("cbc", preset)
+        shape = model.configuration["latent_grid"]
+        decoder = accelerate_on_cpu(model).get_submodule("decoder")
+        assert isinstance(decoder, cpu.SlabDecoder)
+        assert decoder.is_worthwhile(torch.zeros(1, 1, *shape)) is expected
+
+
+def test_training_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        "lsgs_core.models.cpu.attention_with_dropout",
+        lambda query, key, value, rate: calls.append(rate) or value,
+    )
+    model = accelerate_on_cpu(network("cbc", "demo", attention_dropout=0.3))
+    images = torch.randn(1, 3, 3, 64, 64, dtype=torch.float64)
+    available = torch.ones(1, 3, dtype=torch.bool)
+    model.train().heads(images, available)
+    assert calls == [0.3] * 4
+    model.eval().heads(images, available)
+    assert calls == [0.3] * 4
