@@ -49,7 +49,7 @@ OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
         ("study/training.py", '"""Train a model in place.', '"""Fit a model in place.', set()),
         ("lsgs_core/models/cmx.py", "from ", "# Why.\nfrom ", set()),
         ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring", "evaluation"}),
-        ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring"}),
+        ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring", "evaluation"}),
         ("study/figures/scoring.py", *OTHER, set()),
         ("study/tiers.py", "10_000", "20_000", {"evaluation"}),
         ("study/statistics.py", *OTHER, {"evaluation"}),

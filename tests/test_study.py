@@ -51,10 +51,18 @@ def test_one_study_per_folder(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("arguments", [["run", "dmeo"], ["publish", "nothing"]])
-def test_unknown_tier_fails_before_anything_runs(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["run", "dmeo"], "expected one of"),
+        (["publish", "nothing"], "expected one of"),
+        (["run", "smoke", "--cores", "0"], "--cores: expected 1 or more, found 0"),
+        (["run", "smoke", "--cores", "-1"], "--cores: expected 1 or more, found -1"),
+    ],
+)
+def test_a_wrong_command_fails_before_anything_runs(arguments, answer, capsys):
     assert main(arguments) == 2
-    assert "expected one of" in capsys.readouterr().err
+    assert answer in capsys.readouterr().err
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pretrained weights: committed, of one's own, or the authors'."""
+"""Networks and their pretrained weights: committed, of one's own, or the authors'."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 
 from lsgs_core.errors import InputError
-from lsgs_core.models import Backbone, load_author_weights
+from lsgs_core.models import Backbone, build_backbone, load_author_weights
+from lsgs_core.models.cpu import accelerate_on_cpu
 from study.artifacts import check, load_table, load_weights, sidecar_path
 from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset
 from study.files import file_sha256
 
 # What any weights of ours must have been made for, and what committed ones in addition.
@@ -79,6 +81,18 @@ def load_pretrained(
     history = path.with_name("history.csv")
     seen = load_table(history) if sidecar_path(history).is_file() else None
     return Pretrained(path, origin, trained_with, seen)
+
+
+def build_network(
+    backbone: str, preset: str, patches: PatchDataset, device: torch.device | str = "cpu"
+) -> Backbone:
+    """Return a network with fresh weights for the bands and classes of patches, in its fast form.
+
+    Raises:
+        InputError: The backbone or the preset is unknown, or the patches do not fit them.
+    """
+    model = build_backbone(backbone, preset, patches.bands, len(patches.classes))
+    return accelerate_on_cpu(model).to(device)
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:

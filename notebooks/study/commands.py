@@ -366,6 +366,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
     options = parser.parse_args(arguments)
     try:
+        if options.cores < 1:
+            raise InputError(f"--cores: expected 1 or more, found {options.cores}")
         tier = load_tier(options.tier, ROOT)
         if options.action == "run":
             return run(tier, options.cores, options.dry_run, options.profile)

@@ -21,7 +21,7 @@ import lsgs_core
 
 NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation"]
 # A network and its patches, as `study.run` opens them.
-NETWORK = ("lsgs_core.models.cpu", "study.checkpoints", "study.data.patches")
+NETWORK = ("study.checkpoints", "study.data.patches")
 # What computes the results of a stage; its notebook imports more, such as figures.
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),

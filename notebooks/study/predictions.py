@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.models import Backbone, build_backbone
+from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, save
-from study.checkpoints import load_checkpoint
+from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
 from study.tiers import StudyFolder
@@ -183,7 +183,7 @@ def predictions_of_runs(
             continue
         test = tests[dataset, fold]
         indices = richest_patches(test, count)
-        model = build_backbone(backbone, preset, test.bands, len(test.classes)).to(device)
+        model = build_network(backbone, preset, test, device)
         folders = {"pretrained": study.pretrained(dataset, backbone, fold, pretraining_seed)}
         folders |= {name: study.runs(dataset, backbone, fold, seed) / name for name in methods}
         maps = {}

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from lsgs_core.models import Backbone, build_backbone
-from lsgs_core.models.cpu import accelerate_on_cpu
+from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, check
-from study.checkpoints import load_checkpoint
+from study.checkpoints import build_network, load_checkpoint
 from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset
 from study.devices import choose_device, make_deterministic
@@ -75,7 +74,7 @@ class NetworkRun:
     def made_with(self) -> dict[str, Any]:
         """What weights and probabilities of this network must have been made with."""
         with torch.device("meta"):  # only the configuration is wanted
-            model = build_backbone(*self._sizes)
+            model = self.build("meta")
         names = ("dataset", "task", "fold", "normalisation", "pretraining_seed")
         return {
             **{name: self.parameters[name] for name in names},
@@ -86,9 +85,10 @@ class NetworkRun:
             "classes": self.training.classes,
         }
 
-    def build(self) -> Backbone:
-        """Return the network with fresh weights, in its fast form, on the device of the run."""
-        return accelerate_on_cpu(build_backbone(*self._sizes)).to(self.device)
+    def build(self, device: str = "") -> Backbone:
+        """Return the network with fresh weights, on the device of the run or on another."""
+        names = self.parameters["backbone"], self.parameters["preset"]
+        return build_network(*names, self.training, device or self.device)
 
     def pretrained(self) -> Backbone:
         """Return the network with the pretrained weights of notebook 02, or raise `InputError`."""
@@ -111,11 +111,6 @@ class NetworkRun:
         chosen = {name: self.parameters[name] for name in ("threads", *names)}
         made_from = {**(inputs or {}), "code": fingerprint(self.stage)}
         return Record({**self.made_with, **chosen, **more}, made_from, str(self.device))
-
-    @property
-    def _sizes(self) -> tuple[str, str, tuple[int, ...], int]:
-        names = self.parameters["backbone"], self.parameters["preset"]
-        return *names, self.training.bands, len(self.training.classes)
 
 
 def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:

@@ -23,14 +23,14 @@ class TrainingSettings:
     Attributes:
         epochs: Passes over the training patches.
         batch_size: Patches per step, over all processes.
-        learning_rate: At the start.
+        learning_rate: Learning rate at the start.
         optimiser: "adam" or "sgd" (with momentum 0.9).
         weight_decay: L2 penalty.
-        rate_decay: Factor on the learning rate ...
-        rate_decay_every: ... every so many epochs.
-        accumulation: Parts that a batch is computed in, one after the other, where memory is short.
-            Loss and normalisation are then those of each part.
-        precision: Of the forward pass, "float32" or "bfloat16" (mixed).
+        rate_decay: Factor that the learning rate is multiplied by every `rate_decay_every` epochs.
+        rate_decay_every: Number of epochs between two decays.
+        accumulation: Number of parts that a batch is computed in, one after the other, where memory
+            is short. Loss and normalisation are then those of each part.
+        precision: Precision of the forward pass: "float32", or "bfloat16" (mixed, on GPUs alone).
         protocol: "strict" takes `segmentation_loss`, "paper" the published one (binary and
             multi-label tasks only).
         augment: Turn and mirror every patch at random (the eight symmetries of the square).
@@ -49,9 +49,9 @@ class TrainingSettings:
     precision: Precision = "float32"
 
     def batch_sizes(self, patches: int) -> list[int]:
-        """Patches of every step of an epoch.
+        """Return the number of patches of every step of an epoch.
 
-        A single one that is left over joins the batch before: batch normalisation has no variance
+        A single patch that is left over joins the batch before: batch normalisation has no variance
         over one sample where the features have shrunk to one pixel.
         """
         size = self.batch_size
