@@ -143,6 +143,8 @@ def score_batches(
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     devices = [tensor.device for tensor in tensors]
     names = {str(place) for place in devices} | {place.type for place in devices}
+    if device is not None:
+        check_type("device", device, torch.device, str)
     if device is not None and str(device) not in (names or {"cpu"}):
         expected = sorted(names or {"cpu"})
         raise InputError(f"device: expected {expected}, as the model has, found {shown(device)}")
@@ -172,15 +174,16 @@ def joined_scores(parts: Sequence[BatchScores], scenarios: ScenarioSet) -> Scena
     """
     check_type("scenarios", scenarios, ScenarioSet)
     check_type("batches", parts, Sequence)
+    channels = set()
     for part in parts:
         check_type("batches", part, BatchScores)
         count = len(array_of("patch_ids", part.patch_ids, "iu", [None]))
         array_of("block_ids", part.block_ids, "iu", [count])
         real_numbers("distortion", part.distortion, [count, len(scenarios)])
-        real_numbers("latent shift", part.shift, [len(scenarios), None])
+        channels.add(real_numbers("latent shift", part.shift, [len(scenarios), None]).shape)
     if not parts:
         raise InputError("batches: expected at least one patch with every modality, found none")
-    if len({part.shift.shape for part in parts}) > 1:
+    if len(channels) > 1:
         raise InputError("latent: expected the same number of channels in every batch")
     patch_distortion = np.concatenate([part.distortion for part in parts])
     block_ids = np.concatenate([part.block_ids for part in parts])

@@ -65,6 +65,6 @@ def uniform_numbers(
     stage: Stage = "finetuning",
 ) -> NDArray[np.float64]:
     """Return one number in [0, 1) for each of B sample indices, float64 [B]; see `generator`."""
-    if not isinstance(indices, Sequence | np.ndarray) or np.ndim(indices) != 1:
+    if not isinstance(indices, Sequence) and getattr(indices, "ndim", 0) != 1:
         raise InputError(f"indices: expected a list of integers, found {shown(indices)}")
     return np.array([generator(stream, seed, epoch, index, stage).random() for index in indices])

@@ -58,7 +58,8 @@ class ScenarioSet:
     @classmethod
     def of(cls, modalities: Iterable[str]) -> ScenarioSet:
         """Return the scenarios of names in any ordered iterable; errors are those of the class."""
-        if isinstance(modalities, str | Set) or not isinstance(modalities, Iterable):
+        scalar = not isinstance(modalities, Iterable) or getattr(modalities, "ndim", 1) == 0
+        if scalar or isinstance(modalities, str | Set):
             raise InputError(f"modalities: expected a list of names, found {shown(modalities)}")
         return cls(tuple(islice(modalities, LARGEST_MODALITY_COUNT + 1)))
 

@@ -68,9 +68,11 @@ def published_scoring(
         check_number(f"settings.{name}", settings.get(name), lambda x: True, "a number")
     scenarios = scores.scenarios
     check_type("scores.scenarios", scenarios, ScenarioSet)
+    numbers = {}
     for name, value in vars(result).items():
         shape = [len(scenarios)] * (0 if name == "lengthscale" else 2 if name == "kernel" else 1)
-        real_numbers(f"result.{name}", value, shape)
+        numbers[name] = real_numbers(f"result.{name}", value, shape).tolist()
+    check_probabilities(result.probabilities)
     features = scenario_descriptors(
         descriptor, scenarios.masks, scores.distortion, scores.latent_shift
     )
@@ -82,21 +84,21 @@ def published_scoring(
         "tau": settings["inverse_temperature"],
         "gamma_floor": settings["mixing"],
         "lambda": settings["ridge"],
-        "rbf_sigma": result.lengthscale,
+        "rbf_sigma": numbers["lengthscale"],
         "scenario_names": list(scenarios.names),
         "mask_array": scenarios.masks.astype(int).tolist(),
         "meta_info": dict(meta_info),
-        "D_sh": scores.distortion.tolist(),
-        "U": result.utility.tolist(),
+        "D_sh": real_numbers("scores.distortion", scores.distortion).tolist(),
+        "U": numbers["utility"],
         "scenario_features_X": features.tolist(),
-        "kernel_matrix": result.kernel.tolist(),
-        "kernel_scores_r": result.smoothed.tolist(),
-        "normalized_kernel_scores": result.standardised.tolist(),
-        "softmax_probs": result.softmax.tolist(),
-        "final_probs": result.probabilities.tolist(),
+        "kernel_matrix": numbers["kernel"],
+        "kernel_scores_r": numbers["smoothed"],
+        "normalized_kernel_scores": numbers["standardised"],
+        "softmax_probs": numbers["softmax"],
+        "final_probs": numbers["probabilities"],
         # Fields of this study, for its other samplers.
-        "latent_shift": scores.latent_shift.tolist(),
-        "prior": result.prior.tolist(),
+        "latent_shift": real_numbers("scores.latent_shift", scores.latent_shift).tolist(),
+        "prior": numbers["prior"],
         "descriptor": descriptor,
         **{name: settings[name] for name in ("smooth", "lengthscale") if name in settings},
     }

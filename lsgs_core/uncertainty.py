@@ -85,7 +85,7 @@ def stop_when_precise(
     check_type("to_probabilities", to_probabilities, Callable)
 
     def is_precise(patch_distortion: NDArray[np.float64], blocks: NDArray[np.int64]) -> bool:
-        if len(np.unique(blocks)) < FEWEST_BLOCKS:
+        if len(np.unique(array_of("blocks", blocks, "iu", [None]))) < FEWEST_BLOCKS:
             return False
         resampled = bootstrap_probabilities(patch_distortion, blocks, to_probabilities, 200)
         return bool((resampled.std(axis=0, ddof=1) <= tolerance).all())

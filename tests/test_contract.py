@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -227,7 +228,12 @@ def entered(title: Any, family: Any, low_rank: Any, stream: Any) -> Any:
 def read_evidence(content: Any, scenarios: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scoring.json"
-        path.write_text(json.dumps(content, default=str), "utf-8")
+        digits = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(0)  # files can hold longer integers than Python writes
+        try:
+            path.write_text(json.dumps(content, default=str), "utf-8")
+        finally:
+            sys.set_int_max_str_digits(digits)
         return scoring_file.read_evidence(path, scenarios)
 
 
