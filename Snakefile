@@ -7,7 +7,7 @@ from pathlib import Path
 
 from study.freshness import fingerprint
 from study.reproduction import only
-from study.tiers import NOTEBOOKS, load_tier, notebook_sha256
+from study.tiers import NOTEBOOKS, load_tier, network_seed, notebook_sha256
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
@@ -18,7 +18,6 @@ if "only" in config:
 tier.write_parameter_files()
 study = tier.folder
 grid = tier.grid
-pretraining_seed = tier.pretraining_seed
 threads_of_a_run = tier.setting("finetuning", "threads")
 
 
@@ -31,6 +30,7 @@ def resources_of(stage):
 
 
 START = "{dataset}-{backbone}-fold{fold}"
+NETWORK = START + "-network{network}"
 POINT = START + "-seed{seed}"
 
 # The executed copy is a log, which Snakemake keeps when a notebook fails. A cell may take 12 hours.
@@ -66,14 +66,22 @@ def committed_weights(wildcards):
     """The network that comes with the repository, where the tier starts from it."""
     if tier.setting("pretraining", "weights") != "committed":
         return []
-    point = wildcards.dataset, wildcards.backbone, int(wildcards.fold), pretraining_seed
+    point = wildcards.dataset, wildcards.backbone, int(wildcards.fold), int(wildcards.network)
     return tier.manifest.network(*point).weights
+
+
+def scored_network(wildcards):
+    """The scoring of the network that a fine-tuning starts from."""
+    network = network_seed(tier.pretraining_seed, int(wildcards.seed))
+    point = wildcards.dataset, wildcards.backbone, wildcards.fold, network
+    return study.scores(*point) / "probabilities.json"
 
 
 wildcard_constraints:
     dataset="[^/]+",
     backbone="[^/]+",
     fold="[0-9]+",
+    network="[0-9]+",
     seed="[0-9]+",
 
 
@@ -104,12 +112,12 @@ rule pretraining:
         patches=rules.data.output,
         committed=committed_weights,
     output:
-        study.pretrained("{dataset}", "{backbone}", "{fold}", pretraining_seed)
+        study.pretrained("{dataset}", "{backbone}", "{fold}", "{network}")
         / "weights.safetensors",
     log:
-        study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + START),
+        study.executed_notebook(NOTEBOOKS["pretraining"] + "-" + NETWORK),
     params:
-        **parameters("pretraining", NOTEBOOKS["pretraining"] + "-" + START),
+        **parameters("pretraining", NOTEBOOKS["pretraining"] + "-" + NETWORK),
     threads: threads_of_a_run
     resources:
         **resources_of("pretraining"),
@@ -121,11 +129,11 @@ rule scoring:
     input:
         weights=rules.pretraining.output,
     output:
-        study.scores("{dataset}", "{backbone}", "{fold}", pretraining_seed) / "probabilities.json",
+        study.scores("{dataset}", "{backbone}", "{fold}", "{network}") / "probabilities.json",
     log:
-        study.executed_notebook(NOTEBOOKS["scoring"] + "-" + START),
+        study.executed_notebook(NOTEBOOKS["scoring"] + "-" + NETWORK),
     params:
-        **parameters("scoring", NOTEBOOKS["scoring"] + "-" + START),
+        **parameters("scoring", NOTEBOOKS["scoring"] + "-" + NETWORK),
     threads: threads_of_a_run
     resources:
         **resources_of("scoring"),
@@ -138,7 +146,7 @@ rule scoring:
 # delete it before going on with a notebook that was killed; `finetune` knows what is done.
 rule finetuning:
     input:
-        probabilities=rules.scoring.output,
+        probabilities=scored_network,
     output:
         study.runs("{dataset}", "{backbone}", "{fold}", "{seed}") / "scores.csv",
     log:

@@ -13,7 +13,7 @@ import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
 from lsgs_core.errors import array_of, check_count, check_number, check_type, real_numbers
-from lsgs_core.probabilities import standardise
+from lsgs_core.probabilities import likeliest_ridge, smooth_scores, standardise
 from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
 
 LARGEST_EXPONENT = 700.0  # of e without an overflow
@@ -58,27 +58,48 @@ class LossProportional(ScenarioSampler):
         inverse_temperature: tau, as in LSGS.
         mixing: gamma, as in LSGS.
         memory: Weight of the past in the moving average, from 0 to 1.
+        kernel: Kernel between scenarios, [K, K], over which the losses are smoothed around their
+            mean, as LSGS smooths its scores; None does not smooth.
+        ridge: Ridge of the smoothing.
     """
 
-    _kept = ("average", "count")
+    _kept: tuple[str, ...] = ("average", "count")
 
     def __init__(
-        self, prior: ArrayLike, inverse_temperature: float, mixing: float, memory: float = 0.98
+        self,
+        prior: ArrayLike,
+        inverse_temperature: float,
+        mixing: float,
+        memory: float = 0.98,
+        kernel: NDArray[np.float64] | None = None,
+        ridge: float = 0.3,
     ) -> None:
         self.prior = check_probabilities(prior)
         self.inverse_temperature = _range("inverse_temperature", inverse_temperature, 0, LARGEST)
         self.mixing, self.memory = _range("mixing", mixing, 0, 1), _range("memory", memory, 0, 1)
         self.average = np.zeros(len(self.prior))
         self.count = np.zeros(len(self.prior))
+        self.kernel, self.ridge = kernel, _range("ridge", ridge, 1e-9, LARGEST)
+        if kernel is not None:
+            self.kernel = real_numbers("kernel", kernel, [len(self.prior)] * 2)
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """Running mean of the loss of each scenario, [K]; the mean of the others if never seen."""
+        seen = self.count > 0
+        if not seen.any():
+            return np.zeros(len(self.prior))
+        # The average starts at 0; dividing by the weight of all losses so far corrects for that.
+        loss = np.where(seen, self.average / np.maximum(1 - self.memory**self.count, 1e-300), 0.0)
+        return np.where(seen, loss, loss[seen].mean())
 
     def probabilities(self, epoch: int) -> Probabilities:
         """Return the present p, float64 [K]."""
-        seen = self.count > 0
-        if not seen.any():
+        loss = self.losses
+        if not self.count.any():
             return self.prior
-        # The average starts at 0; dividing by the weight of all losses so far corrects for that.
-        loss = np.where(seen, self.average / np.maximum(1 - self.memory**self.count, 1e-300), 0.0)
-        loss = np.where(seen, loss, loss[seen].mean())
+        if self.kernel is not None:
+            loss = smooth_scores(self.kernel, loss - loss.mean(), self.ridge)
         q = scipy.special.softmax(
             _logarithm(self.prior) + self.inverse_temperature * standardise(loss)
         )
@@ -125,6 +146,62 @@ class GroupDRO(ScenarioSampler):
                 gain = self.step * value / (len(p) * p[k]) / len(scenario)
             self.log_weights[k] += np.clip(gain, -LARGEST, LARGEST)
         self.log_weights -= self.log_weights.max()  # the softmax stays the same
+
+
+class KernelGroupDRO(LossProportional):
+    """Group DRO on losses that are denoised over the scenarios, exponentiated from a given start.
+
+    With many scenarios each is drawn seldom, and its loss is known badly. The running means of the
+    losses are therefore smoothed by kernel ridge regression, K (K + ridge I)^-1, around their mean;
+    the ridge is the likeliest one for the losses so far (`probabilities.likeliest_ridge`). Every
+    step then multiplies q_k by exp(step * smoothed loss_k / K) for all scenarios. As in `GroupDRO`,
+    p = (1 - mixing) prior + mixing q.
+
+    Args:
+        prior: Prior probabilities, [K].
+        start: First q, such as p of LSGS, [K].
+        kernel: Kernel between scenarios, [K, K].
+        step: Step size.
+        mixing: Weight of q.
+        memory: Weight of the past in the running means.
+    """
+
+    _kept = ("average", "count", "log_weights", "ridge")
+
+    def __init__(
+        self,
+        prior: ArrayLike,
+        start: ArrayLike,
+        kernel: NDArray[np.float64],
+        step: float,
+        mixing: float = 0.9,
+        memory: float = 0.98,
+    ) -> None:
+        super().__init__(prior, 1.0, mixing, memory)
+        self.ridge = 1.0
+        self.log_weights = _logarithm(check_probabilities(start, len(self.prior), "start"))
+        self.step = _range("step", step, 0, 100)
+        self.smoother = real_numbers("kernel", kernel, [len(self.prior)] * 2)
+        self.eigen = np.linalg.eigh(self.smoother)
+
+    def probabilities(self, epoch: int) -> Probabilities:
+        """Return the present p, float64 [K]."""
+        q = scipy.special.softmax(self.log_weights)
+        return (1 - self.mixing) * self.prior + self.mixing * q
+
+    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+        """Update the running means, and increase the weights where the smoothed loss is high."""
+        super().observe(scenario, loss)
+        losses = self.losses
+        self.ridge = likeliest_ridge(*self.eigen, losses - losses.mean())
+        smoothed = smooth_scores(self.smoother, losses - losses.mean(), self.ridge)
+        self.log_weights = self.log_weights + self.step * smoothed / len(smoothed)
+        self.log_weights -= self.log_weights.max()
+
+    def report(self) -> dict[str, float]:
+        """Return the ridge in use and its degrees of freedom, the trace of K (K + ridge I)^-1."""
+        shrunk = self.eigen[0] / (self.eigen[0] + self.ridge)
+        return {"ridge": self.ridge, "degrees_of_freedom": float(shrunk.sum())}
 
 
 class Exp3S(ScenarioSampler):

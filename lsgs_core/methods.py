@@ -6,8 +6,11 @@ sampler.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ class Evidence:
         probabilities: p of LSGS from the scoring, [K].
         distortion: D, [K]; None where the authors' scoring file does not contain it.
         latent_shift: Mean shift of the latent per channel, [K, C]; None as above.
+        prediction_distortion: D measured at the prediction instead of the latent, [K]; None where
+            it was not measured (`lsgs_core.models.adapter.PredictionModel`).
         prior: Probability of each scenario in deployment, [K]; None is the paper's uniform prior.
         settings: Settings of the scoring: direction, lengthscale, ridge, inverse_temperature,
             mixing and smooth.
@@ -55,6 +60,7 @@ class Evidence:
     probabilities: NDArray[np.float64]
     distortion: NDArray[np.float64] | None = None
     latent_shift: NDArray[np.float64] | None = None
+    prediction_distortion: NDArray[np.float64] | None = None
     prior: NDArray[np.float64] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     descriptor: str = "distortion"
@@ -69,8 +75,9 @@ class Evidence:
         check_probabilities(self.probabilities, count)
         if self.prior is not None:
             check_probabilities(self.prior, count, "prior")
-        if self.distortion is not None:
-            real_numbers("distortion", self.distortion, [count])
+        for name in ("distortion", "prediction_distortion"):
+            if getattr(self, name) is not None:
+                real_numbers(name, getattr(self, name), [count])
         if self.latent_shift is not None:
             real_numbers("latent_shift", self.latent_shift, [count, None])
         check_type("settings", self.settings, Mapping)
@@ -112,9 +119,17 @@ class Evidence:
         """The scoring's gamma; the paper's 0.5 where it is unknown."""
         return float(self.settings.get("mixing", 0.5))
 
-    def scored(self, descriptor: str = "", **changes: Any) -> FixedSampler:
-        """Return LSGS from the same distortions with other settings than those of the scoring."""
-        distortion = self.required("distortion")
+    def scored(
+        self, descriptor: str = "", measured: str = "distortion", **changes: Any
+    ) -> FixedSampler:
+        """Return LSGS with other settings than those of the scoring, or from another score.
+
+        Args:
+            descriptor: What the kernel compares; "" takes that of the scoring.
+            measured: "distortion" or "prediction_distortion".
+            **changes: Arguments of `scenario_probabilities` that differ.
+        """
+        distortion = self.required(measured)
         rows = scenario_descriptors(
             descriptor or self.descriptor, self.scenarios.masks, distortion, self.latent_shift
         )
@@ -180,13 +195,32 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """Return the method of a name.
+    """Return the method of a name, with the settings that follow it.
+
+    Args:
+        name: Such as "lsgs", or "lsgs@mixing=1@inverse_temperature=2": the settings are the
+            keyword arguments of the method's function, non-negative numbers.
 
     Raises:
-        InputError: The name is unknown; the message lists the methods.
+        InputError: The name is unknown (the message lists the methods), or a setting is.
     """
-    check_choice("method", name, METHODS)
-    return METHODS[name]
+    check_type("method", name, str)
+    own, *texts = name.split("@")
+    check_choice("method", own, METHODS)
+    settings: dict[str, float] = {}
+    for text in texts:
+        setting, _, number = text.partition("=")
+        check_choice(
+            f"method {own}: setting", setting, [*signature(METHODS[own].sampler).parameters][1:]
+        )
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", number) or setting in settings:
+            raise InputError(f"method {own}: expected one number for {setting}, found {name!r}")
+        settings[setting] = float(number)
+    if not settings:
+        return METHODS[own]
+    described = ", ".join(f"{setting} = {number:g}" for setting, number in settings.items())
+    sampler = partial(METHODS[own].sampler, **settings)
+    return replace(METHODS[own], title=f"{METHODS[own].title}, {described}", sampler=sampler)
 
 
 @method("uniform", "uniform")
@@ -223,6 +257,16 @@ def lsgs_unsmoothed(evidence: Evidence) -> ScenarioSampler:
 def lsgs_strong(evidence: Evidence) -> ScenarioSampler:
     """LSGS without the paper's restraint: inverse temperature 2, no mixing with uniform."""
     return evidence.scored(inverse_temperature=2.0, mixing=1.0)
+
+
+@method("LSGS on predictions", "LSGS")
+def lsgs_prediction(
+    evidence: Evidence, mixing: float | None = None, inverse_temperature: float | None = None
+) -> ScenarioSampler:
+    """LSGS from the distortion of the predictions, which networks have more in common."""
+    given = {"mixing": mixing, "inverse_temperature": inverse_temperature}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return evidence.scored(measured="prediction_distortion", **changes)
 
 
 @method("LSGS, latent shifts", "LSGS")
@@ -304,19 +348,52 @@ def dirichlet(evidence: Evidence) -> ScenarioSampler:
 
 
 @method("loss-proportional", "adaptive")
-def loss_proportional(evidence: Evidence) -> ScenarioSampler:
+def loss_proportional(
+    evidence: Evidence, mixing: float | None = None, inverse_temperature: float | None = None
+) -> ScenarioSampler:
     """Observes the training loss: scenarios with a high running mean are drawn more often."""
-    temperature, mixing = evidence.inverse_temperature, evidence.mixing
+    temperature = (
+        evidence.inverse_temperature if inverse_temperature is None else inverse_temperature
+    )
+    mixing = evidence.mixing if mixing is None else mixing
     return adaptive.LossProportional(evidence.base, temperature, mixing)
 
 
+@method("smoothed loss", "successor")
+def smoothed_loss(
+    evidence: Evidence, mixing: float = 0.35, inverse_temperature: float = 1.0, ridge: float = 0.3
+) -> ScenarioSampler:
+    """As loss-proportional, with the losses smoothed over the scenarios by the kernel of LSGS.
+
+    The kernel compares availability masks at lengthscale 1: exp(-h / 2) with h the number of
+    modalities in which two scenarios differ.
+    """
+    kernel, _ = rbf_kernel(evidence.scenarios.masks.astype(np.float64), 1.0)
+    return adaptive.LossProportional(
+        evidence.base, inverse_temperature, mixing, kernel=kernel, ridge=ridge
+    )
+
+
 @method("group DRO", "adaptive")
-def group_dro(evidence: Evidence) -> ScenarioSampler:
+def group_dro(evidence: Evidence, step: float = 100.0, mixing: float = 0.9) -> ScenarioSampler:
     """Observes the training loss: exponentiated ascent on it (Sagawa et al. 2020).
 
     Their step size of 0.01 is for runs of ten thousand steps; the product of both is kept.
     """
-    return adaptive.GroupDRO(evidence.base, step=100 / evidence.steps)
+    return adaptive.GroupDRO(evidence.base, step / evidence.steps, mixing)
+
+
+@method("kernel group DRO", "successor")
+def kernel_group_dro(
+    evidence: Evidence, step: float = 100.0, mixing: float = 0.9
+) -> ScenarioSampler:
+    """Group DRO on losses that the kernel regression of LSGS denoises, from the p of LSGS on.
+
+    The kernel compares availability masks at their median distance.
+    """
+    kernel, _ = rbf_kernel(evidence.scenarios.masks.astype(np.float64), "median")
+    start = evidence.probabilities
+    return adaptive.KernelGroupDRO(evidence.base, start, kernel, step / evidence.steps, mixing)
 
 
 @method("Exp3.S", "adaptive")

@@ -235,6 +235,37 @@ def smooth_scores(
     return smoothed * unit
 
 
+def likeliest_ridge(
+    eigenvalues: NDArray[np.float64],
+    eigenvectors: NDArray[np.float64],
+    utility: NDArray[np.float64],
+) -> float:
+    """Return the ridge under which scores are likeliest, among 25 from 1e-3 to 1e3.
+
+    The scores are taken for a sample of N(0, s^2 (K + ridge I)), with the likeliest s for each
+    ridge (Rasmussen and Williams 2006, equation 5.8).
+
+    Args:
+        eigenvalues: Eigenvalues of the kernel K, [K], as `numpy.linalg.eigh` returns them.
+        eigenvectors: Its eigenvectors, one in each column, [K, K].
+        utility: Scores with mean 0, [K].
+
+    Raises:
+        InputError: An argument is not finite or has another shape.
+    """
+    values = real_numbers("eigenvalues", eigenvalues, [None])
+    scores = real_numbers("utility", utility, [len(values)])
+    turned = real_numbers("eigenvectors", eigenvectors, [len(values)] * 2).T @ (
+        scores / _unit(scores)
+    )
+    if not turned.any():
+        return 1.0
+    ridges = np.logspace(-3, 3, 25)
+    spectrum = np.maximum(values, 0.0) + ridges[:, None]
+    cost = len(values) * np.log((np.square(turned) / spectrum).sum(axis=1))
+    return float(ridges[np.argmin(cost + np.log(spectrum).sum(axis=1))])
+
+
 def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return scores [K] with mean 0 and population standard deviation 1.
 

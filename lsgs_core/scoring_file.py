@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lsgs_core.distortion import ScenarioScores
 from lsgs_core.errors import InputError, check_number, check_type, real_numbers, shown
 from lsgs_core.methods import Evidence
@@ -27,7 +30,12 @@ SETTINGS = {
     "lengthscale": "rbf_sigma",
 }
 # Fields that a method may need, with their name in `Evidence` and number of axes.
-ARRAYS = {"D_sh": ("distortion", 1), "latent_shift": ("latent_shift", 2), "prior": ("prior", 1)}
+ARRAYS = {
+    "D_sh": ("distortion", 1),
+    "latent_shift": ("latent_shift", 2),
+    "prediction_distortion": ("prediction_distortion", 1),
+    "prior": ("prior", 1),
+}
 
 
 def published_scoring(
@@ -39,6 +47,7 @@ def published_scoring(
     checkpoint: str,
     output: str,
     meta_info: Mapping[str, Any],
+    prediction_distortion: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
     """Return a scoring as a dictionary for JSON, with the published field names.
 
@@ -53,6 +62,7 @@ def published_scoring(
         output: Path of the JSON file itself, as it should be recorded.
         meta_info: Further values, such as foldNo (counted from 1), inputType and
             num_training_samples.
+        prediction_distortion: D measured at the prediction, [K], where it was measured.
 
     Raises:
         InputError: A setting is missing, or scores and result have different scenarios.
@@ -73,6 +83,10 @@ def published_scoring(
         shape = [len(scenarios)] * (0 if name == "lengthscale" else 2 if name == "kernel" else 1)
         numbers[name] = real_numbers(f"result.{name}", value, shape).tolist()
     check_probabilities(result.probabilities)
+    further: dict[str, Any] = {k: settings[k] for k in ("smooth", "lengthscale") if k in settings}
+    if prediction_distortion is not None:
+        values = real_numbers("prediction_distortion", prediction_distortion, [len(scenarios)])
+        further["prediction_distortion"] = values.tolist()
     features = scenario_descriptors(
         descriptor, scenarios.masks, scores.distortion, scores.latent_shift
     )
@@ -100,7 +114,7 @@ def published_scoring(
         "latent_shift": real_numbers("scores.latent_shift", scores.latent_shift).tolist(),
         "prior": numbers["prior"],
         "descriptor": descriptor,
-        **{name: settings[name] for name in ("smooth", "lengthscale") if name in settings},
+        **further,
     }
 
 

@@ -45,9 +45,10 @@ def test_a_dry_run_lists_what_the_readme_predicts():
     text = (ROOT / "README.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| `cluster` |"))
     written = [int(cell.replace(",", "")) for cell in line.split("|")[2:-1]]
-    grid = load_tier("cluster", ROOT).grid
+    tier = load_tier("cluster", ROOT)
+    grid = tier.grid
     runs = sum(len(methods) for methods in grid.points().values())
-    starts, points = len(grid.starts()), len(grid.points())
+    starts, points = len(tier.networks()), len(grid.points())
     assert written == [len(grid.datasets), starts, starts, points, runs]
     said = printed(sys.executable, "-m", "study", "run", "cluster", "--dry-run")
     counted = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))

@@ -21,8 +21,8 @@ def test_one_run_of_a_grid(tier):
     jobs = [job for job, _ in single.jobs()]
     assert jobs == [
         "01_data_preparation-demo",
-        "02_pretraining_check-demo-cmx-fold0",
-        "03_scenario_scoring-demo-cmx-fold0",
+        "02_pretraining_check-demo-cmx-fold0-network0",
+        "03_scenario_scoring-demo-cmx-fold0-network0",
         "04_finetuning-demo-cmx-fold0-seed0",
         "05_evaluation",
     ]

@@ -37,7 +37,7 @@ def test_committed_tiers_are_valid(name):
     tier = load_tier(name, ROOT)
     jobs = list(tier.jobs())
     grid = tier.grid
-    expected = len(grid.datasets) + 2 * len(grid.starts()) + len(grid.points()) + 1
+    expected = len(grid.datasets) + 2 * len(tier.networks()) + len(grid.points()) + 1
     assert len(jobs) == len(dict(jobs)) == expected
     for job, parameters in jobs:
         notebook = job.split("-")[0]
@@ -259,11 +259,15 @@ def test_a_grid_of_several_products(project):
     assert points["demo", "cbc", 0, 2] == ["uniform", "lsgs", "lora"]  # in both, run once
     assert points["demo", "cbc", 1, 2] == ["uniform", "lsgs"]
     assert points["landsat7", "cbc", 0, 2] == ["lora", "uniform"]
-    assert tier.grid.starts() == [("demo", "cbc", 0), ("demo", "cbc", 1), ("landsat7", "cbc", 0)]
+    assert tier.networks() == [
+        ("demo", "cbc", 0, 0),
+        ("demo", "cbc", 1, 0),
+        ("landsat7", "cbc", 0, 0),
+    ]
     jobs = dict(tier.jobs())
     assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["methods"] == "uniform,lsgs,lora"
     assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["work"] == "../work/own"
-    assert jobs["02_pretraining_check-landsat7-cbc-fold0"]["dataset"] == "landsat7"
+    assert jobs["02_pretraining_check-landsat7-cbc-fold0-network0"]["dataset"] == "landsat7"
     assert jobs["05_evaluation"]["tier"] == "own"
 
 

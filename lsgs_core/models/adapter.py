@@ -1,4 +1,4 @@
-"""Scoring of any network: its latent is the output of one of its modules, read by a hook."""
+"""Scoring of any network: what is compared is the output of a module of it, or its prediction."""
 
 from __future__ import annotations
 
@@ -115,3 +115,35 @@ class HookedModel(nn.Module):
             raise InputError(f"available: expected torch.bool, found {available.dtype}")
         pairs = zip(images, available.unbind(dim=1), strict=True)
         return self.call(self.model, [zero_absent(*pair) for pair in pairs])
+
+
+class PredictionModel(nn.Module):
+    """Makes scoring compare predictions: the latent of this module is what the network predicts.
+
+    The distortion d_k(x) is then the mean over classes and pixels of the squared difference of the
+    probabilities predicted under scenario k and under the full one. It costs a decoder for each
+    scenario, and differs less between networks that were pretrained with other random seeds.
+
+    Args:
+        model: Network whose `forward(images, available)` returns logits [B, C, H, W].
+        exclusive: True where a pixel has exactly one class (softmax), False where each class is
+            predicted by itself (sigmoid).
+    """
+
+    def __init__(self, model: nn.Module, exclusive: bool = False) -> None:
+        super().__init__()
+        check_type("model", model, nn.Module)
+        check_type("exclusive", exclusive, bool)
+        self.model, self.exclusive = model, exclusive
+
+    def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
+        """Return the predicted probabilities, [B, C, H, W]."""
+        logits = self.model(images, available)
+        check_type("logits", logits, Tensor)
+        return logits.softmax(dim=1) if self.exclusive else logits.sigmoid()
+
+    def for_scoring(self) -> PredictionModel:
+        """Return a copy around the faster copy of a backbone; any other network is taken itself."""
+        model: Any = self.model
+        faster = model.for_scoring() if hasattr(model, "for_scoring") else model
+        return PredictionModel(faster, self.exclusive)

@@ -117,8 +117,7 @@ def compared_with_committed(
     committed = Path(reference)
     keys = ["dataset", "backbone"]
     rows: list[list[Any]] = []
-    for dataset, backbone, fold in tier.grid.starts():
-        network = dataset, backbone, fold, tier.pretraining_seed
+    for network in tier.networks():
         own, theirs = (
             StudyFolder(root).scores(*network) / "probabilities.json" for root in (work, committed)
         )
@@ -128,7 +127,7 @@ def compared_with_committed(
             d, p = scoring_difference(own, theirs)
         except InputError:  # the settings of the tiers are equal, so the data differ
             d = p = np.inf
-        place = dataset, backbone, "pretrained"
+        place = *network[:2], "pretrained"
         rows.append(["distortion", *place, "D", d, 0.0, DISTORTION])
         rows.append(["probabilities", *place, "p", p, 0.0, PROBABILITY])
     tables = [by_scenario, pd.read_csv(committed / "evaluation" / "iou_per_scenario.csv")]

@@ -7,7 +7,7 @@ import pandas as pd
 
 from lsgs_core.errors import InputError
 from study.artifacts import load_table
-from study.tiers import StudyFolder
+from study.tiers import StudyFolder, network_seed
 
 
 def collect(
@@ -25,7 +25,7 @@ def collect(
         name: Name of the table in the folder of a run.
         expected: Parameters that every run of a data set must have been made with.
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
-            every seed that started from it; None: do not.
+            every seed that started from it (see `network_seed`); None: do not.
 
     Raises:
         InputError: A run does not exist, is damaged, or was made with other parameters; or there
@@ -36,7 +36,8 @@ def collect(
         folder = study.runs(dataset, backbone, fold, seed)
         paths = {method: folder / method for method in methods}
         if pretraining_seed is not None:
-            start = study.pretrained(dataset, backbone, fold, pretraining_seed)
+            network = network_seed(pretraining_seed, seed)
+            start = study.pretrained(dataset, backbone, fold, network)
             paths = {"pretrained": start, **paths}
         for method, folder in paths.items():
             table = load_table(folder / name, {**expected[dataset], "fold": fold})

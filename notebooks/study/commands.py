@@ -135,17 +135,15 @@ def make_networks(tier: Tier, cores: int) -> int:
     Returns:
         Exit status of Snakemake.
     """
-    starts = {
-        start: tier.folder.pretrained(*start, tier.pretraining_seed) for start in tier.grid.starts()
-    }
+    folders = [tier.folder.pretrained(*network) for network in tier.networks()]
     with _only_one(ROOT):
         _clear_up(tier)
-        targets = [str(folder / "weights.safetensors") for folder in starts.values()]
+        targets = [str(folder / "weights.safetensors") for folder in folders]
         if status := _snakemake(tier, ["--cores", str(cores)], (), targets):
             _say_what_failed(tier)
             return status
     listed = {network.weights: network.sha256 for network in tier.manifest.networks}
-    for folder in starts.values():
+    for folder in folders:
         target = NETWORKS / folder.relative_to(tier.folder.root / "pretrained")
         make_folder(target)
         for name in NETWORK_FILES:
@@ -266,7 +264,7 @@ def publish(tier: Tier) -> list[Path]:
         "scores": tier.folder.root / "scores",
         "evaluation": tier.folder.evaluation,
     }
-    many = len(tier.grid.starts()) > MOST_DRAWN
+    many = len(tier.networks()) > MOST_DRAWN
     for name, source in sources.items():
         kinds = TABLES if many and name in ("pretrained", "scores") else TABLES | FIGURES
         for path in sorted((ROOT / source).rglob("*")):

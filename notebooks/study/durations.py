@@ -44,7 +44,7 @@ def estimate(tier: Tier, cores: int, root: Path) -> str:
         root: The project's root.
     """
     other_size = any(section.get("preset", "demo") != "demo" for section in tier.sections.values())
-    if other_size or {backbone for _, backbone, _ in tier.grid.starts()} - SECONDS.keys():
+    if other_size or {backbone for _, backbone, *_ in tier.networks()} - SECONDS.keys():
         measured = f"the preset 'demo' of {', '.join(SECONDS)}"
         return f"how long this takes is not known: it was measured for {measured} alone"
     devices = {tier.setting(stage, "device") for stage in ("pretraining", "scoring", "finetuning")}

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from lsgs_core.distributions import read_failure_rates
 from lsgs_core.errors import InputError
-from lsgs_core.methods import METHODS, find_method, without_evidence
+from lsgs_core.methods import find_method, without_evidence
 from lsgs_core.models import BACKBONES
 from lsgs_core.scenarios import ScenarioSet
 from study import settings
@@ -46,13 +46,18 @@ def _one_of(names: Collection[str]) -> Any:
 
 def _methods(text: str) -> str:
     for name in text.split(","):
-        find_method(name)
+        _method(name)
     return text
 
 
 def _contrasts(text: str) -> str:
-    planned_pairs(text, {*METHODS, "pretrained"})
+    planned_pairs(text)
     return text
+
+
+def _method(name: str) -> str:
+    find_method(name)
+    return name
 
 
 def _folder(text: str) -> str:
@@ -75,7 +80,8 @@ def _not_zero(number: float) -> float:
 Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
 Folder = Annotated[Text, AfterValidator(_folder)]
 Tuning = Annotated[float, Field(ge=0, le=10**6)]
-Backbone, Method = _one_of(BACKBONES), _one_of(METHODS)
+Backbone = _one_of(BACKBONES)
+Method = Annotated[str, AfterValidator(_method)]
 # The values that a parameter can have, the same in all notebooks that have it. A parameter that is
 # not listed can have any value of the type of its default.
 TYPES: Mapping[str, Any] = {
@@ -89,8 +95,10 @@ TYPES: Mapping[str, Any] = {
     "normalisation": _one_of(get_args(Normalisation)),
     "backbone": Backbone,
     "preset": _one_of({preset for _, presets in BACKBONES.values() for preset in presets}),
-    **dict.fromkeys(("fold", "shown_fold", "seed", "pretraining_seed"), Index),
+    **dict.fromkeys(("fold", "shown_fold", "seed"), Index),
+    "pretraining_seed": Annotated[int, Field(ge=-1, le=2**31)],  # -1 is the run's own seed
     "drawn_by": Method,
+    "tested_on": Literal["test", "validation"],
     "methods": Annotated[Text, AfterValidator(_methods)],
     **dict.fromkeys(("patch_size", "patch_stride", "block_size"), Count),
     **dict.fromkeys(("margin", "validation_blocks"), OrDefault),

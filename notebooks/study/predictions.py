@@ -21,7 +21,7 @@ from study.artifacts import Record, save
 from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
-from study.tiers import StudyFolder
+from study.tiers import StudyFolder, network_seed
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
 MAP = "map/"  # prefix of the predictions in a file
@@ -184,7 +184,8 @@ def predictions_of_runs(
         test = tests[dataset, fold]
         indices = richest_patches(test, count)
         model = build_network(backbone, preset, test, device)
-        folders = {"pretrained": study.pretrained(dataset, backbone, fold, pretraining_seed)}
+        network = network_seed(pretraining_seed, seed)
+        folders = {"pretrained": study.pretrained(dataset, backbone, fold, network)}
         folders |= {name: study.runs(dataset, backbone, fold, seed) / name for name in methods}
         maps = {}
         for method, folder in folders.items():

@@ -49,7 +49,7 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     """
     [((dataset, backbone, fold, seed), [method])] = tier.grid.points().items()
     folders = {
-        "pretrained": tier.folder.pretrained(dataset, backbone, fold, tier.pretraining_seed),
+        "pretrained": tier.folder.pretrained(*tier.networks()[0]),
         method: tier.folder.runs(dataset, backbone, fold, seed) / method,
     }
     point = {"dataset": dataset, "backbone": backbone, "fold": fold, "seed": seed}

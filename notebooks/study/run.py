@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, check
@@ -124,6 +125,10 @@ def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:
         InputError: A parameter cannot be used, or the data are not prepared.
     """
     parameters = checked_parameters(NOTEBOOKS[stage], notebook)
+    if parameters["pretraining_seed"] < 0:
+        if "seed" not in parameters:
+            raise InputError("pretraining_seed: expected 0 or more, the seed of one network")
+        parameters["pretraining_seed"] = parameters["seed"]
     make_deterministic(parameters["threads"])
     study = StudyFolder(Path(parameters["work"]))
     dataset = load_manifest(Path(parameters["manifest"])).dataset(parameters["dataset"])
@@ -133,5 +138,5 @@ def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:
     most = parameters["training_patches"] or None
     training = PatchDataset(*source, "training", normalisation, most, workers)
     validation = PatchDataset(*source, "validation", normalisation, limit)
-    test = PatchDataset(*source, "test", normalisation, limit)
+    test = PatchDataset(*source, parameters.get("tested_on", "test"), normalisation, limit)
     return NetworkRun(stage, parameters, study, dataset, training, validation, test)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lsgs_core.distortion import (
     BatchScores,
@@ -15,6 +16,7 @@ from lsgs_core.distortion import (
     score_batches,
     score_scenarios,
 )
+from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.randomness import generator
 from study.artifacts import is_made, load_weights, save_weights
 from study.devices import Processes, in_processes, is_first_process
@@ -22,12 +24,19 @@ from study.devices import Processes, in_processes, is_first_process
 if TYPE_CHECKING:
     from study.run import NetworkRun
 
-SCORES = "scores.safetensors"
+Measured = Literal["latent", "prediction"]
+SCORES: Mapping[Measured, str] = {
+    "latent": "scores.safetensors",
+    "prediction": "prediction_scores.safetensors",
+}
 Until = Callable[[NDArray[np.float64], NDArray[np.int64]], bool]
 
 
 def scored(
-    run: "NetworkRun", until: Until | None = None, stopped_by: Mapping[str, Any] | None = None
+    run: "NetworkRun",
+    measured: Measured = "latent",
+    until: Until | None = None,
+    stopped_by: Mapping[str, Any] | None = None,
 ) -> ScenarioScores:
     """Return the scoring of a run's pretrained network on its training patches.
 
@@ -35,30 +44,36 @@ def scored(
 
     Args:
         run: The run of notebook 03.
+        measured: What is compared between scenarios: the latent, or the predicted probabilities.
         until: Stops the scoring, as in `score_scenarios`; patches come in random order then.
         stopped_by: The settings that decide when `until` stops.
     """
     inputs = {"weights": run.weights_sha256()}
     more = {"stopped_by": dict(stopped_by or {})}
     record = run.record("training_patches", "batch_size", inputs=inputs, **more)
-    path = run.scores / SCORES
+    path = run.scores / SCORES[measured]
     if is_made(path, record):
         tensors, _ = load_weights(path)
         return ScenarioScores(run.scenarios, **{k: v.numpy() for k, v in tensors.items()})
     processes = run.parameters["processes"] if until is None else 1
-    scores: ScenarioScores = in_processes(score, (run, until), processes, run.parameters["device"])
+    scores: ScenarioScores = in_processes(
+        score, (run, measured, until), processes, run.parameters["device"]
+    )
     names = [field.name for field in fields(scores) if field.name != "scenarios"]
     save_weights(path, {n: torch.from_numpy(getattr(scores, n)) for n in names}, record)
     return scores
 
 
-def score(run: "NetworkRun", until: Until | None) -> ScenarioScores:
+def score(run: "NetworkRun", measured: Measured, until: Until | None) -> ScenarioScores:
     """Score a network; every process that shares the scoring calls this.
 
     Each takes every n-th batch. The result is that of one process.
     """
     size = run.parameters["batch_size"]
-    model, scenarios = run.pretrained(), run.scenarios
+    model: nn.Module = run.pretrained()
+    scenarios = run.scenarios
+    if measured == "prediction":
+        model = PredictionModel(model, exclusive=run.training.task_kind == "multiclass")
     if until is not None:
         order = generator("order", run.parameters["pretraining_seed"])
         batches = run.training.batches(size, order.permutation(len(run.training)))

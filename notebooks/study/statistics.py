@@ -19,7 +19,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
-from lsgs_core.methods import METHODS
+from lsgs_core.methods import METHODS, find_method
 from lsgs_core.scenarios import ScenarioSet
 from study.evaluation import COUNTS, expected
 
@@ -41,7 +41,7 @@ def method_title(method: str) -> str:
     """Return the title of a method in figures and tables."""
     if method == "pretrained":
         return "before fine-tuning"
-    return METHODS[method].title if method in METHODS else method
+    return find_method(method).title if method.partition("@")[0] in METHODS else method
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def differences(
     Raises:
         InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
-    pairs = None if contrasts is None else planned_pairs(contrasts, {*METHODS, *records["method"]})
+    pairs = None if contrasts is None else planned_pairs(contrasts)
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
         seeds = part.groupby("method", sort=False)["seed"].agg(set)
@@ -250,20 +250,20 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def planned_pairs(contrasts: str, methods: set[str]) -> list[tuple[str, str]]:
+def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
     """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
 
     Raises:
-        InputError: A part is not two of the methods joined by a hyphen.
+        InputError: A part is not two different methods (or "pretrained") joined by a hyphen.
     """
     pairs = []
     for part in contrasts.split(","):
         first, hyphen, second = part.strip().partition("-")
-        if not hyphen or "-" in second:
+        if not hyphen or "-" in second or first == second:
             raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
+        for name in {first, second} - {"pretrained"}:
+            find_method(name)
         pairs.append((first, second))
-    if unknown := sorted({name for pair in pairs for name in pair} - methods):
-        raise InputError(f"contrasts: no method {unknown[0]!r}; there are {sorted(methods)}")
     return pairs
 
 
@@ -292,9 +292,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(table: pd.DataFrame, column: str) -> float:
-    """Return Spearman's correlation of a column with the column lost, as a mean over folds."""
-    folds = [rows for _, rows in table.groupby("fold")]
-    return float(np.mean([rows[column].corr(rows["lost"], method="spearman") for rows in folds]))
+    """Return Spearman's correlation of a column with the column lost, as a mean over networks."""
+    networks = [rows for _, rows in table.groupby(["fold", "network"])]
+    return float(np.mean([rows[column].corr(rows["lost"], method="spearman") for rows in networks]))
 
 
 def _frequencies(drawn: NDArray[np.int64], count: int) -> Array:

@@ -40,6 +40,10 @@ NOTEBOOKS = {
 MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
 # Parameters that can name a file, by stage.
 FILES = {"data": "index_file", "pretraining": "weights", "finetuning": "probabilities"}
+# What names a network and a run, and how the names of jobs say it.
+NETWORK = ("dataset", "backbone", "fold", "pretraining_seed")
+RUN = ("dataset", "backbone", "fold", "seed")
+LABELS = {"fold": "fold", "pretraining_seed": "network", "seed": "seed"}
 # Folders of other things in `work` and `results`.
 RESERVED = {"bench", "benchmarks", "downloads", "lock", "networks", "reproduction"}
 # Set per job from the grid and the folder, so a tier file must not set them.
@@ -96,10 +100,6 @@ class Grid:
                 known += [method for method in part.methods if method not in known]
         return found
 
-    def starts(self) -> list[tuple[str, str, int]]:
-        """Every (dataset, backbone, fold): what is pretrained and scored once for all seeds."""
-        return list(dict.fromkeys(point[:3] for point in self.points()))
-
     @property
     def datasets(self) -> list[str]:
         """Every data set."""
@@ -140,7 +140,11 @@ class StudyFolder:
             point = dataset, backbone, int(fold[len("fold") :]), int(seed[len("seed") :])
             found.setdefault(point, []).append(method)
         order = list(METHODS)
-        return {point: sorted(found[point], key=order.index) for point in sorted(found)}
+
+        def place(method: str) -> tuple[int, str]:
+            return order.index(method.partition("@")[0]), method
+
+        return {point: sorted(found[point], key=place) for point in sorted(found)}
 
     @property
     def evaluation(self) -> Path:
@@ -182,8 +186,17 @@ class Tier:
 
     @property
     def pretraining_seed(self) -> int:
-        """Of the weights that all fine-tuning runs start from."""
+        """Random seed of the networks that all runs start from; see `network_seed`."""
         return int(self.setting("finetuning", "pretraining_seed"))
+
+    def networks(self) -> list[tuple[str, str, int, int]]:
+        """Every (dataset, backbone, fold, pretraining seed), which is trained and scored once."""
+        return list(
+            dict.fromkeys(
+                (*point[:3], network_seed(self.pretraining_seed, point[3]))
+                for point in self.grid.points()
+            )
+        )
 
     def gpus_of(self, stage: str) -> int:
         """Number of GPUs that a notebook of a stage uses."""
@@ -200,18 +213,17 @@ class Tier:
         for dataset in self.grid.datasets:
             yield self._job("data", dataset=dataset)
         for stage in ("pretraining", "scoring"):
-            for dataset, backbone, fold in self.grid.starts():
-                yield self._job(stage, dataset=dataset, backbone=backbone, fold=fold)
-        for (dataset, backbone, fold, seed), methods in self.grid.points().items():
-            job, parameters = self._job(
-                "finetuning", dataset=dataset, backbone=backbone, fold=fold, seed=seed
-            )
+            for network in self.networks():
+                yield self._job(stage, **dict(zip(NETWORK, network, strict=True)))
+        for (*start, seed), methods in self.grid.points().items():
+            job, parameters = self._job("finetuning", **dict(zip(RUN, (*start, seed), strict=True)))
+            parameters["pretraining_seed"] = network_seed(self.pretraining_seed, seed)
             yield job, parameters | {"methods": ",".join(methods)}
         job, parameters = self._job("evaluation")
         yield job, parameters | {"tier": self.name}
 
     def _job(self, stage: str, **point: Any) -> tuple[str, dict[str, Any]]:
-        parts = [f"{k}{v}" if k in ("fold", "seed") else v for k, v in point.items()]
+        parts = [f"{LABELS[k]}{v}" if k in LABELS else v for k, v in point.items()]
         # Notebooks run in their own folder, so the path starts from there.
         parameters = {**self.sections[NOTEBOOKS[stage]], "work": f"../{self.folder.root}", **point}
         return "-".join([NOTEBOOKS[stage], *parts]), parameters
@@ -228,6 +240,15 @@ class Tier:
                 make_folder(path.parent)
                 with written_beside(path) as temporary:
                     temporary.write_text(text)
+
+
+def network_seed(pretraining_seed: int, seed: int) -> int:
+    """Return the pretraining seed of the network that a run of a seed starts from.
+
+    A negative `pretraining_seed` gives each run a network of its own, which has the run's seed: the
+    replicate of a study is then the network.
+    """
+    return seed if pretraining_seed < 0 else pretraining_seed
 
 
 def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
@@ -289,14 +310,14 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
 
 def _check_grid(tier: Tier) -> None:
     """Check every start of the grid against the manifest, which knows data sets and networks."""
-    for dataset, backbone, fold in tier.grid.starts():
+    for dataset, backbone, fold, pretraining_seed in tier.networks():
         definition = tier.manifest.dataset(dataset)
         split = tier.setting("data", "split") or default_split(tier.setting("data", "protocol"))
         start = {"split": split or next(iter(definition.folds)), "fold": fold, "backbone": backbone}
         for section in tier.sections.values():
             check_against(definition, {**section, **start})
         if tier.setting("pretraining", "weights") == "committed":
-            tier.manifest.network(dataset, backbone, fold, tier.pretraining_seed)
+            tier.manifest.network(dataset, backbone, fold, pretraining_seed)
 
 
 def _check_replicates(grid: Grid, contrasts: str) -> None:
@@ -306,7 +327,7 @@ def _check_replicates(grid: Grid, contrasts: str) -> None:
         for method in methods:
             for name in {method, "pretrained", "uniform" if method in UNIFORM_ARMS else method}:
                 seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)
-    for first, second in planned_pairs(contrasts, {*METHODS, "pretrained"}):
+    for first, second in planned_pairs(contrasts):
         shared = [of.get(first, set()) & of.get(second, set()) for of in seeds.values()]
         if max(map(len, shared)) < 2:
             raise InputError(

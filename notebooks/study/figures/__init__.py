@@ -38,17 +38,18 @@ def use_style() -> None:
 
 def family_members(method: str) -> list[str]:
     """Return the methods of the same family, in order; none for a method outside of `METHODS`."""
-    own = METHODS.get(method)
+    own = METHODS.get(method.partition("@")[0])
     return [name for name, other in METHODS.items() if own and other.family == own.family]
 
 
 def method_colour(method: str) -> str:
     """Return the colour of a method: that of its family, lighter for later members."""
-    if method not in METHODS:
+    members, name = family_members(method), method.partition("@")[0]
+    if not members:
         return GREY
-    members, colour = family_members(method), FAMILY_COLOURS[METHODS[method].family]
+    colour = FAMILY_COLOURS[METHODS[name].family]
     shades = sns.light_palette(colour, n_colors=len(members) + 3, reverse=True)
-    return to_hex(shades[members.index(method)])
+    return to_hex(shades[members.index(name)])
 
 
 def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list[Path]:

@@ -23,7 +23,9 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
     table = differences[differences["metric"] == metric]
     present = set(table["method"])
     first = ["pretrained", "uniform_again"]
-    order = [name for name in dict.fromkeys([*first, *METHODS]) if name in present][::-1]
+    order = [
+        name for name in dict.fromkeys([*first, *METHODS, *sorted(present)]) if name in present
+    ][::-1]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         rows = rows.set_index("method")
@@ -110,13 +112,13 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
 
 
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
-    """Draw what each scenario costs against its distortion, a point per scenario and fold.
+    """Draw what each scenario costs against its distortion, a point per scenario and network.
 
-    The rank correlations are Spearman's, as means over folds.
+    The rank correlations are Spearman's, as means over networks.
 
     Args:
-        table: The columns dataset, backbone, fold, scenario, missing, distortion, and lost (before
-            fine-tuning, the IoU with all modalities minus that of the scenario).
+        table: The columns dataset, backbone, fold, network, scenario, missing, distortion, and lost
+            (before fine-tuning, the IoU with all modalities minus that of the scenario).
     """
     shades = sns.color_palette("crest", int(table["missing"].max()) + 1)
 
