@@ -329,6 +329,17 @@ def full_only(evidence: Evidence) -> ScenarioSampler:
     return FixedSampler(weights / weights.sum())
 
 
+@method("specialist", "positive control")
+def specialist(evidence: Evidence, scenario: float = 0) -> ScenarioSampler:
+    """One scenario alone, by its position: a bound of what sampling can give this scenario."""
+    position = check_number(
+        "scenario", scenario, lambda k: k in range(len(evidence.scenarios)), "a position"
+    )
+    weights = np.full(len(evidence.scenarios), NEVER)
+    weights[int(position)] = 1.0
+    return FixedSampler(weights / weights.sum())
+
+
 @method("Bernoulli", "uniform")
 def bernoulli(evidence: Evidence) -> ScenarioSampler:
     """Each modality is kept with probability 0.8, until one is (Neverova et al. 2016)."""

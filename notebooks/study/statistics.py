@@ -1,11 +1,12 @@
 """Differences between methods, with intervals over replicates and spatial blocks.
 
-A replicate is a seed of fine-tuning, with the held-out counts of all folds pooled. Methods are
-compared within replicates, which share initial weights, order of the data and random numbers. Both
-seeds and blocks could have been drawn differently, so the bootstrap resamples both; a resampled
-block is the same for all methods. All replicates share the pretrained network and the scoring of a
-fold: the intervals do not tell how results vary with the pretraining. "Uniform" is the mean of its
-arms, and the difference between the arms is the noise floor.
+A replicate is a seed, with the held-out counts of all folds pooled: in a tier with
+`pretraining_seed: -1` it is a pretrained network of its own, in others a fine-tuning of a network
+that all replicates share, whose intervals do not tell how results vary with the pretraining.
+Methods are compared within replicates, which share initial weights, order of the data and random
+numbers. Both seeds and blocks could have been drawn differently, so the bootstrap resamples both; a
+resampled block is the same for all methods. "Uniform" is the mean of its arms, and the difference
+between the arms is the noise floor.
 """
 
 import warnings
@@ -15,18 +16,21 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+import scipy.optimize
+import scipy.special
 import scipy.stats
 from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS, find_method
 from lsgs_core.scenarios import ScenarioSet
-from study.evaluation import COUNTS, expected
+from study.evaluation import COUNTS, expected, lowest_quarter
 
 Array = NDArray[np.float64]
 # Names of the metrics, and their titles in figures and tables.
 METRICS = {
     "worst_iou": "worst scenario",
+    "lowest_quarter_iou": "lowest quarter of the scenarios",
     "mean_iou": "mean over scenarios",
     "expected_iou": "expected in deployment",
     "full_iou": "all modalities",
@@ -98,6 +102,18 @@ class Counts:
         values = table.to_numpy(dtype=np.float64).reshape(*map(len, axes.values()), 3)
         return cls(list(methods), seeds, axes["block"], values)
 
+    def scenario_iou(self, weights: Array) -> Array:
+        """Return the IoU of every scenario, averaged over classes, float64 [R, M, S, K].
+
+        Args:
+            weights: Weights of the blocks, [R, B].
+        """
+        shape = self.values.shape[1:]
+        pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
+        union = pooled.sum(axis=-1)
+        iou = np.divide(pooled[..., 0], union, out=np.full(union.shape, np.nan), where=union > 0)
+        return expected(iou, np.ones(iou.shape[-1]))
+
     def metric(self, name: str, weights: Array, prior: Array) -> Array:
         """Compute a metric of every method and replicate, float64 [R, M, S], for weighted blocks.
 
@@ -109,14 +125,12 @@ class Counts:
             weights: Weights of the blocks, [R, B].
             prior: Probability of every scenario in deployment, [K].
         """
-        shape = self.values.shape[1:]
-        pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
-        union = pooled.sum(axis=-1)
-        iou = np.divide(pooled[..., 0], union, out=np.full(union.shape, np.nan), where=union > 0)
-        scores = expected(iou, np.ones(iou.shape[-1]))
+        scores = self.scenario_iou(weights)
         match name:
             case "worst_iou":
                 return np.fmin.reduce(scores, axis=-1)  # ignores NaN
+            case "lowest_quarter_iou":
+                return lowest_quarter(scores)
             case "mean_iou":
                 return expected(scores, np.ones_like(prior))
             case "expected_iou":
@@ -261,8 +275,11 @@ def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
         first, hyphen, second = part.strip().partition("-")
         if not hyphen or "-" in second or first == second:
             raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
-        for name in {first, second} - {"pretrained"}:
-            find_method(name)
+        try:
+            for name in {first, second} - {"pretrained"}:
+                find_method(name)
+        except InputError as error:
+            raise InputError(f"contrasts: {error}") from None
         pairs.append((first, second))
     return pairs
 
@@ -280,6 +297,109 @@ def _compared(
     for method in present:
         reference = [arm for arm in arms[:1] if arm != method] if method in arms else arms
         yield {"method": method, "reference": "+".join(reference)}, method, reference
+
+
+def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> dict[str, float]:
+    """Put the differences of several cases together in a random-effects analysis.
+
+    The true difference of a case is taken for a draw from N(mean, spread^2). The spread is that
+    where Cochran's Q equals its expectation (Paule and Mandel 1982), its interval that of the
+    Q profile (Viechtbauer 2007), and the interval of the mean that of Hartung and Knapp (2001),
+    which allows for few cases.
+
+    Args:
+        differences: Difference in each case, such as a scene and backbone.
+        standard_errors: Their standard errors, positive.
+
+    Returns:
+        cases, mean, low and high (95 %), spread, spread_low and spread_high, new_low and new_high
+        (95 % prediction interval for the difference in a new case), and positive, the number of
+        cases with a difference above 0.
+
+    Raises:
+        InputError: There are fewer than three cases, or a standard error is not positive.
+    """
+    effect, variance = np.array(differences), np.square(standard_errors)
+    count = len(effect)
+    if count < 3 or not (variance > 0).all():
+        raise InputError(f"pooled: expected at least 3 cases with standard errors, found {count}")
+
+    def weighted(spread: float) -> tuple[float, Array, float]:
+        weights = 1 / (variance + spread**2)
+        mean = float((weights * effect).sum() / weights.sum())
+        return mean, weights, float((weights * np.square(effect - mean)).sum())
+
+    def spread_where(q: float) -> float:
+        if weighted(0.0)[2] <= q:  # Q falls with the spread
+            return 0.0
+        most = float(np.ptp(effect)) + 1e-12
+        while weighted(most)[2] > q:
+            most *= 2
+        return float(scipy.optimize.brentq(lambda spread: weighted(spread)[2] - q, 0.0, most))
+
+    spread = spread_where(count - 1)
+    mean, weights, q = weighted(spread)
+    error = np.sqrt(max(q / (count - 1), 1.0) / weights.sum())  # never below that of fixed effects
+    half = scipy.stats.t.ppf(0.975, count - 1) * error
+    new = scipy.stats.t.ppf(0.975, max(1, count - 2)) * np.hypot(error, spread)
+    ends = [spread_where(scipy.stats.chi2.ppf(share, count - 1)) for share in (0.975, 0.025)]
+    return {
+        "cases": count,
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "spread": spread,
+        "spread_low": ends[0],
+        "spread_high": ends[1],
+        "new_low": mean - new,
+        "new_high": mean + new,
+        "positive": int((effect > 0).sum()),
+    }
+
+
+def sensor_values(
+    records: pd.DataFrame, scenarios: ScenarioSet, method: str, empty: float, resamples: int = 2000
+) -> pd.DataFrame:
+    """Compute what each sensor is worth: its Shapley value in the IoU of all subsets.
+
+    The value of modality m is the mean, over all orders in which the modalities can be added, of
+    the IoU that m adds (Shapley 1953). All values sum to the IoU with every modality minus `empty`.
+
+    Args:
+        records: Records of one data set and backbone.
+        scenarios: The K scenarios.
+        method: Name of the method.
+        empty: IoU without any modality, that of the trivial predictor.
+        resamples: Number of bootstrap resamples of replicates and blocks.
+
+    Returns:
+        One row per modality: modality, value, low and high (95 %).
+    """
+    counts = Counts.of(records, [method], scenarios)
+    masks, number = scenarios.masks, len(scenarios.modalities)
+    size = masks.sum(axis=1)
+    # Weight of a subset of n modalities for one that it holds, and for one that it lacks.
+    orders = scipy.special.factorial(np.arange(number + 1))
+    held = orders[size - 1] * orders[number - size] / orders[number]
+    lacking = orders[size] * orders[np.maximum(number - size - 1, 0)] / orders[number]
+    weights = np.where(masks, held[:, None], -lacking[:, None])  # [K, M]
+    random = np.random.default_rng(0)
+
+    def values(blocks: NDArray[np.int64], seeds: NDArray[np.int64]) -> Array:
+        iou = counts.scenario_iou(_frequencies(blocks, len(counts.blocks)))[:, 0]  # [R, S, K]
+        drawn = _frequencies(seeds, len(counts.seeds))[..., None]
+        mean = (iou * drawn).sum(axis=1) / drawn.sum(axis=1)
+        return mean @ weights - empty / number
+
+    lengths = len(counts.blocks), len(counts.seeds)
+    drawn = [random.integers(length, size=(resamples, length)) for length in lengths]
+    resampled = np.concatenate(
+        [values(drawn[0][i : i + 50], drawn[1][i : i + 50]) for i in range(0, resamples, 50)]
+    )
+    low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
+    [value] = values(*(np.arange(length)[None] for length in lengths))
+    columns = {"modality": scenarios.modalities, "value": value, "low": low, "high": high}
+    return pd.DataFrame(columns)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
