@@ -89,6 +89,7 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
     **dict.fromkeys(("paper_work", "raw", "explored", "reference"), Folder),
     **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
+    "tiers": Annotated[Text, Field(min_length=1)],
     **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
     "dataset": Name,
     "task": Name,

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
 from study.figures import PALETTE, family_members, method_colour
+from study.stability import SCORES
 from study.statistics import METRICS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
@@ -53,6 +54,79 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
         "filled: Holm-corrected p < 0.05; on the right: replicates; second arm: the noise floor"
     )
     return figure
+
+
+def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
+    """Draw the pooled difference of every method to uniform over its cases, a panel per metric.
+
+    Args:
+        differences: Result of `study.cases.differences_of_cases`, drawn as small points.
+        pooled: Result of `study.cases.pooled_differences`: the mean with its interval, thick, and
+            the interval for a new case, thin.
+    """
+    metrics = list(dict.fromkeys(pooled["metric"]))
+    order = [name for name in ("uniform_again", *METHODS) if name in set(pooled["method"])][::-1]
+    size = 2 + 3.2 * len(metrics), 1.2 + 0.36 * len(order)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True)
+    for panel, metric in zip(axes.flat, metrics, strict=True):
+        panel.axvline(0, color="#333333", linewidth=1)
+        for position, name in enumerate(order):
+            colour = method_colour(name)
+            cases = differences[(differences["metric"] == metric) & (differences["method"] == name)]
+            panel.plot(cases["difference"], [position] * len(cases), ".", color="#aaaaaa")
+            row = pooled[(pooled["metric"] == metric) & (pooled["method"] == name)].iloc[0]
+            panel.hlines(position, row["new_low"], row["new_high"], color=colour, linewidth=1)
+            panel.hlines(position, row["low"], row["high"], color=colour, linewidth=4)
+            panel.plot(row["mean"], position, "D", color=colour, markeredgecolor="white")
+        panel.set(title=METRICS[metric], xlabel="IoU minus uniform")
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+    axes[0, 0].set_yticks(range(len(order)), [method_title(name) for name in order])
+    cases = int(pooled["cases"].max())
+    figure.suptitle(
+        f"What a sampler brings over {cases} scenes and backbones: mean (thick: 95 % interval), "
+        "a new case (thin), cases (grey)"
+    )
+    return figure
+
+
+def score_agreement(table: pd.DataFrame) -> Figure:
+    """Draw what networks have in common, a panel per case: result of `study.stability`."""
+    shown = {
+        "within": "p of two networks,\nwithin a number missing",
+        "rank_others": "score and IoU lost\nby other networks (rank)",
+        "within_others": "the same within\na number missing",
+    }
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        width = 0.8 / len(rows)
+        for position, (colour, row) in enumerate(
+            zip(PALETTE, rows.to_dict("records"), strict=False)
+        ):
+            places = np.arange(len(shown)) + (position - (len(rows) - 1) / 2) * width
+            heights = [row[name] for name in shown]
+            axes.bar(places, heights, width, color=colour, label=SCORES[row["score"]])
+        axes.set_xticks(range(len(shown)), shown.values(), fontsize=7)
+        axes.set_ylim(-0.5, 1)
+        axes.axhline(0, color="#333333", linewidth=1)
+        axes.set_ylabel("correlation")
+
+    return _panels(table, draw, width=4, height=2.8, legend=True)
+
+
+def sensor_bars(table: pd.DataFrame) -> Figure:
+    """Draw what each sensor is worth in IoU, with 95 % intervals, a panel per case.
+
+    The table is that of `study.cases.worth_of_sensors`.
+    """
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        ends = rows["value"] - rows["low"], rows["high"] - rows["value"]
+        axes.barh(rows["modality"], rows["value"], xerr=ends, color=PALETTE[4], ecolor="#333333")
+        axes.invert_yaxis()
+        axes.axvline(0, color="#333333", linewidth=1)
+        axes.set_xlabel("Shapley value, IoU")
+
+    return _panels(table, draw, width=3, height=2.4)
 
 
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:

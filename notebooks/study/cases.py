@@ -1,0 +1,97 @@
+"""The published tiers put together: every data set and backbone is a case of the same question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lsgs_core.errors import InputError
+from lsgs_core.scenarios import ScenarioSet
+from study.statistics import UNIFORM_ARMS, differences, pooled, sensor_values
+
+
+@dataclass(frozen=True)
+class Case:
+    """What notebook 05 wrote about one data set and backbone.
+
+    Attributes:
+        dataset: Name of the data set.
+        backbone: Name of the backbone.
+        scenarios: Its scenarios.
+        records: Counts of pixels of every run on test blocks.
+        networks: Scores of the scenarios, and the IoU that they lost, for each pretrained network.
+        trivial: IoU of the predictor that says yes everywhere.
+    """
+
+    dataset: str
+    backbone: str
+    scenarios: ScenarioSet
+    records: pd.DataFrame
+    networks: pd.DataFrame
+    trivial: float
+
+
+def read_cases(results: Path, tiers: Sequence[str]) -> list[Case]:
+    """Read the tables of published tiers.
+
+    Args:
+        results: Folder with a folder for each tier.
+        tiers: Their names.
+
+    Raises:
+        InputError: A tier is not published.
+    """
+    cases = []
+    for tier in tiers:
+        folder = results / tier / "evaluation"
+        if not folder.is_dir():
+            raise InputError(f"{folder}: the folder is missing; run make study TIER={tier} first")
+        records = pd.read_csv(folder / "records.csv.xz")
+        networks = pd.read_csv(folder / "distortion_against_loss.csv")
+        trivial = pd.read_csv(folder / "trivial.csv").groupby("dataset")["iou"].mean().to_dict()
+        points = records[["dataset", "backbone"]].drop_duplicates()
+        for dataset, backbone in points.itertuples(index=False, name=None):
+            rows, own = (
+                table[(table["dataset"] == dataset) & (table["backbone"] == backbone)]
+                for table in (records, networks)
+            )
+            single = [name for name in dict.fromkeys(rows["scenario"]) if "+" not in name]
+            scenarios, iou = ScenarioSet.of(single), float(trivial[dataset])
+            cases.append(Case(dataset, backbone, scenarios, rows, own, iou))
+    return cases
+
+
+def differences_of_cases(
+    cases: Sequence[Case], metrics: Sequence[str], resamples: int
+) -> pd.DataFrame:
+    """Return the differences of every method to uniform in every case; see `differences`."""
+    tables = [
+        differences(case.records, case.scenarios, metrics, resamples=resamples) for case in cases
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def pooled_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the random-effects analysis of each metric and method that has three cases or more.
+
+    Args:
+        table: Result of `differences_of_cases`.
+    """
+    rows = []
+    for (metric, method), cases in table.groupby(["metric", "method"], sort=False):
+        if len(cases) > 2:
+            effects = pooled(cases["difference"].tolist(), cases["standard_error"].tolist())
+            rows.append({"metric": metric, "method": method, **effects})
+    return pd.DataFrame(rows)
+
+
+def worth_of_sensors(cases: Sequence[Case], resamples: int) -> pd.DataFrame:
+    """Return what each sensor is worth in every case, after fine-tuning with uniform scenarios."""
+    tables = [
+        sensor_values(
+            case.records, case.scenarios, UNIFORM_ARMS[0], case.trivial, resamples
+        ).assign(dataset=case.dataset, backbone=case.backbone)
+        for case in cases
+    ]
+    return pd.concat(tables, ignore_index=True)
