@@ -41,8 +41,6 @@ class Evidence:
         probabilities: p of LSGS from the scoring, [K].
         distortion: D, [K]; None where the authors' scoring file does not contain it.
         latent_shift: Mean shift of the latent per channel, [K, C]; None as above.
-        prediction_distortion: D measured at the prediction instead of the latent, [K]; None where
-            it was not measured (`lsgs_core.models.adapter.PredictionModel`).
         prior: Probability of each scenario in deployment, [K]; None is the paper's uniform prior.
         settings: Settings of the scoring: direction, lengthscale, ridge, inverse_temperature,
             mixing and smooth.
@@ -51,6 +49,8 @@ class Evidence:
         epochs: Number of epochs of the run.
         steps: Number of optimiser steps of the whole run.
         measure: Scores the network in training and returns p, [K], for methods that measure again.
+        prediction_distortion: D measured at the prediction instead of the latent, [K]; None where
+            it was not measured (`lsgs_core.models.adapter.PredictionModel`).
 
     Raises:
         InputError: A field has another type or shape, or is out of its range.
@@ -60,7 +60,6 @@ class Evidence:
     probabilities: NDArray[np.float64]
     distortion: NDArray[np.float64] | None = None
     latent_shift: NDArray[np.float64] | None = None
-    prediction_distortion: NDArray[np.float64] | None = None
     prior: NDArray[np.float64] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     descriptor: str = "distortion"
@@ -68,6 +67,7 @@ class Evidence:
     epochs: int = 1
     steps: int = 1
     measure: Callable[[], NDArray[np.float64]] | None = None
+    prediction_distortion: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         check_type("scenarios", self.scenarios, ScenarioSet)
@@ -396,7 +396,7 @@ def group_dro(evidence: Evidence, step: float = 100.0, mixing: float = 0.9) -> S
 
 @method("kernel group DRO", "successor")
 def kernel_group_dro(
-    evidence: Evidence, step: float = 100.0, mixing: float = 0.9
+    evidence: Evidence, step: float = 100.0, mixing: float = 0.5
 ) -> ScenarioSampler:
     """Group DRO on losses that the kernel regression of LSGS denoises, from the p of LSGS on.
 

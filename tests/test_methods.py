@@ -24,7 +24,7 @@ SHIFT = np.random.default_rng(0).normal(size=(7, 5)) * DISTORTION[:, None]
 SCORED = scenario_probabilities(DISTORTION, **SETTINGS).probabilities
 EVIDENCE = Evidence(
     THREE, SCORED, DISTORTION, SHIFT, None, SETTINGS, seed=3, epochs=4, steps=50,
-    measure=lambda: np.eye(7)[0],
+    measure=lambda: np.eye(7)[0], prediction_distortion=DISTORTION**2,
 )  # fmt: skip
 
 

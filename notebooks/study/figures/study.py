@@ -232,8 +232,12 @@ def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
 def _look(method: str) -> dict[str, Any]:
     """Return the colour and title of a method, and a marker of its own within its family."""
     members = family_members(method)
-    marker = MARKERS[(members.index(method) if members else -1) % len(MARKERS)]
-    return {"color": method_colour(method), "label": method_title(method), "marker": marker}
+    position = members.index(method.partition("@")[0]) if members else -1
+    return {
+        "color": method_colour(method),
+        "label": method_title(method),
+        "marker": MARKERS[position % len(MARKERS)],
+    }
 
 
 def _panels(
