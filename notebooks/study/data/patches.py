@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from study.data.alignment import windows
+from study.data.alignment import naming, windows
 from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
 from study.data.manifest import Dataset, DiagonalBlocks, Patches
@@ -217,6 +217,11 @@ class PatchDataset:
         chosen = table[table[f"fold_{fold}"] == split]
         if chosen.empty:
             raise InputError(f"{self.folder / PATCH_TABLE}: fold {fold} has no {split} patches")
+        for scene in chosen["scene"].unique():
+            names = record.scenes[scene].modalities if scene in record.scenes else ()
+            for file in (f"{scene}/{name}.tif" for name in (*names, LABELS)):
+                if file not in self._hashes or not (self.folder / file).is_file():
+                    raise InputError(f"{self.folder / file}: not there; prepare the data again")
         if limit is not None:
             if limit < 1:
                 raise InputError(f"limit: expected at least 1 patch, found {limit}")
@@ -323,7 +328,8 @@ class PatchDataset:
         file = f"{scene}/{name}.tif"
         raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
         window = Window(column, row, self.size, self.size)
-        return raster.read(window=window), raster.read_masks(1, window=window) > 0
+        with naming(self.folder / file):
+            return raster.read(window=window), raster.read_masks(1, window=window) > 0
 
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
@@ -338,7 +344,8 @@ class PatchDataset:
 @lru_cache(OPEN_FILES)
 def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
     """Open a raster once per content, process and thread; those used least are closed."""
-    return rasterio.open(path)
+    with naming(path):
+        return rasterio.open(path)
 
 
 def _column(values: list[float]) -> np.ndarray:

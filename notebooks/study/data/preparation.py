@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 import rasterio
 from pydantic import ValidationError
-from rasterio.errors import RasterioError
 from rasterio.windows import Window, intersection
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
-from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, windows
+from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, naming, windows
 from study.data.labels import Draw, code_names, membership, open_labels
 from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Modality, Scene, find_scenes
@@ -110,14 +109,9 @@ def matching_record(folder: Path, dataset: Dataset) -> Prepared:
 
 @contextmanager
 def open_prepared(path: Path) -> Iterator[Any]:
-    """Open a prepared raster for reading. Raises `InputError` when it does not exist."""
-    with rasterio.Env(**ENVIRONMENT):
-        try:
-            raster = rasterio.open(path)
-        except RasterioError as error:
-            raise InputError(f"{path}: is not prepared: {error}") from error
-        with raster:
-            yield raster
+    """Open a prepared raster. Raises `InputError` when it is not there or cannot be read."""
+    with rasterio.Env(**ENVIRONMENT), naming(path), rasterio.open(path) as raster:
+        yield raster
 
 
 def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepared:
