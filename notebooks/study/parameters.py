@@ -45,8 +45,11 @@ def _one_of(names: Collection[str]) -> Any:
 
 
 def _methods(text: str) -> str:
-    for name in text.split(","):
+    names = text.split(",")
+    for name in names:
         find_method(name)
+    if len(set(names)) < len(names):
+        raise ValueError("expected different methods")
     return text
 
 

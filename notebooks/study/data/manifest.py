@@ -539,7 +539,8 @@ class Dataset(Strict):
         if self.find_scenes:  # the names of the variables are known, their values are not
             variables = VARIABLE.finditer(self.find_scenes.file)
             scenes = {"find_scenes": {variable[1]: "0" for variable in variables}}
-            paths = [*paths, [self.find_scenes.file], [self.find_scenes.name]]
+            fill(self.find_scenes.name, scenes["find_scenes"])
+            paths = [*paths, [self.find_scenes.file]]
         for scene, values in scenes.items():
             for templates in paths:
                 try:
