@@ -217,11 +217,7 @@ class PatchDataset:
         chosen = table[table[f"fold_{fold}"] == split]
         if chosen.empty:
             raise InputError(f"{self.folder / PATCH_TABLE}: fold {fold} has no {split} patches")
-        for scene in chosen["scene"].unique():
-            names = record.scenes[scene].modalities if scene in record.scenes else ()
-            for file in (f"{scene}/{name}.tif" for name in (*names, LABELS)):
-                if file not in self._hashes or not (self.folder / file).is_file():
-                    raise InputError(f"{self.folder / file}: not there; prepare the data again")
+        _expect_prepared(self.folder, record, chosen)
         if limit is not None:
             if limit < 1:
                 raise InputError(f"limit: expected at least 1 patch, found {limit}")
@@ -339,6 +335,22 @@ class PatchDataset:
         if not with_data.all():
             image[:, ~with_data] = 0
         return with_data
+
+
+def _expect_prepared(folder: Path, record: Prepared, table: pd.DataFrame) -> None:
+    """Raise `InputError` where patches of one size do not lie in rasters that are there."""
+    for name in map(str, table["scene"].unique()):
+        patches = table[table["scene"] == name]
+        names = record.scenes[name].modalities if name in record.scenes else []
+        for file in (f"{name}/{part}.tif" for part in (*names, LABELS)):
+            known = name in record.scenes and file in record.scenes[name].outputs
+            if not known or not (folder / file).is_file():
+                raise InputError(f"{folder / file}: not there; prepare the data again")
+        first, size = patches[["row", "column"]], table["size"].iloc[0]
+        shape = [record.scenes[name].height, record.scenes[name].width]
+        inside = (first >= 0) & (first + size <= shape)
+        if not inside.all(axis=None) or (patches["size"] != size).any():
+            raise InputError(f"{folder / PATCH_TABLE}: expected patches of one size within {name}")
 
 
 @lru_cache(OPEN_FILES)

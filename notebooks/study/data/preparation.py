@@ -261,7 +261,10 @@ class AlignedModality:
         parts = [raster.read(wide) for raster in self.rasters]
         seen = np.logical_and.reduce([with_data for _, with_data in parts])
         if self._unseen:
-            seen &= ~np.isin(parts.pop()[0][0], self._unseen)
+            (mask,), with_data = parts.pop()
+            if (mask != np.round(mask))[with_data].any():
+                raise InputError(f"{self.rasters[-1].path}: expected whole numbers as a mask")
+            seen &= ~np.isin(mask, self._unseen)
         channels = [channel for pixels, _ in parts for channel in pixels]
         pixels = dict(zip(self._sources, channels, strict=True))
         bands = []
