@@ -41,6 +41,9 @@ PAPERMILL = (
     " --cwd notebooks --execution-timeout 43200 --no-progress-bar --autosave-cell-every 0"
     " 2> {log:q}.failed && rm -f {log:q}.failed"
 )
+# Where the clock was set back, inputs are newer than what was just made from them: Snakemake would
+# delete that. They get its date; by their checksums, nothing else is made again.
+DATES = " && find {input:q} -newer {output:q} -exec touch -r {output:q} {{}} +"
 
 
 def parameters(stage, job):
@@ -122,7 +125,7 @@ rule pretraining:
     resources:
         **resources_of("pretraining"),
     shell:
-        PAPERMILL
+        PAPERMILL + DATES
 
 
 rule scoring:
@@ -138,7 +141,7 @@ rule scoring:
     resources:
         **resources_of("scoring"),
     shell:
-        PAPERMILL
+        PAPERMILL + DATES
 
 
 # All methods of a seed in one notebook: they share data and initial weights, and starting a kernel
@@ -157,7 +160,7 @@ rule finetuning:
     resources:
         **resources_of("finetuning"),
     shell:
-        PAPERMILL
+        PAPERMILL + DATES
 
 
 rule evaluation:
@@ -171,7 +174,7 @@ rule evaluation:
         **parameters("evaluation", NOTEBOOKS["evaluation"]),
     threads: threads_of_a_run
     shell:
-        PAPERMILL
+        PAPERMILL + DATES
 
 
 rule publish:
@@ -183,4 +186,4 @@ rule publish:
         tier=tier.name,
     shell:
         PYTHON + " -m study publish {params.tier:q} > {output:q}"
-        " 2> {output:q}.failed && rm -f {output:q}.failed"
+        " 2> {output:q}.failed && rm -f {output:q}.failed" + DATES

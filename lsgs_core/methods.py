@@ -26,6 +26,7 @@ from lsgs_core.errors import (
     real_numbers,
 )
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
+from lsgs_core.randomness import STREAMS
 from lsgs_core.sampling import FixedSampler, ScenarioSampler, check_probabilities
 from lsgs_core.scenarios import ScenarioSet
 
@@ -182,7 +183,9 @@ def method(
         InputError: The family is unknown, or the function has no docstring, whose first line is
             shown in tables.
     """
+    check_type("title", title, str)
     check_choice("family", family, FAMILIES)
+    check_choice("stream", stream, STREAMS)
 
     def enter(build: Callable[[Evidence], ScenarioSampler]) -> Callable[..., ScenarioSampler]:
         about = (build.__doc__ or "").strip().partition("\n")[0]

@@ -116,6 +116,8 @@ class ScenarioSampler:
             InputError: The state belongs to another sampler or to other scenarios.
         """
         check_type("training state", state, dict)
+        if surplus := state.keys() - {*self._kept}:
+            raise InputError(f"state: expected {self._kept} alone, found {shown(surplus)}")
         restored: dict[str, Any] = {}
         for name in self._kept:
             expected = np.shape(getattr(self, name))
@@ -125,9 +127,9 @@ class ScenarioSampler:
             except (TypeError, ValueError):
                 right = False
             if not right:
+                found = shown(state.get(name))
                 raise InputError(
-                    f"training state: expected the state of this sampler, with {name} of shape "
-                    f"{list(expected)}, found {shown(state.get(name))}"
+                    f"training state: expected {name} of shape {expected}, found {found}"
                 )
             restored[name] = values if values.ndim else float(values)
         vars(self).update(restored)

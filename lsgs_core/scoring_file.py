@@ -163,7 +163,6 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
                 f"{field}: expected the scenarios of {scenarios.modalities}, "
                 f"found {shown(content[field])}"
             )
-    final = real_numbers("final_probs", content["final_probs"])
     arrays: dict[str, Any] = {}
     for field, (ours, ndim) in ARRAYS.items():
         if field in content:
@@ -180,5 +179,5 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     if content.get("lengthscale") == "median":  # used where D is measured again
         settings["lengthscale"] = "median"
     descriptor = content.get("descriptor", "distortion")
-    probabilities = check_probabilities(final, len(scenarios))
+    probabilities = check_probabilities(content["final_probs"], len(scenarios), "final_probs")
     return Evidence(scenarios, probabilities, settings=settings, descriptor=descriptor, **arrays)

@@ -229,7 +229,10 @@ ENTRIES["pair"] = {
     "masks": {"optical": {"file": "clouds.tif", "unseen": [1]}},
     "labels": {"kind": "ids", "file": "labels.tif", "values": {"low": 1, "high": 2}},
     "patches": {"size": 32},
-    "folds": {"spatial": BLOCKS | {"validation_blocks": 0}},
+    "folds": {
+        "spatial": BLOCKS | {"validation_blocks": 0},
+        "shuffled": {"kind": "shuffled_patches", "count": 2},
+    },
 }
 
 

@@ -164,12 +164,6 @@ def without_geometry(folder: Path) -> Dataset:
     return dataset.model_copy(update={"labels": labels})
 
 
-def unknown_system(folder: Path) -> Dataset:
-    dataset = polygons(folder, [1, 2])
-    labels = dataset.labels.model_copy(update={"crs": "EPSG:what"})
-    return dataset.model_copy(update={"labels": labels})
-
-
 def complex_radar(folder: Path) -> Dataset:
     pixels = raw.read_raster(folder / "radar.tif").astype(np.complex64)
     raw.write_raster(folder / "radar.tif", pixels, **raw.ground())
@@ -212,7 +206,6 @@ def placed_at(**place: Any) -> Any:
         (lambda folder: polygons(folder, ["b", "a", None]), r"'use' has none of .* \['a', 'b'"),
         (two_layers, r"fields.gpkg: expected one layer of polygons, found \['land', 'water'\]"),
         (without_geometry, r"fields.csv: expected one layer of polygons, found \[\]"),
-        (unknown_system, "labels.crs: 'EPSG:what' is not known"),
         (complex_radar, "radar.tif: holds complex numbers"),
     ],
 )

@@ -22,7 +22,7 @@ from study import commands
 from study.artifacts import Record, save_table
 from study.commands import MARK, _only_one, end_orphans, main, publish, sweep
 from study.durations import durations, estimate, executed
-from study.files import file_sha256
+from study.files import TEMPORARY, file_sha256
 from study.tiers import load_tier
 
 from lsgs_core import InputError
@@ -232,12 +232,11 @@ def command(tier: str = "smoke") -> list[str]:
 
 
 def outputs(folder: Path) -> dict[str, str]:
-    """Hash of every record, probability and weight of a study."""
-    found = {}
-    for pattern in ("**/records.csv", "**/probabilities.json", "**/weights.safetensors"):
-        for path in (folder / "work" / "smoke").glob(pattern):
-            found[path.relative_to(folder).as_posix()] = file_sha256(path)
-    return found
+    """Hash of every record, probability and weight of a study, and of all that is published."""
+    patterns = ("work/smoke/**/records.csv", "work/smoke/**/probabilities.json")
+    patterns += ("work/smoke/**/weights.safetensors", "results/smoke/*/**/*.*")
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in found}
 
 
 @pytest.mark.slow
@@ -267,10 +266,10 @@ def test_what_a_study_says_last_is_why_it_failed(clone):
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
-    """kill -9 of the launcher, of a papermill or of a kernel, at moments that chance decides."""
+def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
+    """kill -9 of any process of the tree, when chance decides; then a clock that is set back."""
     tier = {
-        "grid": {"backbones": ["cmx"], "methods": ["uniform", "lsgs"], "folds": [0], "seeds": 12},
+        "grid": {"backbones": ["cmx"], "methods": ["uniform", "lsgs"], "folds": [0], "seeds": 6},
         "02_pretraining_check": {"weights": "train"},
         "04_finetuning": {"epochs": 3},
         "05_evaluation": {"shown_patches": 0, "resamples": 20},
@@ -281,41 +280,65 @@ def test_twenty_kills_of_whatever_runs(clone, tmp_path_factory):
     printed(*command(), folder=whole)
     chance = random.Random()
     killed: Counter[str] = Counter()
-    while killed.total() < 20:
+    while killed.total() < 50:
         # Not through a pipe, which orphans would hold open.
         process = subprocess.Popen(
             command(), cwd=clone, env=environment(clone), stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        time.sleep(chance.uniform(5, 25))
+        time.sleep(chance.uniform(5, 40))
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
             shutil.rmtree(clone / "work" / "smoke")
             continue
-        kinds = {"launcher": [process.pid], "papermill": [], "ipykernel_launcher": []}
-        for found in psutil.process_iter(["cmdline"]):
-            line = " ".join(found.info["cmdline"] or [])
-            for kind in ("papermill", "ipykernel_launcher"):
-                if f"-m {kind}" in line and "bash" not in line and _is_marked(found, clone):
-                    kinds[kind].append(found.pid)
-        kind = chance.choice([name for name, ids in kinds.items() if ids])
+        tree = {process.pid: "launcher"}
+        for found in psutil.process_iter():
+            if _is_marked(found, clone):
+                with suppress(psutil.Error):
+                    tree[found.pid] = _kind(found.cmdline())
+        kind = chance.choice(sorted(set(tree.values())))
         with suppress(ProcessLookupError):
-            os.kill(chance.choice(kinds[kind]), signal.SIGKILL)
+            os.kill(chance.choice([pid for pid in tree if tree[pid] == kind]), signal.SIGKILL)
             killed[kind] += 1
         if kind != "launcher":  # the others go on: the launcher ends by itself, or is killed next
-            time.sleep(chance.uniform(0, 2))
+            time.sleep(chance.uniform(0, 5))
             process.kill()
         process.wait()
+        if killed.total() == 25:
+            written_tomorrow(clone / "work" / "smoke")
     print(f"killed: {dict(killed)}")
     printed(*command(), folder=clone)
-    assert set(killed) == {"launcher", "papermill", "ipykernel_launcher"}, killed
+    assert {"launcher", "snakemake", "papermill", "ipykernel_launcher"} <= set(killed), killed
     assert not any(_is_marked(process, clone) for process in psutil.process_iter())
+    assert not any((clone / ".snakemake" / "locks").iterdir())
+    for path in (path for part in ("work", "results") for path in (clone / part).rglob("*")):
+        assert path.suffix != ".failed"
+        assert not TEMPORARY.fullmatch(path.name), path
+    assert {path.name for path in (clone / "results").iterdir()} == {"networks", "smoke"}
     before = outputs(clone)
     assert before == outputs(whole)
-    assert len(before) >= 50
-    # Nothing is left to do: this is said at once, and nothing changes.
-    assert "results/smoke" in printed(*command(), folder=clone)
+    assert len(before) >= 40
+    # Nothing is left to do, also where inputs are newer than what was made from them: this is said
+    # at once, no notebook is executed again, and nothing changes.
+    for part in ("prepared", "pretrained", "scores"):
+        written_tomorrow(clone / "work" / "smoke" / part)
+    said = printed(*command(), folder=clone)
+    assert "results/smoke" in said
+    assert not re.search(r"\w+: .* in \d+ notebook", said), said
     assert outputs(clone) == before
+
+
+def written_tomorrow(folder: Path) -> None:
+    """As if the clock had been a day ahead, and was set back."""
+    for path in folder.rglob("*"):
+        os.utime(path, (time.time() + 86_400,) * 2)
+
+
+def _kind(command: list[str]) -> str:
+    """The module that a process runs, or its program."""
+    if "-m" in command:
+        return command[command.index("-m") + 1]
+    return Path(command[0]).name if command else "ended"
 
 
 def _is_marked(process: psutil.Process, folder: Path) -> bool:

@@ -5,7 +5,6 @@ another processor changes them at rounding level only. Fine-tuning amplifies rou
 change of seed, so a fine-tuned IoU is compared with the range of further seeds.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pandas as pd
 import scipy.stats
 
 from lsgs_core.errors import InputError
+from study.data.schema import read_json
 from study.tiers import NOTEBOOKS, StudyFolder, Tier
 
 AGREEMENT = "agreement.txt"  # the sentence of notebook 05 ...
@@ -78,8 +78,8 @@ def scoring_sentence(here: Path, committed: Path) -> str:
 def why_not_compared(tier: Tier, reference: Path) -> str:
     """Say why a tier cannot be compared with the folder of a published one; "" if it can."""
     try:
-        made_with = json.loads((reference / "provenance.json").read_text())["parameters"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        made_with = read_json(reference / "provenance.json")["parameters"]
+    except (InputError, KeyError, TypeError) as error:
         return f"{reference}: no published results: {error}"
     for notebook in NOTEBOOKS.values():
         for name, value in tier.sections[notebook].items():
@@ -148,14 +148,10 @@ def compared_with_committed(
 
 def _scoring(path: Path) -> dict[str, Any]:
     """Return the content of a probabilities.json of this study."""
-    try:
-        content = json.loads(path.read_text())
-        if {"D_sh", "final_probs", "meta_info"} <= content.keys():
-            return content
-        error: Exception | str = "no D_sh, final_probs or meta_info"
-    except (OSError, ValueError, AttributeError) as problem:
-        error = problem
-    raise InputError(f"{path}: expected the JSON of a scoring: {error}")
+    content = read_json(path)
+    if isinstance(content, dict) and {"D_sh", "final_probs", "meta_info"} <= content.keys():
+        return content
+    raise InputError(f"{path}: expected a scoring with D_sh, final_probs and meta_info")
 
 
 def _fine_tuned(summary: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Pages of results, written from the tables beside them, so that no number in them is typed."""
 
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import pandas as pd
 
 from study.agreement import AGREEMENT, NOT_COMPARED
 from study.agreement import METRICS as SUMMARISED
+from study.data.schema import read_json
 from study.statistics import METRICS, method_title, rank_correlation
 
 PICTURES = {
@@ -21,7 +21,7 @@ PICTURES = {
 
 def tier_page(folder: Path) -> str:
     """Return the page of a published tier in Markdown, from provenance.json and `evaluation`."""
-    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance = read_json(folder / "provenance.json")
     environment = provenance["evaluation"]["environment"]
     tables = folder / "evaluation"
     summary = pd.read_csv(tables / "summary.csv")
@@ -73,7 +73,7 @@ def tier_page(folder: Path) -> str:
 
 def benchmark_page(folder: Path) -> str:
     """Return the page of the benchmark in Markdown, from ratios.csv and memory.csv of A2."""
-    record = json.loads((folder / "ratios.csv.record.json").read_text())
+    record = read_json(folder / "ratios.csv.record.json")
     environment = record["environment"]
     ratios = pd.read_csv(folder / "ratios.csv").itertuples(index=False)
     memory = pd.read_csv(folder / "memory.csv").itertuples(index=False)

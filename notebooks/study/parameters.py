@@ -23,7 +23,7 @@ from study import settings
 from study.data.folds import default_split
 from study.data.manifest import Dataset, Name, load_manifest
 from study.data.patches import Normalisation
-from study.data.schema import Exact, read_json, validated
+from study.data.schema import Strict, read_json, validated
 from study.settings import Positive, Rate
 from study.statistics import METRICS, planned_pairs
 
@@ -45,8 +45,11 @@ def _one_of(names: Collection[str]) -> Any:
 
 
 def _methods(text: str) -> str:
-    for name in text.split(","):
+    names = text.split(",")
+    for name in names:
         _method(name)
+    if len(set(names)) < len(names):
+        raise ValueError("expected different methods")
     return text
 
 
@@ -139,7 +142,7 @@ def notebook_model(notebook: str, folder: Path, left_out: Collection[str] = ()) 
         for name, default in defaults.items()
         if name not in left_out
     }
-    return create_model(notebook, __base__=Exact, **fields)
+    return create_model(notebook, __base__=Strict, **fields)
 
 
 def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,8 +170,7 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
 
     Args:
         dataset: Definition of the data set.
-        parameters: Checked parameters of a notebook. Folds are looked at where it has `split` or
-            `shown_fold`.
+        parameters: Checked parameters of a notebook.
 
     Raises:
         InputError: The data set has no such task, folds, fold or modality, the backbone no such
@@ -187,16 +189,17 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
             raise InputError(
                 f"preset: {parameters['backbone']} has {[*presets]}, found {parameters['preset']!r}"
             )
+    folds = [*dataset.folds.values()]  # which of them notebook 01 took is not known elsewhere
     if {"split", "shown_fold"} & parameters.keys():
         split = get("split") or default_split(get("protocol", "strict"))
-        folds = dataset.fold_definition(split)
-        count = getattr(folds, "count", 1)  # an official split is one fold
-        for name in ("fold", "shown_fold"):
-            if get(name, 0) >= count:
-                raise InputError(
-                    f"{name}: expected less than {count}, the number of folds of the data set, "
-                    f"found {get(name)}"
-                )
+        folds = [dataset.fold_definition(split)]
+    count = max(getattr(kind, "count", 1) for kind in folds)  # an official split is one fold
+    for name in ("fold", "shown_fold"):
+        if get(name, 0) >= count:
+            raise InputError(
+                f"{name}: expected less than {count}, the number of folds of the data set, "
+                f"found {get(name)}"
+            )
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model
 
-from study.data.schema import Exact, validated
+from study.data.schema import Strict, validated
 from study.devices import Precision
 from study.losses import Protocol
 
@@ -71,4 +71,4 @@ class TrainingSettings:
 
 TYPES = get_type_hints(TrainingSettings, include_extras=True)  # of every setting, with its range
 _FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in TYPES.items()}
-_CHECKED = create_model("TrainingSettings", __base__=Exact, **_FIELDS)
+_CHECKED = create_model("TrainingSettings", __base__=Strict, **_FIELDS)

@@ -268,13 +268,16 @@ def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
     """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
 
     Raises:
-        InputError: A part is not two different methods (or "pretrained") joined by a hyphen.
+        InputError: A part is not two different methods (or "pretrained") joined by a hyphen, or
+            is there twice.
     """
     pairs = []
     for part in contrasts.split(","):
         first, hyphen, second = part.strip().partition("-")
-        if not hyphen or "-" in second or first == second:
-            raise InputError(f"contrasts: expected such as 'lsgs-uniform', found {contrasts!r}")
+        if not hyphen or "-" in second or first == second or (first, second) in pairs:
+            raise InputError(
+                f"contrasts: expected different ones such as 'lsgs-uniform', found {contrasts!r}"
+            )
         try:
             for name in {first, second} - {"pretrained"}:
                 find_method(name)
@@ -292,7 +295,8 @@ def _compared(
     if pairs is not None:
         for method, other in pairs:
             names = {"contrast": f"{method} - {other}"}
-            yield names, method, arms if other == "uniform" else [other]
+            others = [arm for arm in arms if arm != method] if other == "uniform" else [other]
+            yield names, method, others
         return
     for method in present:
         reference = [arm for arm in arms[:1] if arm != method] if method in arms else arms

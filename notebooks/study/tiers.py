@@ -25,7 +25,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS
 from study.data.folds import default_split
 from study.data.manifest import NAME, Manifest, load_manifest
-from study.data.schema import Exact, read_json, read_yaml, validated
+from study.data.schema import Strict, read_json, read_yaml, validated
 from study.files import file_sha256, make_folder, written_beside
 from study.parameters import Backbone, Method, check_against, notebook_model
 from study.statistics import UNIFORM_ARMS, planned_pairs
@@ -71,7 +71,7 @@ Indices = Annotated[
 ]  # or their number
 
 
-class Runs(Exact):
+class Runs(Strict):
     """The product of all five: one part of a grid."""
 
     datasets: Annotated[list[str], *Entries] = ["demo"]
@@ -289,7 +289,7 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     if isinstance(content, dict) and isinstance(content.get("grid"), dict):
         content["grid"] = [content["grid"]]
     grid = Annotated[list[Runs], Field(min_length=1)]
-    schema = create_model("TierFile", __base__=Exact, grid=(grid, ...), **sections)
+    schema = create_model("TierFile", __base__=Strict, grid=(grid, ...), **sections)
     checked: Any = validated(schema, content, path.name)
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
     folder_of_tier = StudyFolder(work / name)

@@ -15,7 +15,7 @@ import shapely
 from affine import Affine
 from rasterio._err import CPLE_BaseError  # what some calls raise instead of a RasterioError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
@@ -132,7 +132,7 @@ def _mat_array(path: Path) -> np.ndarray:
 def grid_of(path: Path, placed: Placed) -> Grid:
     """Return the grid of a raster file, the one that others are brought onto."""
     with open_raster(path) as raster:
-        crs = _crs(path, placed, raster)
+        crs = _crs(placed, raster)
         if crs is None and placed.placement is None:
             raise InputError(f"{path}: {NO_PLACE}")
         # A reference system without a place on it is no georeference.
@@ -247,7 +247,7 @@ class AlignedRaster:
     def _place(self, placed: Placed) -> tuple[Any, Affine]:
         """Return the coordinate reference system and the transform of the file."""
         raw, grid, path = self.raw, self.grid, self.path
-        crs = _crs(path, placed, raw)
+        crs = _crs(placed, raw)
         across, down = grid.width / raw.width, grid.height / raw.height
         tagged = raw.transform != Affine.identity() and grid.georeferenced
         if tagged and (crs or not grid.crs or placed.placement):
@@ -298,11 +298,6 @@ class AlignedRaster:
         return crs, transform
 
 
-def _crs(path: Path, placed: Placed, raster: Any) -> Any:
+def _crs(placed: Placed, raster: Any) -> Any:
     """Return the coordinate reference system that the manifest gives a file, or else its own."""
-    if not placed.crs:
-        return raster.crs
-    try:
-        return rasterio.crs.CRS.from_user_input(placed.crs)
-    except CRSError as error:
-        raise InputError(f"{path}: `crs` {placed.crs!r} is not known ({error})") from error
+    return rasterio.crs.CRS.from_user_input(placed.crs) if placed.crs else raster.crs

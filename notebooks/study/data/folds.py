@@ -39,6 +39,7 @@ from study.data.manifest import (
 from study.data.preparation import PreparedScene
 
 PARTS = ("training", "validation", "test")
+NUMBERS = ("patch_id", "row", "column", "size", "block")  # columns of a patch table
 VALIDATION_SHARE = 0.1  # of the patches that are not tested, as the paper's authors take it
 HELD_SHARE = 0.01  # validation tiles hold a class when they have this share of its pixels
 
@@ -96,7 +97,7 @@ def patch_table(
     shuffled = isinstance(folds, ShuffledPatches)
     if diagonal:
         _check_lengths(size, diagonal)
-    elif index_file is not None and not shuffled:
+    if index_file is not None and not shuffled:
         raise InputError("index_file: only shuffled patches are dealt by an index file")
     pixels = [f"pixels_{value}" for value in values]
     tables: list[pd.DataFrame] = []
@@ -143,13 +144,17 @@ def patch_table(
 
 
 def read_patch_table(path: Path) -> pd.DataFrame:
-    """Read a patch table. Raises `InputError` when there is no such table."""
+    """Read a patch table. Raises `InputError` when there is none, or its entries cannot be."""
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype={"scene": str})
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a patch table ({error})") from error
-    if missing := [name for name in ("patch_id", "scene", "row", "block") if name not in table]:
+    if missing := [name for name in ("scene", *NUMBERS, "fold_0") if name not in table]:
         raise InputError(f"{path}: expected a patch table with the columns {missing}")
+    if wrong := [name for name in NUMBERS if table[name].dtype.kind != "i"]:
+        raise InputError(f"{path}: expected whole numbers in the column {wrong[0]}")
+    if not table.filter(regex="^fold_").isin([*PARTS, ""]).all(axis=None):
+        raise InputError(f"{path}: expected {PARTS} or nothing in the columns of the folds")
     return table
 
 

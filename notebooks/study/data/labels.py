@@ -13,7 +13,6 @@ import geopandas
 import numpy as np
 import pandas as pd
 import pyogrio
-import pyproj
 import rasterio
 import shapely
 from numpy.typing import NDArray
@@ -202,10 +201,7 @@ def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
     if labels.column not in columns:
         raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
     if labels.crs:
-        try:
-            frame = frame.set_crs(labels.crs, allow_override=True)
-        except pyproj.exceptions.CRSError as error:
-            raise InputError(f"labels.crs: {labels.crs!r} is not known ({error})") from error
+        frame = frame.set_crs(labels.crs, allow_override=True)
     if grid.georeferenced and grid.crs:
         if frame.crs is None:
             raise InputError(f"{path}: expected a coordinate reference system, found none")

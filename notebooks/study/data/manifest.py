@@ -10,7 +10,10 @@ from itertools import chain
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pyproj
+import rasterio
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from rasterio.errors import CRSError
 
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
@@ -29,6 +32,16 @@ def relative_path(text: str) -> str:
     if ".." in path.parts:
         raise ValueError("expected a path without '..'")
     return path.as_posix()
+
+
+def known_crs(text: str) -> str:
+    """Return the name of a coordinate reference system; raise `ValueError` for an unknown one."""
+    try:
+        pyproj.CRS.from_user_input(text)
+        rasterio.crs.CRS.from_user_input(text)
+    except (pyproj.exceptions.CRSError, CRSError, ValueError) as error:
+        raise ValueError("expected a coordinate reference system such as EPSG:32633") from error
+    return text
 
 
 def fill(template: str, variables: Mapping[str, str]) -> str:
@@ -68,6 +81,7 @@ def _by_name(value: Any) -> Any:
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=64)]
 RelativePath = Annotated[str, AfterValidator(relative_path)]
+Crs = Annotated[str, AfterValidator(known_crs)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Beyond the upper ends, which no data set comes near, a number is a typing error.
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -152,7 +166,7 @@ class Placed(Strict):
     """
 
     file: Files
-    crs: str | None = None
+    crs: Crs | None = None
     placement: Literal["extent", "pixels"] | None = None
     scale: Annotated[float, Field(gt=0)] | None = None
 
@@ -263,7 +277,7 @@ class PolygonLabels(_Labels):
     kind: Literal["polygons"]
     file: Files
     column: str
-    crs: str | None = None
+    crs: Crs | None = None
     values: Annotated[
         dict[Name, Annotated[list[str | int], NOT_EMPTY]], NOT_EMPTY, BeforeValidator(_by_name)
     ]
@@ -548,7 +562,8 @@ class Dataset(Strict):
         if self.find_scenes:  # the names of the variables are known, their values are not
             variables = VARIABLE.finditer(self.find_scenes.file)
             scenes = {"find_scenes": {variable[1]: "0" for variable in variables}}
-            paths = [*paths, [self.find_scenes.file], [self.find_scenes.name]]
+            fill(self.find_scenes.name, scenes["find_scenes"])
+            paths = [*paths, [self.find_scenes.file]]
         for scene, values in scenes.items():
             for templates in paths:
                 try:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
-from study.data.alignment import windows
+from study.data.alignment import naming, windows
 from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
 from study.data.manifest import Dataset, DiagonalBlocks, Patches
@@ -217,6 +217,7 @@ class PatchDataset:
         chosen = table[table[f"fold_{fold}"] == split]
         if chosen.empty:
             raise InputError(f"{self.folder / PATCH_TABLE}: fold {fold} has no {split} patches")
+        _expect_prepared(self.folder, record, chosen)
         if limit is not None:
             if limit < 1:
                 raise InputError(f"limit: expected at least 1 patch, found {limit}")
@@ -323,7 +324,8 @@ class PatchDataset:
         file = f"{scene}/{name}.tif"
         raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
         window = Window(column, row, self.size, self.size)
-        return raster.read(window=window), raster.read_masks(1, window=window) > 0
+        with naming(self.folder / file):
+            return raster.read(window=window), raster.read_masks(1, window=window) > 0
 
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
@@ -335,10 +337,27 @@ class PatchDataset:
         return with_data
 
 
+def _expect_prepared(folder: Path, record: Prepared, table: pd.DataFrame) -> None:
+    """Raise `InputError` where patches of one size do not lie in rasters that are there."""
+    for name in map(str, table["scene"].unique()):
+        patches = table[table["scene"] == name]
+        names = record.scenes[name].modalities if name in record.scenes else []
+        for file in (f"{name}/{part}.tif" for part in (*names, LABELS)):
+            known = name in record.scenes and file in record.scenes[name].outputs
+            if not known or not (folder / file).is_file():
+                raise InputError(f"{folder / file}: not there; prepare the data again")
+        first, size = patches[["row", "column"]], table["size"].iloc[0]
+        shape = [record.scenes[name].height, record.scenes[name].width]
+        inside = (first >= 0) & (first + size <= shape)
+        if not inside.all(axis=None) or (patches["size"] != size).any():
+            raise InputError(f"{folder / PATCH_TABLE}: expected patches of one size within {name}")
+
+
 @lru_cache(OPEN_FILES)
 def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
     """Open a raster once per content, process and thread; those used least are closed."""
-    return rasterio.open(path)
+    with naming(path):
+        return rasterio.open(path)
 
 
 def _column(values: list[float]) -> np.ndarray:

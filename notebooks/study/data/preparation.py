@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 import rasterio
 from pydantic import ValidationError
-from rasterio.errors import RasterioError
 from rasterio.windows import Window, intersection
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
-from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, windows
+from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, naming, windows
 from study.data.labels import Draw, code_names, membership, open_labels
 from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Modality, Scene, find_scenes
@@ -110,14 +109,9 @@ def matching_record(folder: Path, dataset: Dataset) -> Prepared:
 
 @contextmanager
 def open_prepared(path: Path) -> Iterator[Any]:
-    """Open a prepared raster for reading. Raises `InputError` when it does not exist."""
-    with rasterio.Env(**ENVIRONMENT):
-        try:
-            raster = rasterio.open(path)
-        except RasterioError as error:
-            raise InputError(f"{path}: is not prepared: {error}") from error
-        with raster:
-            yield raster
+    """Open a prepared raster. Raises `InputError` when it is not there or cannot be read."""
+    with rasterio.Env(**ENVIRONMENT), naming(path), rasterio.open(path) as raster:
+        yield raster
 
 
 def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepared:
@@ -267,7 +261,10 @@ class AlignedModality:
         parts = [raster.read(wide) for raster in self.rasters]
         seen = np.logical_and.reduce([with_data for _, with_data in parts])
         if self._unseen:
-            seen &= ~np.isin(parts.pop()[0][0], self._unseen)
+            (mask,), with_data = parts.pop()
+            if (mask != np.round(mask))[with_data].any():
+                raise InputError(f"{self.rasters[-1].path}: expected whole numbers as a mask")
+            seen &= ~np.isin(mask, self._unseen)
         channels = [channel for pixels, _ in parts for channel in pixels]
         pixels = dict(zip(self._sources, channels, strict=True))
         bands = []

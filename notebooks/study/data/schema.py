@@ -20,13 +20,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of all parts: unknown fields are mistakes, and nothing changes after loading."""
+    """Base of all parts: unknown fields are mistakes, and nothing changes after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Exact(Strict):
-    """Base of parts in which no value is converted, except an int where a float fits."""
+    No value is converted, except an int where a float fits.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

