@@ -83,6 +83,7 @@ class NetworkRun:
             "model": model.configuration,
             "modalities": self.dataset.modalities,
             "classes": self.training.classes,
+            "inputs": self.training.inputs.model_dump(),
         }
 
     def build(self, device: str = "") -> Backbone:

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
 import rasterio
 import torch
-from pydantic import ValidationError
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
@@ -96,6 +97,34 @@ class Statistics(Strict):
     made_from: dict[str, str]  # hashes of the patch table and of the rasters
     means: dict[str, list[float]]
     deviations: dict[str, list[float]]
+
+
+class Inputs(Strict):
+    """What a network has to be told of its training patches besides bands and classes.
+
+    Attributes:
+        task_kind: Kind of the target.
+        patch_size: Side of a patch in pixels.
+        pixel_size: Side of a pixel in metres; None without georeference.
+        means, deviations: What is subtracted from every band of a modality, and what the rest is
+            divided by.
+    """
+
+    task_kind: Literal["binary", "multilabel", "multiclass"]
+    patch_size: Annotated[int, Field(ge=1, le=2**16)]
+    pixel_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    means: dict[str, list[Annotated[float, Field(allow_inf_nan=False)]]]
+    deviations: dict[str, list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
+
+    def normalise(
+        self, modality: str, pixels: NDArray[Any], seen: NDArray[np.bool_], out: NDArray[np.float32]
+    ) -> None:
+        """Write the normalised bands [D, H, W] of a modality to `out`, 0 where it is not `seen`."""
+        shift, scale = _column(self.means[modality]), _column(self.deviations[modality])
+        np.subtract(pixels, shift, out=out, dtype=np.float32, casting="unsafe")
+        np.divide(out, scale, out=out)
+        if not seen.all():
+            out[:, ~seen] = 0
 
 
 def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
@@ -187,6 +216,7 @@ class PatchDataset:
         bands: Number of bands D_m per modality.
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
+        inputs: What a network that is trained on them has to be told.
         data_sha256: One hash of the patch table and of all rasters.
         patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
     """
@@ -238,13 +268,20 @@ class PatchDataset:
         self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
         self._ignore = dataset.labels.ignore
         self._present = {name: set(scene.modalities) for name, scene in record.scenes.items()}
-        self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
-        self._scale: dict[str, Any] = dict.fromkeys(self.modalities, 1)
+        means = {m: [0.0] * len(bands) for m, bands in dataset.modalities.items()}
+        deviations = {m: [1.0] * len(bands) for m, bands in dataset.modalities.items()}
         if normalisation != "none":
             statistics = fold_statistics(self.folder, dataset, fold)
-            self._shift = {m: _column(means) for m, means in statistics.means.items()}
+            means = statistics.means
             if normalisation == "standardise":
-                self._scale = {m: _column(values) for m, values in statistics.deviations.items()}
+                deviations = statistics.deviations
+        self.inputs = Inputs(
+            task_kind=definition.kind,
+            patch_size=self.size,
+            pixel_size=next(iter(record.scenes.values())).grid.pixel_size,
+            means=means,
+            deviations=deviations,
+        )
 
     def __len__(self) -> int:
         return len(self.table)
@@ -328,10 +365,7 @@ class PatchDataset:
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
         pixels, with_data = self._read(index, modality)
-        np.subtract(pixels, self._shift[modality], out=image, dtype=np.float32, casting="unsafe")
-        np.divide(image, self._scale[modality], out=image)
-        if not with_data.all():
-            image[:, ~with_data] = 0
+        self.inputs.normalise(modality, pixels, with_data, image)
         return with_data
 
 
