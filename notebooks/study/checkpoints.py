@@ -1,24 +1,28 @@
 """Networks and their pretrained weights: committed, of one's own, or the authors'."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cpu import accelerate_on_cpu
+from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import check, load_table, load_weights, sidecar_path
-from study.data.manifest import load_manifest
-from study.data.patches import PatchDataset
+from study.data.manifest import Name, Names, load_manifest
+from study.data.patches import InputFormat, PatchDataset
+from study.data.schema import Strict, validated
 from study.files import file_sha256
 
 # What any weights of ours must have been made for, and what committed ones in addition.
 OWN = ("model", "modalities", "classes")
 COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,76 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
         raise InputError(f"{path}: {len(bad)} entries are not finite, the first is {bad[0]}")
     model.load_state_dict(weights)
     return "ours"
+
+
+class _Described(Strict):
+    """What the record of weights says of their network."""
+
+    model: dict[str, Any]
+    modalities: dict[Name, Names]
+    classes: Names
+    input_format: InputFormat
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network with all that using it takes.
+
+    Attributes:
+        model: In evaluation mode: `model(images, available)` returns logits [B, C, H, W].
+        scenarios: Scenarios of the M modalities, in the order of `images`.
+        bands: Names of the D_m bands of every modality.
+        classes: Names of the C classes.
+        input_format: Kind of the task, normalisation, and sizes of patches and pixels.
+        weights: File of the weights.
+        sha256: Hash of that file.
+    """
+
+    model: nn.Module
+    scenarios: ScenarioSet
+    bands: Mapping[str, Sequence[str]]
+    classes: tuple[str, ...]
+    input_format: InputFormat
+    weights: Path
+    sha256: str
+
+
+def load_network(
+    weights: Path | str,
+    build: Callable[[Sequence[int], int], nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+) -> TrainedNetwork:
+    """Load a network that this study saved, with its scenarios, normalisation and classes.
+
+    Args:
+        weights: File of the weights, with its record beside it, or the folder of both.
+        build: Returns the network for the numbers of bands D_m and the number of classes, such as
+            its class; None builds the backbone that the record names.
+        device: Where the network computes.
+
+    Raises:
+        InputError: Weights or record are missing, damaged, or of another network.
+    """
+    path = Path(weights) / WEIGHTS if Path(weights).is_dir() else Path(weights)
+    record = check(path)
+    fields, place = record["parameters"], str(sidecar_path(path))
+    if "input_format" not in fields:
+        raise InputError(
+            f"{place}: does not say how inputs are normalised; run notebook 02 with these weights"
+        )
+    described = validated(_Described, {n: fields.get(n) for n in _Described.model_fields}, place)
+    bands, classes, form = described.modalities, described.classes, described.input_format
+    counts = {name: len(entries) for name, entries in bands.items()}
+    for statistics in (form.means, form.deviations):
+        if {name: len(values) for name, values in statistics.items()} != counts:
+            raise InputError(f"{place}: input_format: expected a number for each band of {counts}")
+    if build:
+        model: Any = build([*counts.values()], len(classes))
+    else:
+        sizes = {"bands": [*counts.values()], "classes": len(classes)}
+        model = accelerate_on_cpu(build_backbone(**{"name": "", **described.model, **sizes}))
+    load_checkpoint(model, path)
+    scenarios, model = ScenarioSet.of(bands), model.to(device).eval()
+    return TrainedNetwork(
+        model, scenarios, bands, tuple(classes), form, path, str(record["sha256"])
+    )

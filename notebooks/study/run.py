@@ -83,7 +83,7 @@ class NetworkRun:
             "model": model.configuration,
             "modalities": self.dataset.modalities,
             "classes": self.training.classes,
-            "inputs": self.training.inputs.model_dump(),
+            "input_format": self.training.input_format.model_dump(),
         }
 
     def build(self, device: str = "") -> Backbone:

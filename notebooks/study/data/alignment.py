@@ -61,15 +61,15 @@ class Grid:
 
     @property
     def pixel_size(self) -> float | None:
-        """Return the side of a pixel in metres; None without a reference system.
+        """Return the side of a pixel in metres; None where degrees or metres are not known.
 
         Of a pixel that is no square, it is the root of its area. A degree is taken at the middle of
         the grid.
         """
-        if self.crs is None:
-            return None
         side = abs(self.transform.determinant) ** 0.5
-        if not self.crs.is_geographic:
+        if self.crs is None or not (self.crs.is_geographic or self.crs.is_projected):
+            return None
+        if self.crs.is_projected:
             return float(side * self.crs.linear_units_factor[1])
         _, latitude = self.transform * (self.width / 2, self.height / 2)
         return float(side * METRES_OF_A_DEGREE * np.cos(np.radians(latitude)) ** 0.5)

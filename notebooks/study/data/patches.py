@@ -99,7 +99,7 @@ class Statistics(Strict):
     deviations: dict[str, list[float]]
 
 
-class Inputs(Strict):
+class InputFormat(Strict):
     """What a network has to be told of its training patches besides bands and classes.
 
     Attributes:
@@ -216,7 +216,7 @@ class PatchDataset:
         bands: Number of bands D_m per modality.
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
-        inputs: What a network that is trained on them has to be told.
+        input_format: What a network that is trained on them has to be told.
         data_sha256: One hash of the patch table and of all rasters.
         patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
     """
@@ -275,7 +275,7 @@ class PatchDataset:
             means = statistics.means
             if normalisation == "standardise":
                 deviations = statistics.deviations
-        self.inputs = Inputs(
+        self.input_format = InputFormat(
             task_kind=definition.kind,
             patch_size=self.size,
             pixel_size=next(iter(record.scenes.values())).grid.pixel_size,
@@ -365,7 +365,7 @@ class PatchDataset:
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
         pixels, with_data = self._read(index, modality)
-        self.inputs.normalise(modality, pixels, with_data, image)
+        self.input_format.normalise(modality, pixels, with_data, image)
         return with_data
 
 

@@ -322,11 +322,15 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
         paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
         with ExitStack() as written:
             outputs = {
-                name: written.enter_context(create_raster(paths[name], grid, source.bands, source.kind))
+                name: written.enter_context(
+                    create_raster(paths[name], grid, source.bands, source.kind)
+                )
                 for name, source in modalities.items()
             }
             kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
-            codes_file = create_raster(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+            codes_file = create_raster(
+                paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore
+            )
             output = written.enter_context(codes_file)
             output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
             steps = windows(grid.height, grid.width)
