@@ -14,9 +14,9 @@ from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import check, load_table, load_weights, sidecar_path
-from study.data.manifest import Name, Names, load_manifest
-from study.data.patches import InputFormat, PatchDataset
-from study.data.schema import Strict, validated
+from study.data.manifest import load_manifest
+from study.data.patches import Description, PatchDataset
+from study.data.schema import validated
 from study.files import file_sha256
 
 # What any weights of ours must have been made for, and what committed ones in addition.
@@ -131,34 +131,21 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
     return "ours"
 
 
-class _Described(Strict):
-    """What the record of weights says of their network."""
-
-    model: dict[str, Any]
-    modalities: dict[Name, Names]
-    classes: Names
-    input_format: InputFormat
-
-
 @dataclass(frozen=True)
 class TrainedNetwork:
     """A network with all that using it takes.
 
     Attributes:
         model: In evaluation mode: `model(images, available)` returns logits [B, C, H, W].
-        scenarios: Scenarios of the M modalities, in the order of `images`.
-        bands: Names of the D_m bands of every modality.
-        classes: Names of the C classes.
-        input_format: Kind of the task, normalisation, and sizes of patches and pixels.
+        scenarios: Scenarios of its modalities, in the order of the images.
+        description: Its bands, classes and normalisation.
         weights: File of the weights.
         sha256: Hash of that file.
     """
 
     model: nn.Module
     scenarios: ScenarioSet
-    bands: Mapping[str, Sequence[str]]
-    classes: tuple[str, ...]
-    input_format: InputFormat
+    description: Description
     weights: Path
     sha256: str
 
@@ -181,24 +168,18 @@ def load_network(
     """
     path = Path(weights) / WEIGHTS if Path(weights).is_dir() else Path(weights)
     record = check(path)
-    fields, place = record["parameters"], str(sidecar_path(path))
-    if "input_format" not in fields:
-        raise InputError(
-            f"{place}: does not say how inputs are normalised; run notebook 02 with these weights"
-        )
-    described = validated(_Described, {n: fields.get(n) for n in _Described.model_fields}, place)
-    bands, classes, form = described.modalities, described.classes, described.input_format
-    counts = {name: len(entries) for name, entries in bands.items()}
-    for statistics in (form.means, form.deviations):
-        if {name: len(values) for name, values in statistics.items()} != counts:
-            raise InputError(f"{place}: input_format: expected a number for each band of {counts}")
+    made_with = record["parameters"]
+    if "description" not in made_with:
+        raise InputError(f"{path}: its record has no normalisation; run notebook 02 with it")
+    where = f"{sidecar_path(path)}: description"
+    description = validated(Description, made_with["description"], where)
+    bands, classes = [*map(len, description.bands.values())], len(description.classes)
     if build:
-        model: Any = build([*counts.values()], len(classes))
+        model: Any = build(bands, classes)
     else:
-        sizes = {"bands": [*counts.values()], "classes": len(classes)}
-        model = accelerate_on_cpu(build_backbone(**{"name": "", **described.model, **sizes}))
+        sizes = {"bands": bands, "classes": classes}
+        settings = {"name": "", **made_with.get("model", {}), **sizes}
+        model = accelerate_on_cpu(build_backbone(**settings))
     load_checkpoint(model, path)
-    scenarios, model = ScenarioSet.of(bands), model.to(device).eval()
-    return TrainedNetwork(
-        model, scenarios, bands, tuple(classes), form, path, str(record["sha256"])
-    )
+    scenarios = ScenarioSet.of(description.bands)
+    return TrainedNetwork(model.to(device).eval(), scenarios, description, path, record["sha256"])

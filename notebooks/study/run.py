@@ -83,7 +83,7 @@ class NetworkRun:
             "model": model.configuration,
             "modalities": self.dataset.modalities,
             "classes": self.training.classes,
-            "input_format": self.training.input_format.model_dump(),
+            "description": self.training.description.model_dump(),
         }
 
     def build(self, device: str = "") -> Backbone:

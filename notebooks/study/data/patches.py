@@ -8,14 +8,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import pandas as pd
 import rasterio
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import FiniteFloat, PositiveFloat, ValidationError, model_validator
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
@@ -24,7 +24,7 @@ from lsgs_core.errors import InputError
 from study.data.alignment import windows
 from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
-from study.data.manifest import Dataset, DiagonalBlocks, Patches
+from study.data.manifest import Dataset, DiagonalBlocks, Name, Names, Patches, Positive
 from study.data.preparation import LABELS, PATCH_TABLE, Prepared, matching_record, open_prepared
 from study.data.schema import Strict, validated
 from study.files import file_sha256, written_beside
@@ -99,30 +99,42 @@ class Statistics(Strict):
     deviations: dict[str, list[float]]
 
 
-class InputFormat(Strict):
-    """What a network has to be told of its training patches besides bands and classes.
+class Description(Strict):
+    """What using a network takes besides its weights.
 
     Attributes:
+        bands: Names of the bands of every modality.
+        classes: Names of the classes.
         task_kind: Kind of the target.
-        patch_size: Side of a patch in pixels.
-        pixel_size: Side of a pixel in metres; None without georeference.
-        means, deviations: What is subtracted from every band of a modality, and what the rest is
-            divided by.
+        patch_size: Side of a training patch in pixels.
+        pixel_size: Side of a pixel in metres; None where that is not known.
+        means, deviations: What is subtracted from each band, and what the rest is divided by.
     """
 
+    bands: dict[Name, Names]
+    classes: Names
     task_kind: Literal["binary", "multilabel", "multiclass"]
-    patch_size: Annotated[int, Field(ge=1, le=2**16)]
-    pixel_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
-    means: dict[str, list[Annotated[float, Field(allow_inf_nan=False)]]]
-    deviations: dict[str, list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
+    patch_size: Positive
+    pixel_size: PositiveFloat | None
+    means: dict[Name, list[FiniteFloat]]
+    deviations: dict[Name, list[PositiveFloat]]
+
+    @model_validator(mode="after")
+    def _every_band_is_normalised(self) -> Self:
+        parts = self.bands, self.means, self.deviations
+        bands, *others = ({name: len(of) for name, of in part.items()} for part in parts)
+        if any(other != bands for other in others):
+            raise ValueError(f"expected a mean and a deviation for every band of {bands}")
+        return self
 
     def normalise(
         self, modality: str, pixels: NDArray[Any], seen: NDArray[np.bool_], out: NDArray[np.float32]
     ) -> None:
         """Write the normalised bands [D, H, W] of a modality to `out`, 0 where it is not `seen`."""
-        shift, scale = _column(self.means[modality]), _column(self.deviations[modality])
-        np.subtract(pixels, shift, out=out, dtype=np.float32, casting="unsafe")
-        np.divide(out, scale, out=out)
+        np.subtract(
+            pixels, _column(self.means[modality]), out=out, dtype=np.float32, casting="unsafe"
+        )
+        np.divide(out, _column(self.deviations[modality]), out=out)
         if not seen.all():
             out[:, ~seen] = 0
 
@@ -216,7 +228,7 @@ class PatchDataset:
         bands: Number of bands D_m per modality.
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
-        input_format: What a network that is trained on them has to be told.
+        description: What using a network that was trained on them takes.
         data_sha256: One hash of the patch table and of all rasters.
         patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
     """
@@ -273,9 +285,10 @@ class PatchDataset:
         if normalisation != "none":
             statistics = fold_statistics(self.folder, dataset, fold)
             means = statistics.means
-            if normalisation == "standardise":
-                deviations = statistics.deviations
-        self.input_format = InputFormat(
+            deviations = statistics.deviations if normalisation == "standardise" else deviations
+        self.description = Description(
+            bands=dataset.modalities,
+            classes=list(self.classes),
             task_kind=definition.kind,
             patch_size=self.size,
             pixel_size=next(iter(record.scenes.values())).grid.pixel_size,
@@ -365,7 +378,7 @@ class PatchDataset:
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
         pixels, with_data = self._read(index, modality)
-        self.input_format.normalise(modality, pixels, with_data, image)
+        self.description.normalise(modality, pixels, with_data, image)
         return with_data
 
 

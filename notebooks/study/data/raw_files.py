@@ -371,9 +371,10 @@ def _scene(
             {band: dataset.bands[band] for band in bands}, [*files.values()], mask, mask_file
         )
     labels = dataset.labels
-    scaled = complete and isinstance(labels, ScaledPolygonLabels)
-    extents = need(labels.extents, "extents") if scaled else None
     label_file = need(labels.file, "labels") if complete else None
+    extents = None
+    if complete and isinstance(labels, ScaledPolygonLabels):
+        extents = need(labels.extents, "extents")
     masks = [modality.mask_file for modality in modalities.values()]
     used = [path for path in (*paths.values(), *masks, label_file, extents) if path]
     beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
