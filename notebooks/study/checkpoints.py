@@ -1,24 +1,28 @@
 """Networks and their pretrained weights: committed, of one's own, or the authors'."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cpu import accelerate_on_cpu
+from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import check, load_table, load_weights, sidecar_path
 from study.data.manifest import load_manifest
-from study.data.patches import PatchDataset
+from study.data.patches import Description, PatchDataset
+from study.data.schema import validated
 from study.files import file_sha256
 
 # What any weights of ours must have been made for, and what committed ones in addition.
 OWN = ("model", "modalities", "classes")
 COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,57 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
         raise InputError(f"{path}: {len(bad)} entries are not finite, the first is {bad[0]}")
     model.load_state_dict(weights)
     return "ours"
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network with all that using it takes.
+
+    Attributes:
+        model: In evaluation mode: `model(images, available)` returns logits [B, C, H, W].
+        scenarios: Scenarios of its modalities, in the order of the images.
+        description: Its bands, classes and normalisation.
+        weights: File of the weights.
+        sha256: Hash of that file.
+    """
+
+    model: nn.Module
+    scenarios: ScenarioSet
+    description: Description
+    weights: Path
+    sha256: str
+
+
+def load_network(
+    weights: Path | str,
+    build: Callable[[Sequence[int], int], nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+) -> TrainedNetwork:
+    """Load a network that this study saved, with its scenarios, normalisation and classes.
+
+    Args:
+        weights: File of the weights, with its record beside it, or the folder of both.
+        build: Returns the network for the numbers of bands D_m and the number of classes, such as
+            its class; None builds the backbone that the record names.
+        device: Where the network computes.
+
+    Raises:
+        InputError: Weights or record are missing, damaged, or of another network.
+    """
+    path = Path(weights) / WEIGHTS if Path(weights).is_dir() else Path(weights)
+    record = check(path)
+    made_with = record["parameters"]
+    if "description" not in made_with:
+        raise InputError(f"{path}: its record has no normalisation; run notebook 02 with it")
+    where = f"{sidecar_path(path)}: description"
+    description = validated(Description, made_with["description"], where)
+    bands, classes = [*map(len, description.bands.values())], len(description.classes)
+    if build:
+        model: Any = build(bands, classes)
+    else:
+        sizes = {"bands": bands, "classes": classes}
+        settings = {"name": "", **made_with.get("model", {}), **sizes}
+        model = accelerate_on_cpu(build_backbone(**settings))
+    load_checkpoint(model, path)
+    scenarios = ScenarioSet.of(description.bands)
+    return TrainedNetwork(model.to(device).eval(), scenarios, description, path, record["sha256"])

@@ -37,7 +37,7 @@ MARK = "LSGS_STUDY_ROOT"
 TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pdf"}
 NETWORKS = ROOT / "results" / "networks"
 DOWNLOADS = ROOT / "work" / "downloads"
-NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv")
+NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv", "records.csv")
 MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
 
 

@@ -33,19 +33,27 @@ def written_beside(path: Path) -> Iterator[Path]:
         OSError: The disk is full; what was there before is whole.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    said = f"{path.name} was not written, what it held before is whole"
     try:
-        yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with explaining_a_full_disk(path, said):
+            yield temporary
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explaining_a_full_disk(path: Path, said: str) -> Iterator[None]:
+    """Raise an `OSError` that says what became of a file, where writing failed on a full disk."""
+    try:
+        yield
     except Exception as error:
         # Writers say it in many ways, such as a RuntimeError about a stream.
         if shutil.disk_usage(path.parent).free < FULL:
-            said = f"the disk is full; {path.name} was not written, what it held before is whole"
-            raise OSError(errno.ENOSPC, said, str(path)) from error
+            raise OSError(errno.ENOSPC, f"the disk is full; {said}", str(path)) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Literal
 
 import lsgs_core
 
-NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation"]
+NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation", "mapping"]
 # A network and its patches, as `study.run` opens them.
 NETWORK = ("study.checkpoints", "study.data.patches")
 # What computes the results of a stage; its notebook imports more, such as figures.
@@ -40,6 +40,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
         "study.predictions",
         "study.figures.study",
     ),
+    "mapping": ("study.mapping",),
 }
 PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__).parent}
 

@@ -39,6 +39,20 @@ def save_model_card(
         f"Segments {', '.join(training.classes)} from any non-empty subset of "
         f"{', '.join(training.modalities)}.",
         "",
+        "## Intended use",
+        "",
+        "Research on missing sensors, and maps of scenes with these bands, where sensors may be "
+        "missing: `make map` or notebook 06. Not for decisions that concern people or property, "
+        "and not tried on other places, dates or sensors than those below.",
+        "",
+        "`study.checkpoints.load_network(folder)` gives the network with scenarios, normalisation "
+        "and classes, where `folder` holds this page. It takes:",
+        "",
+        *[
+            f"- {name}: {', '.join(bands)}"
+            for name, bands in made_with.get("modalities", {}).items()
+        ],
+        "",
         "## Data",
         "",
         f"- {dataset.title}; {len(training)} patches of {training.size} × {training.size} pixels, "
@@ -63,7 +77,7 @@ def save_model_card(
         "```",
         "",
         f"`weights.safetensors.record.json` has its hash and the environment. Device: "
-        f"{record.device}. Not tried on other places, dates or sensors than those above.",
+        f"{record.device}.",
         "",
     ]
     return save(folder / CARD, lambda path: path.write_text("\n".join(lines), "utf-8"), record)

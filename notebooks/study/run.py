@@ -84,6 +84,7 @@ class NetworkRun:
             "model": model.configuration,
             "modalities": self.dataset.modalities,
             "classes": self.training.classes,
+            "description": self.training.description.model_dump(),
         }
 
     def build(self, device: str = "") -> Backbone:

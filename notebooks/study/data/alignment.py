@@ -37,6 +37,7 @@ ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True, "GDAL_C
 MAT_VARIABLE = "inputPatch"  # the array in the .mat patches of the paper's authors
 PLANE = "EPSG:3857"  # to compare two grids without georeference, any metric system serves
 SCALE_TOLERANCE = 0.02
+METRES_OF_A_DEGREE = 111_320.0  # along the equator and, to 1 %, along any meridian
 EDGE_TOLERANCE = 1  # pixels that a file without georeference may differ by: Potsdam's DSM of 3_13
 NO_PLACE = (
     "expected a coordinate reference system, found none; give `crs`, or for files without "
@@ -57,6 +58,21 @@ class Grid:
     def georeferenced(self) -> bool:
         """Return whether places on the grid are places on the ground."""
         return self.transform != Affine.identity()
+
+    @property
+    def pixel_size(self) -> float | None:
+        """Return the side of a pixel in metres; None where degrees or metres are not known.
+
+        Of a pixel that is no square, it is the root of its area. A degree is taken at the middle of
+        the grid.
+        """
+        side = abs(self.transform.determinant) ** 0.5
+        if self.crs is None or not (self.crs.is_geographic or self.crs.is_projected):
+            return None
+        if self.crs.is_projected:
+            return float(side * self.crs.linear_units_factor[1])
+        _, latitude = self.transform * (self.width / 2, self.height / 2)
+        return float(side * METRES_OF_A_DEGREE * np.cos(np.radians(latitude)) ** 0.5)
 
     def matches(self, transform: Affine, shape: tuple[int, int]) -> bool:
         """Return whether a raster has this grid, to a hundredth of a pixel at every corner."""

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import pandas as pd
 import rasterio
 import torch
-from pydantic import ValidationError
+from numpy.typing import NDArray
+from pydantic import FiniteFloat, PositiveFloat, ValidationError, model_validator
 from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
@@ -23,7 +24,7 @@ from lsgs_core.errors import InputError
 from study.data.alignment import naming, windows
 from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
-from study.data.manifest import Dataset, DiagonalBlocks, Patches
+from study.data.manifest import Dataset, DiagonalBlocks, Name, Names, Patches, Positive
 from study.data.preparation import LABELS, PATCH_TABLE, Prepared, matching_record, open_prepared
 from study.data.schema import Strict, validated
 from study.files import file_sha256, written_beside
@@ -96,6 +97,46 @@ class Statistics(Strict):
     made_from: dict[str, str]  # hashes of the patch table and of the rasters
     means: dict[str, list[float]]
     deviations: dict[str, list[float]]
+
+
+class Description(Strict):
+    """What using a network takes besides its weights.
+
+    Attributes:
+        bands: Names of the bands of every modality.
+        classes: Names of the classes.
+        task_kind: Kind of the target.
+        patch_size: Side of a training patch in pixels.
+        pixel_size: Side of a pixel in metres; None where that is not known.
+        means, deviations: What is subtracted from each band, and what the rest is divided by.
+    """
+
+    bands: dict[Name, Names]
+    classes: Names
+    task_kind: Literal["binary", "multilabel", "multiclass"]
+    patch_size: Positive
+    pixel_size: PositiveFloat | None
+    means: dict[Name, list[FiniteFloat]]
+    deviations: dict[Name, list[PositiveFloat]]
+
+    @model_validator(mode="after")
+    def _every_band_is_normalised(self) -> Self:
+        parts = self.bands, self.means, self.deviations
+        bands, *others = ({name: len(of) for name, of in part.items()} for part in parts)
+        if any(other != bands for other in others):
+            raise ValueError(f"expected a mean and a deviation for every band of {bands}")
+        return self
+
+    def normalise(
+        self, modality: str, pixels: NDArray[Any], seen: NDArray[np.bool_], out: NDArray[np.float32]
+    ) -> None:
+        """Write the normalised bands [D, H, W] of a modality to `out`, 0 where it is not `seen`."""
+        np.subtract(
+            pixels, _column(self.means[modality]), out=out, dtype=np.float32, casting="unsafe"
+        )
+        np.divide(out, _column(self.deviations[modality]), out=out)
+        if not seen.all():
+            out[:, ~seen] = 0
 
 
 def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
@@ -187,6 +228,7 @@ class PatchDataset:
         bands: Number of bands D_m per modality.
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
+        description: What using a network that was trained on them takes.
         data_sha256: One hash of the patch table and of all rasters.
         patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
     """
@@ -239,13 +281,21 @@ class PatchDataset:
         self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
         self._ignore = dataset.labels.ignore
         self._present = {name: set(scene.modalities) for name, scene in record.scenes.items()}
-        self._shift: dict[str, Any] = dict.fromkeys(self.modalities, 0)
-        self._scale: dict[str, Any] = dict.fromkeys(self.modalities, 1)
+        means = {m: [0.0] * len(bands) for m, bands in dataset.modalities.items()}
+        deviations = {m: [1.0] * len(bands) for m, bands in dataset.modalities.items()}
         if normalisation != "none":
             statistics = fold_statistics(self.folder, dataset, fold)
-            self._shift = {m: _column(means) for m, means in statistics.means.items()}
-            if normalisation == "standardise":
-                self._scale = {m: _column(values) for m, values in statistics.deviations.items()}
+            means = statistics.means
+            deviations = statistics.deviations if normalisation == "standardise" else deviations
+        self.description = Description(
+            bands=dataset.modalities,
+            classes=list(self.classes),
+            task_kind=definition.kind,
+            patch_size=self.size,
+            pixel_size=next(iter(record.scenes.values())).grid.pixel_size,
+            means=means,
+            deviations=deviations,
+        )
 
     def __len__(self) -> int:
         return len(self.table)
@@ -330,10 +380,7 @@ class PatchDataset:
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
         pixels, with_data = self._read(index, modality)
-        np.subtract(pixels, self._shift[modality], out=image, dtype=np.float32, casting="unsafe")
-        np.divide(image, self._scale[modality], out=image)
-        if not with_data.all():
-            image[:, ~with_data] = 0
+        self.description.normalise(modality, pixels, with_data, image)
         return with_data
 
 

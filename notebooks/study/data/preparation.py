@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import rasterio
+from affine import Affine
 from pydantic import ValidationError
 from rasterio.windows import Window, intersection
 from tqdm.auto import tqdm
@@ -59,11 +60,17 @@ class PreparedScene(Strict):
     unseen_pixels: dict[str, int]
 
     @property
+    def grid(self) -> Grid:
+        """Return the grid of the scene."""
+        crs = rasterio.crs.CRS.from_wkt(self.crs) if self.crs else None
+        return Grid(crs, Affine(*self.transform), self.width, self.height)
+
+    @property
     def pixel_size(self) -> tuple[float, str]:
         """Return the width of a pixel and its unit, as maps show it."""
-        if self.crs is None:
+        crs = self.grid.crs
+        if crs is None:
             return 1.0, "pixels"
-        crs = rasterio.crs.CRS.from_wkt(self.crs)
         if crs.is_geographic:
             return self.transform[0], "degrees"
         return self.transform[0] * crs.linear_units_factor[1] / 1000, "km"
@@ -202,12 +209,18 @@ def check_scene(scene: Scene) -> set[str]:
 def open_scene(scene: Scene) -> Iterator[tuple[Grid, dict[str, "AlignedModality"], Draw]]:
     """Open a scene: its grid, modalities and labels."""
     grid = grid_of(scene.reference_file, scene.reference)
+    with open_modalities(scene, grid) as modalities, open_labels(scene, grid) as draw:
+        yield grid, modalities, draw
+
+
+@contextmanager
+def open_modalities(scene: Scene, grid: Grid) -> Iterator[dict[str, "AlignedModality"]]:
+    """Open the modalities that a scene has, on a grid."""
     with ExitStack() as stack:
-        modalities = {
+        yield {
             name: AlignedModality(modality, grid, scene.resampling, stack)
             for name, modality in scene.modalities.items()
         }
-        yield grid, modalities, stack.enter_context(open_labels(scene, grid))
 
 
 class AlignedModality:
@@ -306,11 +319,15 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
         paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
         with ExitStack() as written:
             outputs = {
-                name: written.enter_context(_create(paths[name], grid, source.bands, source.kind))
+                name: written.enter_context(
+                    create_raster(paths[name], grid, source.bands, source.kind)
+                )
                 for name, source in modalities.items()
             }
             kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
-            codes_file = _create(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+            codes_file = create_raster(
+                paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore
+            )
             output = written.enter_context(codes_file)
             output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
             steps = windows(grid.height, grid.width)
@@ -342,7 +359,9 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
     }
 
 
-def _create(path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any) -> Any:
+def create_raster(
+    path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any
+) -> Any:
     """Open a tiled, compressed GeoTIFF on the grid for writing, with named bands."""
     place: Mapping[str, Any] = {"width": grid.width, "height": grid.height}
     if grid.georeferenced:

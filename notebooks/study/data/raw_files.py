@@ -24,6 +24,7 @@ import pooch
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError, MissingFileError
+from study.data.alignment import open_raster
 from study.data.manifest import (
     NAME,
     VARIABLE,
@@ -190,7 +191,7 @@ class Scene:
         resampling: Name of one of rasterio's methods.
         modalities: Modalities whose files exist, in the manifest's order.
         labels: Definition of the labels.
-        label_file: File with the labels.
+        label_file: File with the labels; None where a map does without.
         extents: File with the extents of images, for labels that are scaled to them.
         files: All these files, each once, with those that belong to them.
     """
@@ -201,7 +202,7 @@ class Scene:
     resampling: str
     modalities: dict[str, Modality]
     labels: Labels
-    label_file: Path
+    label_file: Path | None
     extents: Path | None
     files: list[Path]
 
@@ -256,20 +257,27 @@ class RawFolder:
                 yield match.groupdict(), path
 
 
-def find_scenes(dataset: Dataset, folder: Path) -> list[Scene]:
+def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[Scene]:
     """Return the scenes with all their files, in the order of the manifest or of their names.
+
+    Args:
+        dataset: Definition of the data set.
+        folder: Folder with its files.
+        complete: Training needs labels, and modalities that may not be absent. False takes what is
+            there, as a map does; the reference is then the largest file where the manifest's is
+            missing.
 
     Raises:
         InputError: The folder or a file is missing, there is no scene, or two scenes share a name.
     """
     raw, labels = RawFolder(folder), dataset.labels
     variables = _variables(dataset, raw)
-    if isinstance(labels, ScaledPolygonLabels):
+    if complete and isinstance(labels, ScaledPolygonLabels):
         table = next((path for path in map(raw.find, labels.file) if path), None)
         if table is not None:
             labelled = set(read_csv(table, ["ImageId"])["ImageId"])
             variables = {name: values for name, values in variables.items() if name in labelled}
-    scenes = [_scene(dataset, raw, name, values) for name, values in variables.items()]
+    scenes = [_scene(dataset, raw, *entry, complete) for entry in variables.items()]
     if not scenes:
         raise MissingFileError(f"{folder}: contains no scene{_how_to_get(dataset)}")
     return scenes
@@ -331,7 +339,9 @@ def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
     return dict(sorted(scenes.items()))
 
 
-def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, str]) -> Scene:
+def _scene(
+    dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, str], complete: bool
+) -> Scene:
     """Return one scene. Raises `MissingFileError` when a file is missing that must exist."""
 
     def find(files: Files) -> Path | None:
@@ -351,11 +361,15 @@ def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, 
     paths: dict[str, Path] = {}  # of every band of a file
     for modality, bands in dataset.modalities.items():
         for source in dataset.sources(bands):
-            candidates, optional = definitions[source].file, modality in dataset.may_be_absent
+            candidates = definitions[source].file
+            optional = modality in dataset.may_be_absent or not complete
             path = find(candidates) if optional else need(candidates, f"band {source}")
             paths |= {source: path} if path else {}
-    reference = definitions[dataset.reference_band]
-    paths[dataset.reference_band] = need(reference.file, "reference_band")
+    reference_band = dataset.reference_band
+    if paths and not complete and not find(definitions[reference_band].file):
+        reference_band = max(paths, key=lambda band: _pixel_count(paths[band]))
+    reference = definitions[reference_band]
+    paths[reference_band] = need(reference.file, "reference_band")
     modalities: dict[str, Modality] = {}
     for modality, bands in dataset.modalities.items():
         sources = dict.fromkeys(dataset.sources(bands))
@@ -374,15 +388,17 @@ def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, 
             {band: dataset.bands[band] for band in bands}, [*files.values()], mask, mask_file
         )
     labels = dataset.labels
-    extents = need(labels.extents, "extents") if isinstance(labels, ScaledPolygonLabels) else None
-    label_file = need(labels.file, "labels")
+    label_file = need(labels.file, "labels") if complete else None
+    extents = None
+    if complete and isinstance(labels, ScaledPolygonLabels):
+        extents = need(labels.extents, "extents")
     masks = [modality.mask_file for modality in modalities.values()]
     used = [path for path in (*paths.values(), *masks, label_file, extents) if path]
     beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
     return Scene(
         name=name,
         reference=reference,
-        reference_file=paths[dataset.reference_band],
+        reference_file=paths[reference_band],
         resampling=dataset.resampling,
         modalities=modalities,
         labels=labels,
@@ -390,6 +406,11 @@ def _scene(dataset: Dataset, raw: RawFolder, name: str, variables: Mapping[str, 
         extents=extents,
         files=list(dict.fromkeys([*used, *(path for path in beside if path.is_file())])),
     )
+
+
+def _pixel_count(path: Path) -> int:
+    with open_raster(path) as raster:
+        return int(raster.width * raster.height)
 
 
 def _how_to_get(dataset: Dataset) -> str:

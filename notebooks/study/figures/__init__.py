@@ -4,6 +4,7 @@ Every function of this package draws its arguments and returns the figure; `save
 as PNG and PDF without dates, so that equal figures are equal files.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,12 @@ FAMILY_COLOURS = {
 def use_style() -> None:
     """Use the style of the study, `figures.mplstyle`, for every figure after this call."""
     plt.style.use(Path(__file__).with_name("figures.mplstyle"))
+
+
+def category_colours(count: int, colours: Sequence[str] = PALETTE) -> list[str]:
+    """Return the first `count` colours, or evenly spread hues if there are too few of them."""
+    enough = count <= len(colours)
+    return list(colours[:count]) if enough else list(sns.husl_palette(count).as_hex())
 
 
 def family_members(method: str) -> list[str]:

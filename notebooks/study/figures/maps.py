@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
@@ -17,18 +16,12 @@ from study.data.folds import split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_prepared
-from study.figures import GREY, PALETTE
+from study.figures import GREY, PALETTE, category_colours
 from study.predictions import NOTHING, UNKNOWN, Predictions, composite
 from study.statistics import method_title
 
 LARGEST = 1000  # height or width of a picture, pixels
 Extent = tuple[float, float, float, float]  # left, right, bottom, top
-
-
-def category_colours(count: int, colours: Sequence[str] = PALETTE) -> list[str]:
-    """Return the first `count` colours, or evenly spread hues if there are too few of them."""
-    enough = count <= len(colours)
-    return list(colours[:count]) if enough else list(sns.husl_palette(count).as_hex())
 
 
 def category_map(
