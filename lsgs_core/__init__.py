@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lsgs_core.batch import Batch as Batch
     from lsgs_core.distortion import ScenarioScores as ScenarioScores
     from lsgs_core.distortion import score_scenarios as score_scenarios
+    from lsgs_core.dropout import ScenarioDropout as ScenarioDropout
     from lsgs_core.errors import InputError as InputError
     from lsgs_core.models import build_backbone as build_backbone
     from lsgs_core.models import load_author_weights as load_author_weights
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "Batch": "batch",
     "HookedModel": "models.adapter",
     "InputError": "errors",
+    "ScenarioDropout": "dropout",
     "ScenarioProbabilities": "probabilities",
     "ScenarioScores": "distortion",
     "ScenarioSet": "scenarios",

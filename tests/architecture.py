@@ -16,7 +16,7 @@ BOXES = {
     "models": "models",
     "distortion": "distortion",
     "probabilities": "probabilities uncertainty",
-    "sampling": "sampling distributions adaptive",
+    "sampling": "sampling distributions adaptive dropout",
     "methods": "methods scoring_file",
     "study": "study",
 }

@@ -267,7 +267,7 @@ GOOD = torch.ones(2, 3, dtype=torch.bool)
     [
         (torch.zeros(2, 3, 64, 64), GOOD, r"\[B, M, D, H, W\]"),
         (torch.zeros(2, 2, 3, 64, 64), GOOD, "expected 3 modalities, found 2"),
-        (torch.zeros(2, 3, 4, 64, 64), GOOD, r"modality 0: .*found shape \[2, 4, 64, 64\]"),
+        (torch.zeros(2, 3, 4, 64, 64), GOOD, r"modality 0: .*found \[2, 4, 64, 64\]"),
         ([torch.zeros(2, 3, 64, 64)] * 2 + [torch.zeros(2, 3, 32, 32)], GOOD, "modality 2"),
         ([torch.zeros(3, 64, 64)] * 3, GOOD, "modality 0"),
         (torch.zeros(2, 3, 3, 0, 64), GOOD, "above 0"),

@@ -1,15 +1,16 @@
-"""Scoring of any network: what is compared is the output of a module of it, or its prediction."""
+"""Any network: scored at its latent or its prediction, and as a backbone of the study."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError, check_count, check_shape, check_type, shown
-from lsgs_core.models.backbone import zero_absent
+from lsgs_core.models.backbone import Backbone, Images, zero_absent
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass at the latent
@@ -19,9 +20,9 @@ class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass at t
 class HookedModel(nn.Module):
     """Adds to any network the method `latent`, the only one that scoring needs.
 
-    Absent modalities are set to zero before the network receives them. The first forward pass is
-    complete, which counts the calls of the module; the others end at its last call, so that a
-    decoder after it costs nothing.
+    Absent modalities are replaced before the network receives them. The first forward pass for a
+    latent is complete, which counts the calls of the module; the others end at its last call, so
+    that a decoder after it costs nothing.
 
     Args:
         model: Any network.
@@ -30,6 +31,9 @@ class HookedModel(nn.Module):
             is `model(images)`.
         calls: How often the module runs in a forward pass, such as M times for an encoder that all
             modalities share. The outputs are concatenated along the channels.
+        absent: What stands for an absent modality: M tensors [D_m] with a value per band, such as
+            a mean; an `nn.Parameter` is a token that training learns. None is zero.
+        low_rank: Names of the layers that `add_lora` adapts.
 
     Raises:
         InputError: The network has no such module, or `calls` is no positive integer.
@@ -49,6 +53,8 @@ class HookedModel(nn.Module):
         module: str,
         call: Callable[[nn.Module, list[Tensor]], Any] = lambda model, images: model(images),
         calls: int = 1,
+        absent: Sequence[Tensor] | None = None,
+        low_rank: Sequence[str] = (),
     ) -> None:
         super().__init__()
         check_type("model", model, nn.Module)
@@ -58,11 +64,20 @@ class HookedModel(nn.Module):
         self._counted = False
         # A module that is shared has several names, and each of them is right.
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        if not isinstance(module, str) or module not in names:
-            raise InputError(f"module: expected one of {names[1:20]}, found {shown(module)}")
+        check_type("low_rank", low_rank, list, tuple)
+        for field, name in (("module", module), *(("low_rank", name) for name in low_rank)):
+            if not isinstance(name, str) or name not in names:
+                raise InputError(f"{field}: expected one of {names[1:20]}, found {shown(name)}")
+        self._low_rank = tuple(low_rank)
+        check_type("absent", absent, list, tuple, nn.ParameterList, type(None))
+        for index, value in enumerate(absent or ()):
+            check_type("absent", value, Tensor)
+            check_shape("absent", value, [None])
+            kept = value if isinstance(value, nn.Parameter) else nn.Buffer(value.clone())
+            setattr(self, f"absent{index}", kept)
 
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
-        """Return the output of the hooked module, [B, C, ...], with absent modalities at zero.
+        """Return the output of the hooked module, [B, C, ...].
 
         Args:
             images: M tensors [B, D_m, H, W].
@@ -106,15 +121,17 @@ class HookedModel(nn.Module):
     def forward(self, images: Sequence[Tensor], available: Tensor) -> Any:
         """Return the network's output for the available modalities."""
         check_type("images", images, Sequence)
-        for image in images:
-            check_type("images", image, Tensor)
-            check_shape("images", image, [len(images[0]), None, None, None])
-        check_type("available", available, Tensor)
-        check_shape("available", available, [len(images[0]) if images else 0, len(images)])
-        if available.dtype != torch.bool:
-            raise InputError(f"available: expected torch.bool, found {available.dtype}")
-        pairs = zip(images, available.unbind(dim=1), strict=True)
-        return self.call(self.model, [zero_absent(*pair) for pair in pairs])
+        blanked = []
+        for index, image in enumerate(Batch(tuple(images), available).images):
+            value = getattr(self, f"absent{index}", image.new_zeros(image.shape[1])).to(image.dtype)
+            check_shape(f"absent modality {index}", value, [image.shape[1]])
+            there = available[:, index, None, None, None]
+            blanked.append(torch.where(there, image, value[:, None, None]))
+        return self.call(self.model, blanked)
+
+    def low_rank_layers(self) -> dict[str, nn.Module]:
+        """Return the layers that low-rank adaptation changes, by their name in the network."""
+        return {name: self.model.get_submodule(name) for name in self._low_rank}
 
 
 class PredictionModel(nn.Module):
@@ -147,3 +164,69 @@ class PredictionModel(nn.Module):
         model: Any = self.model
         faster = model.for_scoring() if hasattr(model, "for_scoring") else model
         return PredictionModel(faster, self.exclusive)
+
+
+class AdaptedBackbone(Backbone):
+    """A backbone of any network with methods `forward` and `latent` of images and availability.
+
+    Args:
+        network: Returns logits [B, classes, H, W] and a latent [B, C, ...], such as `HookedModel`.
+            Its method `low_rank_layers`, if it has one, names what `add_lora` adapts. M networks
+            see one modality each; the results are means over those that are available.
+        bands: As in `Backbone`.
+        classes: As in `Backbone`.
+
+    Raises:
+        InputError: A network has no method `latent` or no parameter, there is another number of
+            networks, or what they return has another form.
+    """
+
+    head_count = 1
+
+    def __init__(
+        self, network: nn.Module | Sequence[nn.Module], bands: Sequence[int], classes: int
+    ) -> None:
+        super().__init__(bands, classes)
+        networks = [network] if isinstance(network, nn.Module) else network
+        check_type("network", networks, list, tuple)
+        for one in networks:
+            check_type("network", one, nn.Module)
+            if not hasattr(one, "latent") or next(one.parameters(), None) is None:
+                raise InputError("network: expected parameters and a method `latent`")
+        if len(networks) not in (1, len(bands)):
+            raise InputError(f"network: expected 1 or {len(bands)}, found {len(networks)}")
+        self.networks = nn.ModuleList(networks)
+
+    def heads(self, images: Images, available: Tensor) -> Tensor:
+        """Return the logits of the only head, [B, 1, classes, H, W]."""
+        patches = self.check(images, available)
+        logits = self._called("__call__", patches, available)
+        size = patches[0].shape[2:]
+        check_shape("logits of the network", logits, [len(available), self.classes, *size])
+        return logits[:, None]
+
+    def latent(self, images: Images, available: Tensor) -> Tensor:
+        """Return the latent of the network, [B, C, ...]."""
+        return self._called("latent", self.check(images, available), available)
+
+    def _called(self, method: str, patches: list[Tensor], available: Tensor) -> Tensor:
+        """Return the mean of what the networks that see a modality return."""
+        seen = [[patch] for patch in patches] if len(self.networks) > 1 else [patches]
+        columns = available.chunk(len(seen), dim=1)
+        parts = []
+        for network, images, there in zip(self.networks, seen, columns, strict=True):
+            parts.append(getattr(network, method)(images, there))
+            check_type(f"result of the network's {method}", parts[-1], Tensor)
+        used = torch.stack([there.any(dim=1) for there in columns], dim=1)
+        total = zero_absent(torch.stack(parts, dim=1), used).sum(dim=1)
+        return total / used.sum(dim=1).view(-1, *(1,) * (total.ndim - 1))
+
+    def for_scoring(self) -> Self:
+        """Return itself: with folded layers, a hook could read something else."""
+        return self
+
+    def low_rank_layers(self) -> dict[str, nn.Module]:
+        """Return the layers that the networks name."""
+        named: list[dict[str, nn.Module]]
+        named = [getattr(network, "low_rank_layers", dict)() for network in self.networks]
+        return {f"{m}.{key}": layer for m, one in enumerate(named) for key, layer in one.items()}

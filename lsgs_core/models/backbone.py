@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lsgs_core.errors import LARGEST_COUNT, InputError, check_type, shown
+from lsgs_core.errors import LARGEST_COUNT, InputError, check_shape, check_type, shown
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
 
 Images = Tensor | Sequence[Tensor]
@@ -125,25 +125,24 @@ class Backbone(nn.Module, ABC):
         count, dtype = len(self.bands), next(self.parameters()).dtype
         if len(patches) != count:
             raise InputError(f"images: expected {count} modalities, found {len(patches)}")
-        for patch in patches:
-            check_type("images", patch, Tensor)
-        batch, _, height, width = patches[0].shape if patches[0].ndim == 4 else (0, 0, 0, 0)
+        first = patches[0].shape if isinstance(patches[0], Tensor) else ()
         for index, (patch, bands) in enumerate(zip(patches, self.bands, strict=True)):
-            shape, expected = list(patch.shape), [batch, bands, height, width]
-            if shape != expected or 0 in expected or patch.dtype != dtype:
-                raise InputError(
-                    f"images of modality {index}: expected [B, {bands}, H, W] of the model's "
-                    f"{dtype}, with B, H, W above 0 and equal for all modalities, found shape "
-                    f"{shape} of {patch.dtype}"
-                )
-        field, rows = ("masks", "K") if scenarios else ("available", batch)
-        check_type(field, masks, Tensor)
-        right = masks.ndim == 2 and len(masks) > 0 and (scenarios or len(masks) == batch)
-        if not right or masks.shape[1] != count or masks.dtype != torch.bool:
-            raise InputError(
-                f"{field}: expected torch.bool of shape [{rows}, {count}], found {masks.dtype} of "
-                f"shape {list(masks.shape)}"
+            field = f"images of modality {index}"
+            check_type(field, patch, Tensor)
+            check_shape(
+                field, patch, [*first[:1], bands, *first[2:4]] if len(first) == 4 else [None] * 4
             )
-        if not bool(masks.any(dim=1).all()):
-            raise InputError(f"{field}: expected at least one modality in each row, found none")
+            if patch.dtype != dtype or not patch.numel():
+                raise InputError(
+                    f"{field}: expected the model's {dtype}, with B, H, W above 0, found shape "
+                    f"{list(patch.shape)} of {patch.dtype}"
+                )
+        field = "masks" if scenarios else "available"
+        check_type(field, masks, Tensor)
+        check_shape(field, masks, [None if scenarios else len(patches[0]), count])
+        if masks.dtype != torch.bool or not len(masks) or not bool(masks.any(dim=1).all()):
+            raise InputError(
+                f"{field}: expected torch.bool with at least one modality in each row, found "
+                f"{masks.dtype} of shape {list(masks.shape)}"
+            )
         return patches

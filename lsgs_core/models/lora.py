@@ -11,7 +11,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lsgs_core.errors import InputError, check_count, check_type
+from lsgs_core.errors import InputError, check_count, check_type, shown
 from lsgs_core.models.backbone import Backbone
 
 
@@ -47,11 +47,17 @@ def add_lora(model: Backbone, rank: int = 4) -> int:
         Number of trained parameters.
 
     Raises:
-        InputError: The rank is below 1, or the model already has low-rank updates.
+        InputError: The rank is below 1, the model already has low-rank updates, or it names no
+            layer, or one that is neither linear nor convolutional.
     """
     check_type("model", model, Backbone)
     check_count("rank", rank)
     layers = model.low_rank_layers()
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    if not layers or not all(isinstance(layer, kinds) for layer in layers.values()):
+        raise InputError(
+            f"low_rank_layers: expected linear or convolutional layers, found {shown(layers)}"
+        )
     if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         raise InputError("model: expected one without low-rank updates, found one that has them")
     model.requires_grad_(False)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
+from lsgs_core.dropout import ScenarioDropout
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.lora import training_mode
 from lsgs_core.randomness import Stage, generator, uniform_numbers
-from lsgs_core.sampling import ScenarioSampler, draw_scenarios
+from lsgs_core.sampling import ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
@@ -96,7 +97,7 @@ def train(
     complete |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
     objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
     run = _Run(
-        model, dataset, scenarios, sampler, settings, seed, stream, stage,
+        model, dataset, ScenarioDropout(scenarios, sampler, seed, stream, stage), settings,
         _optimiser(model, settings), folder / STATE, json.dumps(complete, sort_keys=True),
         processes, processes.wrap(objective),
     )  # fmt: skip
@@ -156,12 +157,8 @@ class _Run:
 
     model: Backbone
     dataset: PatchDataset
-    scenarios: ScenarioSet
-    sampler: ScenarioSampler
+    dropout: ScenarioDropout
     settings: TrainingSettings
-    seed: int
-    stream: str
-    stage: Stage
     optimiser: torch.optim.Optimizer
     path: Path
     identity: str
@@ -170,7 +167,7 @@ class _Run:
 
     def restore(self) -> _Reached:
         """Load the state if it is this run's, and return where it stands."""
-        reached = _Reached([], np.zeros(len(self.scenarios)))
+        reached = _Reached([], np.zeros(len(self.dropout.scenarios)))
         if not self.path.is_file():
             return reached
         try:
@@ -185,7 +182,7 @@ class _Run:
             return reached
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.sampler.load_state_dict(json.loads(state["sampler"]))
+        self.dropout.load_state_dict(json.loads(state["sampler"]))
         reached.history, reached.step, reached.loss = place["history"], place["step"], place["loss"]
         reached.drawn = np.array(place["drawn"])
         if len(state["random"]) != self.processes.count and reached.step:
@@ -204,7 +201,7 @@ class _Run:
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "sampler": json.dumps(self.sampler.state_dict()),
+            "sampler": json.dumps(self.dropout.state_dict()),
             "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
             "random": self.processes.gather(
                 [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
@@ -216,13 +213,15 @@ class _Run:
 
     def epoch(self, reached: _Reached, bar: tqdm) -> dict[str, float]:
         """Train the rest of an epoch and return its row of the history."""
-        settings, seed, stage = self.settings, self.seed, self.stage
+        settings, seed, stage = self.settings, self.dropout.seed, self.dropout.stage
         epoch = len(reached.history)
         rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         order = generator("order", seed, epoch, stage=stage).permutation(len(self.dataset))
-        self.sampler.probabilities(epoch)  # a sampler may score the network first, in eval mode
+        self.dropout.sampler.probabilities(
+            epoch
+        )  # a sampler may score the network first, in eval mode
         training_mode(self.model)
         if reached.step:
             torch.set_rng_state(reached.random[0])
@@ -243,12 +242,14 @@ class _Run:
             if self.processes.gather(time.monotonic() - saved >= SAVE_EVERY)[0]:
                 self.keep(reached)
                 saved = time.monotonic()
-        shares = (reached.drawn / len(self.dataset)).tolist()
+        shares = dict(
+            zip(self.dropout.scenarios.names, reached.drawn / len(self.dataset), strict=True)
+        )
         return {
             "epoch": epoch,
             "learning_rate": rate,
             "loss": reached.loss / len(self.dataset),
-            **{f"drawn:{k}": share for k, share in zip(self.scenarios.names, shares, strict=True)},
+            **{f"drawn:{name}": float(share) for name, share in shares.items()},
         }
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
@@ -267,36 +268,30 @@ class _Run:
     def _step(self, parts: list[Batch], epoch: int) -> tuple[float, NDArray[np.int64]]:
         """One step of the optimiser; return the loss and the scenarios of the whole batch."""
         self.optimiser.zero_grad(set_to_none=True)
-        probabilities = self.sampler.probabilities(epoch)
-        seen = []
+        seen, losses = [], []
         for number, batch in enumerate(parts):
             assert batch.patch_ids is not None
-            ids, seed, stage = batch.patch_ids.numpy(), self.seed, self.stage
-            servable: NDArray[np.bool_] | None = None  # every patch has the modalities of all
-            if (absent := ~batch.available.numpy()).any():
-                servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
-            chosen = draw_scenarios(probabilities, seed, epoch, ids, servable, self.stream, stage)
+            ids, dropout = batch.patch_ids.numpy(), self.dropout
+            chosen = dropout.draw(batch.patch_ids, epoch, batch.available)
             if self.settings.augment:
-                numbers = uniform_numbers("augmentation", seed, epoch, ids, stage)
+                numbers = uniform_numbers("augmentation", dropout.seed, epoch, ids, dropout.stage)
                 batch = turned(batch, numbers)
             with self.processes.whole_gradients(self.objective, number == len(parts) - 1):
-                loss, per_sample = self.objective(batch, self.scenarios.masks[chosen])
+                loss, per_sample = self.objective(batch, dropout.scenarios.masks[chosen])
                 if not torch.isfinite(loss):
-                    names = [self.scenarios.names[index] for index in chosen]
+                    names = [dropout.scenarios.names[index] for index in chosen]
                     raise FloatingPointError(
                         f"training: the loss is {loss.item()} in epoch {epoch} for patches "
                         f"{ids.tolist()} under scenarios {names}; try a lower learning rate"
                     )
                 (loss / len(parts)).backward()
-            seen.append((chosen, per_sample.cpu().double().numpy(), loss.item()))
+            losses.append(per_sample)
+            seen.append((chosen, loss.item()))
         self.optimiser.step()
-        # In order of rank, so that a sampler sees what one process would have seen.
+        self.dropout.observe(torch.cat(losses))
         everyone = [part for share in self.processes.gather(seen) for part in share]
-        chosen = np.concatenate([scenarios for scenarios, *_ in everyone])
-        losses = np.concatenate([losses for _, losses, _ in everyone])
-        labelled = ~np.isnan(losses)  # skip samples without labelled pixels
-        self.sampler.observe(chosen[labelled], losses[labelled])
-        return float(np.mean([loss for *_, loss in everyone])), chosen
+        drawn = np.concatenate([chosen for chosen, _ in everyone])
+        return float(np.mean([loss for _, loss in everyone])), drawn
 
 
 class _Objective(nn.Module):

@@ -1,0 +1,126 @@
+"""The method in a training loop of one's own: which modalities each sample has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from lsgs_core.batch import Batch
+from lsgs_core.errors import array_of, check_shape, check_type
+from lsgs_core.randomness import Stage
+from lsgs_core.sampling import FixedSampler, ScenarioSampler, check_probabilities, draw_scenarios
+from lsgs_core.scenarios import ScenarioSet
+
+
+class ScenarioDropout:
+    """Draws the scenario of every sample, blanks what is absent, and passes the losses on.
+
+    A draw depends on seed, epoch and the sample's index in its data set alone. In several processes
+    of `torch.distributed`, which Lightning and accelerate use, each draws for its own samples, and
+    the sampler learns from the losses of all.
+
+    Args:
+        scenarios: K scenarios of M modalities.
+        sampler: A sampler, or the probabilities of the scenarios, [K].
+        seed: Random seed of the run; it, `stream` and `stage` are those of `draw_scenarios`.
+        stream: Purpose of the random numbers.
+        stage: Stage of the training.
+
+    Raises:
+        InputError: The sampler draws other scenarios than these.
+
+    Example:
+        >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])
+        >>> images = [torch.ones(3, 4, 8, 8), torch.ones(3, 1, 8, 8)]
+        >>> images, available = dropout(images, indices=[7, 0, 2], epoch=0)
+        >>> available.tolist()
+        [[True, False], [True, False], [False, True]]
+        >>> dropout.observe(torch.tensor([0.3, 0.9, 0.4]))  # for samplers that adapt
+    """
+
+    def __init__(
+        self,
+        scenarios: ScenarioSet,
+        sampler: ScenarioSampler | ArrayLike,
+        seed: int = 0,
+        stream: str = "scenario",
+        stage: Stage = "finetuning",
+    ) -> None:
+        check_type("scenarios", scenarios, ScenarioSet)
+        self.sampler = sampler if isinstance(sampler, ScenarioSampler) else FixedSampler(sampler)
+        check_probabilities(self.sampler.probabilities(0), len(scenarios))
+        self.scenarios, self.seed, self.stream, self.stage = scenarios, seed, stream, stage
+        self._epoch, self._drawn = 0, np.empty(0, np.int64)  # since the last losses
+
+    def draw(
+        self, indices: Sequence[int] | Tensor, epoch: int, available: Tensor | None = None
+    ) -> NDArray[np.int64]:
+        """Return the index of each sample's scenario, int64 [B]; arguments as in a call."""
+        servable: Any = None
+        if available is not None:
+            check_type("available", available, Tensor)
+            shape = [len(indices), self.scenarios.masks.shape[1]]
+            absent = ~array_of("available", available.cpu(), "b", shape)
+            servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
+        samples: Any = indices.cpu().numpy() if isinstance(indices, Tensor) else indices
+        p = self.sampler.probabilities(epoch)
+        drawn = draw_scenarios(p, self.seed, epoch, samples, servable, self.stream, self.stage)
+        before = self._drawn if epoch == self._epoch else self._drawn[:0]
+        self._epoch, self._drawn = epoch, np.concatenate([before, drawn])
+        return drawn
+
+    def __call__(
+        self,
+        images: Sequence[Tensor],
+        indices: Sequence[int] | Tensor,
+        epoch: int,
+        available: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return copies with absent modalities at zero, and what is available, bool [B, M].
+
+        Args:
+            images: M tensors [B, D_m, H, W].
+            indices: Index of each sample in its data set, [B].
+            epoch: Epoch, counted from 0.
+            available: bool [B, M], the modalities that a sample has files of; None is all.
+
+        Raises:
+            InputError: An argument has another form, or as `draw_scenarios`.
+        """
+        check_type("images", images, Sequence)
+        present = torch.from_numpy(self.scenarios.masks[self.draw(indices, epoch, available)])
+        images = Batch(tuple(images), present).images  # checks the shapes
+        present = present.to(images[0].device)
+        absent = ~present[:, :, None, None, None]
+        return [image.masked_fill(absent[:, m], 0) for m, image in enumerate(images)], present
+
+    def observe(self, loss: Tensor) -> None:
+        """Let the sampler learn from the losses of all samples drawn since the last losses, [B].
+
+        A loss of NaN stands for a sample without a labelled pixel, which is skipped.
+
+        Raises:
+            InputError: There are more or fewer losses than samples, or a loss is infinite.
+        """
+        check_type("loss", loss, Tensor)
+        check_shape("loss", loss, [len(self._drawn)])
+        everyone: list[Any] = [(self._drawn, loss.detach().cpu().double().numpy())]
+        self._drawn = self._drawn[:0]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            own, everyone = everyone[0], everyone * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, own)
+        drawn, losses = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
+        self.sampler.observe(drawn[~np.isnan(losses)], losses[~np.isnan(losses)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the sampler has learnt, between two steps; a dictionary for JSON."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state, or raise `InputError` where it is that of another sampler."""
+        self.sampler.load_state_dict(state)
