@@ -20,7 +20,8 @@ from lsgs_core.errors import (
 from lsgs_core.probabilities import scenario_probabilities, smooth_scores, total_variation
 from lsgs_core.randomness import generator
 
-FEWEST_BLOCKS = 8  # with fewer, a standard error over blocks is unreliable
+FEWEST_PATCHES = 32  # with fewer, a standard error over patches is unreliable
+JACKKNIFE_PARTS = 100  # more patches are left out several at a time
 ToProbabilities = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -65,30 +66,72 @@ def bootstrap_probabilities(
     return real_numbers("to_probabilities", found, [None, None])
 
 
+def stopping_error(
+    patch_distortion: NDArray[np.float64], to_probabilities: ToProbabilities, patches: int
+) -> NDArray[np.float64]:
+    """Return how far p may be from the p of the whole pass, of which these patches are the first.
+
+    In random order they are a simple random sample of the pass, whatever their blocks. Its variance
+    is that of the jackknife, times 1 - n / N because the pass has an end (Cochran 1977, section
+    2.6): the error is 0 after all patches. (What other blocks of the world would give is
+    another question, which `bootstrap_probabilities` answers.) A few patches can hold much of D, and
+    one as far out as the farthest may be unseen yet, so the largest change by a part is added.
+
+    Args:
+        patch_distortion: d_k(x) of the first n patches of the pass, [n, K], in their random order.
+        to_probabilities: Function from D [K] to p; it is called up to 100 times.
+        patches: Number N of patches of the whole pass.
+
+    Returns:
+        The standard error of every p.
+
+    Raises:
+        InputError: There are fewer than two patches or more than N, or an argument or a result of
+            the function is not finite or has another shape.
+    """
+    values = real_numbers("patch_distortion", patch_distortion, [None, None])
+    count = check_count("patches", patches, 2, 2**53)
+    check_count("patch_distortion", len(values), 2, count)
+    check_type("to_probabilities", to_probabilities, Callable)
+    parts = np.array_split(values, min(len(values), JACKKNIFE_PARTS))
+    others = 1 - np.eye(len(parts))
+    sums, sizes = np.array([part.sum(axis=0) for part in parts]), [len(part) for part in parts]
+    found = [to_probabilities(rest) for rest in others @ sums / (others @ sizes)[:, None]]
+    changes = real_numbers("to_probabilities", found, [None, None])
+    squares = np.square(changes - changes.mean(axis=0))
+    variance = (1 - 1 / len(parts)) * squares.sum(axis=0) + squares.max(axis=0)
+    return np.sqrt((1 - len(values) / count) * variance)
+
+
 def stop_when_precise(
-    tolerance: float, to_probabilities: ToProbabilities
+    tolerance: float, to_probabilities: ToProbabilities, patches: int
 ) -> Callable[[NDArray[np.float64], NDArray[np.int64]], bool]:
     """Return a stopping rule for `score_scenarios(..., until=...)`.
 
-    The rule is met once the standard error of every p is at most the tolerance. The patches must
-    come in random order. Since the rule is checked after every batch, the standard error at the
-    stop is slightly optimistic.
+    The rule is met once the `stopping_error` of every p is at most the tolerance. The patches must
+    come in random order, across blocks. It is looked at after `FEWEST_PATCHES` and then after each
+    tenth more, because an error that is looked at often is met by chance.
 
     Args:
-        tolerance: Largest standard error of p that is allowed.
-        to_probabilities: Function from D [K] to p [K].
+        tolerance: Largest standard error of p that is allowed, against the whole pass.
+        to_probabilities: Function from D [K] to p.
+        patches: Number of patches of the whole pass.
 
     Raises:
-        InputError: The tolerance is no positive number, or there is no function.
+        InputError: The tolerance is no positive number, there is no function, or no two patches.
     """
     tolerance = check_number("tolerance", tolerance, lambda x: x > 0, "a positive number")
     check_type("to_probabilities", to_probabilities, Callable)
+    check_count("patches", patches, 2, 2**53)
+    looked = 0  # number of patches when it was last looked at
 
     def is_precise(patch_distortion: NDArray[np.float64], blocks: NDArray[np.int64]) -> bool:
-        if len(np.unique(array_of("blocks", blocks, "iu", [None]))) < FEWEST_BLOCKS:
+        nonlocal looked
+        count = len(array_of("blocks", blocks, "iu", [None]))
+        if count < FEWEST_PATCHES or looked < count < 1.1 * looked:
             return False
-        resampled = bootstrap_probabilities(patch_distortion, blocks, to_probabilities, 200)
-        return bool((resampled.std(axis=0, ddof=1) <= tolerance).all())
+        looked = count
+        return bool((stopping_error(patch_distortion, to_probabilities, patches) <= tolerance).all())
 
     return is_precise
 

@@ -353,10 +353,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         finite,
     ),
     "stop_when_precise": (
-        lambda tolerance, to_probabilities, **patches: uncertainty.stop_when_precise(
-            tolerance, to_probabilities
-        )(**patches),
-        {"tolerance": 0.1, "to_probabilities": np.square, "patch_distortion": PATCHES,
+        lambda tolerance, to_probabilities, patches, **scored: uncertainty.stop_when_precise(
+            tolerance, to_probabilities, patches
+        )(**scored),
+        {"tolerance": 0.1, "to_probabilities": np.square, "patches": 9, "patch_distortion": PATCHES,
          "blocks": BLOCKS},
         in_unit,
     ),

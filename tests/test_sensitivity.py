@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from study.sensitivity import VARIED, sensitivity
 
-from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
+from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
-from lsgs_core.uncertainty import bootstrap_probabilities, smoothing_report, stop_when_precise
+from lsgs_core.probabilities import standardise
+from lsgs_core.uncertainty import (
+    FEWEST_PATCHES,
+    bootstrap_probabilities,
+    smoothing_report,
+    stop_when_precise,
+    stopping_error,
+)
 
 DISTORTION = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
 SETTINGS = {"lengthscale": 1.0, "ridge": 1e-3, "inverse_temperature": 0.5, "mixing": 0.5}
@@ -79,16 +87,19 @@ class Latent(torch.nn.Module):
 
 
 def batches(count: int):
+    """Patches of 40 blocks in random order, which differ more between blocks than within."""
     generator = torch.Generator().manual_seed(0)
-    for index in range(count):
+    blocks = (torch.randperm(4 * count, generator=generator) % 40).split(4)
+    for index, block in enumerate(blocks):
+        effect = (1 + block / 40)[:, None, None, None]
         images = tuple(
-            torch.randn(4, 1, 4, 4, generator=generator) * size for size in (1.0, 2.0, 3.0)
+            torch.randn(4, 1, 4, 4, generator=generator) * size * effect for size in (1.0, 2.0, 3.0)
         )
         yield Batch(
             images,
             torch.ones(4, 3, dtype=torch.bool),
             patch_ids=torch.arange(4) + 4 * index,
-            block_ids=torch.full((4,), index),
+            block_ids=block,
         )
 
 
@@ -96,12 +107,40 @@ def test_scoring_stops_when_p_is_known():
     scenarios = ScenarioSet.of(["A", "B", "C"])
 
     def scored(tolerance):
-        until = stop_when_precise(tolerance, to_probabilities) if tolerance else None
-        return score_scenarios(Latent(), batches(40), scenarios, until=until, progress=False)
+        until = stop_when_precise(tolerance, to_probabilities, 400) if tolerance else None
+        return score_scenarios(Latent(), batches(100), scenarios, until=until, progress=False)
 
-    whole, coarse, fine = scored(0), scored(0.01), scored(0.004)
-    assert len(whole.patch_ids) == 160
-    assert 8 * 4 <= len(coarse.patch_ids) < len(fine.patch_ids) < 160
-    for found, tolerance in ((coarse, 0.01), (fine, 0.004)):
+    whole, coarse, fine = scored(0), scored(0.008), scored(0.003)
+    assert len(whole.patch_ids) == 400
+    assert FEWEST_PATCHES <= len(coarse.patch_ids) < len(fine.patch_ids) < 400
+    for found, tolerance in ((coarse, 0.008), (fine, 0.003)):
         difference = to_probabilities(found.distortion) - to_probabilities(whole.distortion)
-        assert np.abs(difference).max() < 4 * tolerance
+        assert np.abs(difference).max() < 3 * tolerance
+        error = stopping_error(found.patch_distortion, to_probabilities, 400)
+        assert 0 < error.max() <= tolerance
+    with pytest.raises(InputError, match="patch_distortion: expected an integer from 2 to 399"):
+        stopping_error(whole.patch_distortion, to_probabilities, 399)
+
+
+def test_the_whole_pass_lies_within_two_stated_errors():
+    """In random orders of skewed patches whose blocks differ, and without a bias."""
+
+    def to_probabilities(distortion):  # without the smoothing, which takes most of the time
+        return 0.5 / 7 + 0.5 * softmax(0.5 * standardise(distortion))
+
+    random, tolerance, count = np.random.default_rng(1), 0.005, 400
+    effect = random.gamma(2, 1, size=(20, 1))[np.arange(count) % 20]
+    values = DISTORTION * effect * random.gamma(2, 1, size=(count, 7))
+    whole, covered, differences, needed = to_probabilities(values.mean(axis=0)), [], [], []
+    for _ in range(60):
+        ordered = values[random.permutation(count)]
+        enough = stop_when_precise(tolerance, to_probabilities, count)
+        stop = next(n for n in range(8, count + 1, 8) if enough(ordered[:n], np.arange(n)))
+        differences.append(to_probabilities(ordered[:stop].mean(axis=0)) - whole)
+        error = stopping_error(ordered[:stop], to_probabilities, count)
+        covered.append(np.abs(differences[-1]) <= 2 * error)
+        needed.append(stop)
+    assert FEWEST_PATCHES < np.mean(needed) < 0.75 * count
+    assert 0.9 < np.mean(covered) < 0.995
+    assert np.abs(np.mean(differences, axis=0)).max() < tolerance / 2
+    np.testing.assert_allclose(stopping_error(values, to_probabilities, count), 0, atol=1e-15)
