@@ -223,7 +223,7 @@ def networks_of(noise: float) -> pd.DataFrame:
     columns = {"dataset": "d", "backbone": "b", "fold": 0}
     rows = [
         {**columns, "network": network, "scenario": k, "missing": missing, "lost": lost,
-         "distortion": lost + noise * random.normal()}
+         "distortion": abs(lost + noise * random.normal())}
         for network in range(4)
         for k, (missing, lost) in enumerate(
             [(2, 0.5), (2, 0.4), (2, 0.3), (1, 0.2), (1, 0.1), (1, 0.15), (0, 0.0)]
