@@ -1,6 +1,7 @@
 """Maps: a prepared scene at a glance, and the predictions for single patches."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from study.data.folds import split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_prepared
-from study.figures import GREY, PALETTE, category_colours
+from study.figures import GREY, PALETTE, class_colours
 from study.predictions import NOTHING, UNKNOWN, Predictions, composite
 from study.statistics import method_title
 
@@ -35,13 +36,12 @@ def category_map(
 ) -> None:
     """Draw a map of ids [H, W]; ids without a name stay white.
 
-    There are evenly spread hues if there are fewer colours than names. The extent is in the units
-    of the axes; without it, these are pixels.
+    The extent is in the units of the axes; without it, these are pixels.
     """
     positions = np.full(ids.shape, np.nan)
     for position, key in enumerate(names):
         positions[ids == key] = position
-    chosen = category_colours(len(names), colours)
+    chosen = list(colours[: len(names)])
     norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
     axes.imshow(positions, cmap=ListedColormap(chosen), norm=norm, extent=extent)
     axes.set_title(title)
@@ -84,7 +84,7 @@ def first_scene(
         panel.imshow(picture, extent=extent)
         panel.set_title(f"{name} (2 to 98 % stretch)")
     label_panel, part_panel, *empty = panels[len(pictures) :]
-    colours = [*category_colours(len(names)), GREY]
+    colours = [*class_colours(names, dataset.colours), GREY]
     titles = dict(enumerate([*names, "none of these"]))
     category_map(label_panel, classes, titles, f"{task} (white: unknown, ignored)", colours, extent)
     role_colours = ("#56B4E9", "#E69F00", "#D55E00")
@@ -112,29 +112,40 @@ def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
 
 
-def prediction_maps(predictions: Predictions, backbone: str, method: str) -> Figure:
-    """Draw a row per patch: picture, truth, and the predictions from one and from all modalities.
+def prediction_maps(predictions: Predictions, patch: int) -> Figure:
+    """Draw one patch: what every modality shows, the truth, and what every network predicts.
 
-    Pixels without a label are pale.
+    There is a row for each method and a group of columns for each backbone: its predictions from
+    each modality alone, and from all. Pixels without a label are pale.
+
+    Args:
+        predictions: The stored predictions.
+        patch: Position of the patch among them.
     """
-    maps, scenarios = predictions.of(backbone, method), predictions.scenarios
-    single = np.flatnonzero(scenarios.masks.sum(axis=1) == 1)
-    shown = {scenarios.names[index]: index for index in single} | {"all": scenarios.full}
-    titles = [f"image ({predictions.modalities[0]})", "truth", *shown]
-    figure, axes = plt.subplots(
-        len(maps), len(titles), figsize=(2 * len(titles) + 1.6, 2.15 * len(maps)), squeeze=False
-    )
-    for panels, pictures, truth, predicted in zip(
-        axes, predictions.pictures, predictions.truth, maps, strict=True
+    names = [name.split("/") for name in predictions.maps]
+    backbones, methods = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
+    scenarios, truth = predictions.scenarios, predictions.truth[patch]
+    shown = [*np.flatnonzero(scenarios.masks.sum(axis=1) == 1), scenarios.full]
+    width = max(len(shown) * len(backbones), len(predictions.modalities) + 1)
+    size = 1.1 * width + 1.2, 1.15 * len(methods) + 2
+    figure, axes = plt.subplots(len(methods) + 1, width, figsize=size, squeeze=False)
+    for panel, name, picture in zip(
+        axes[0], predictions.modalities, predictions.pictures[patch], strict=False
     ):
-        panels[0].imshow(pictures[0])
-        _draw_classes(panels[1], truth, predictions)
-        for panel, index in zip(panels[2:], shown.values(), strict=True):
-            _draw_classes(panel, predicted[index], predictions, truth == UNKNOWN)
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title)
+        panel.imshow(picture)
+        panel.set_title(name)
+    _draw_classes(axes[0, len(predictions.modalities)], truth, predictions)
+    axes[0, len(predictions.modalities)].set_title("truth")
+    for row, method in zip(axes[1:], methods, strict=True):
+        row[0].set_ylabel(method_title(method), rotation=0, ha="right", va="center")
+        for column, (backbone, index) in enumerate(product(backbones, shown)):
+            predicted = predictions.maps.get(f"{backbone}/{method}")
+            if predicted is not None:
+                _draw_classes(row[column], predicted[patch, index], predictions, truth == UNKNOWN)
+    for panel, (backbone, index) in zip(axes[1], product(backbones, shown), strict=False):
+        sensors = "all" if index == scenarios.full else scenarios.names[index]
+        panel.set_title(f"{backbone}\n{sensors}")
     _finish(figure, predictions)
-    figure.suptitle(f"{backbone}, {method_title(method)}")
     return figure
 
 
@@ -183,7 +194,8 @@ def _draw_classes(
     pale: NDArray[np.bool_] | None = None,
 ) -> None:
     """Draw a map of classes, grey where there is none of them, and pale where `pale` is True."""
-    category_map(panel, classes.astype(int), dict(enumerate(predictions.classes)), "", legend=False)
+    titles = dict(enumerate(predictions.classes))
+    category_map(panel, classes.astype(int), titles, "", predictions.colours, legend=False)
     panel.imshow(np.where((classes == NOTHING)[..., None], to_rgba(GREY), 0))
     if pale is not None:
         panel.imshow(np.dstack([np.ones((*pale.shape, 3)), pale * 0.6]))
@@ -199,6 +211,6 @@ def _finish(figure: Figure, predictions: Predictions) -> None:
     for panel in figure.axes:
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
-    classes = predictions.classes
-    handles = _patches([*category_colours(len(classes)), GREY], [*classes, "none of these"])
+    names, colours = [*predictions.classes, "none of these"], [*predictions.colours, GREY]
+    handles = _patches(colours, names)
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
