@@ -32,9 +32,8 @@ def category_map(
     title: str,
     colours: Sequence[str] = PALETTE,
     extent: Extent | None = None,
-    legend: bool = True,
-) -> None:
-    """Draw a map of ids [H, W]; ids without a name stay white.
+) -> list[Patch]:
+    """Draw a map of ids [H, W], and return the handles of its legend; other ids stay white.
 
     The extent is in the units of the axes; without it, these are pixels.
     """
@@ -45,9 +44,7 @@ def category_map(
     norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
     axes.imshow(positions, cmap=ListedColormap(chosen), norm=norm, extent=extent)
     axes.set_title(title)
-    if legend:
-        handles = _patches(chosen, names.values())
-        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    return _patches(chosen, names.values())
 
 
 def first_scene(
@@ -73,27 +70,42 @@ def first_scene(
     pixel_size, unit = made.pixel_size
     height, width = classes.shape
     extent = (0.0, width * pixel_size * factor, height * pixel_size * factor, 0.0)
-    columns = 2 if width > 1.5 * height else 3
-    rows = -(-(len(pictures) + 2) // columns)
-    row_height = 13 / columns * 0.72 * height / width + 0.6
+    rows = -(-(len(pictures) + 3) // 3)
+    row_height = 13 / 3 * height / width + 0.5
     figure, axes = plt.subplots(
-        rows, columns, figsize=(13, rows * row_height), sharex=True, sharey=True, squeeze=False
+        rows, 3, figsize=(13, rows * row_height), sharex=True, sharey=True, squeeze=False
     )
     panels = list(axes.flat)
     for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
         panel.imshow(picture, extent=extent)
-        panel.set_title(f"{name} (2 to 98 % stretch)")
+        panel.set_title(f"{name}, from its 2nd to 98th percentile")
     label_panel, part_panel, *empty = panels[len(pictures) :]
     colours = [*class_colours(names, dataset.colours), GREY]
     titles = dict(enumerate([*names, "none of these"]))
-    category_map(label_panel, classes, titles, f"{task} (white: unknown, ignored)", colours, extent)
-    role_colours = ("#56B4E9", "#E69F00", "#D55E00")
-    category_map(part_panel, roles, role_names, f"Parts of fold {fold}", role_colours, extent)
+    legends = [
+        category_map(label_panel, classes, titles, f"Labels for {task}", colours, extent),
+        category_map(
+            part_panel,
+            roles,
+            role_names,
+            f"Parts of fold {fold}",
+            ("#56B4E9", "#E69F00", "#D55E00"),
+            extent,
+        ),
+    ]
     for panel in empty:
         panel.axis("off")
-    for panel in panels[::columns]:
+    for handles, title, left in zip(
+        legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
+    ):
+        empty[0].add_artist(
+            empty[0].legend(
+                handles=handles, title=title, loc="upper left", bbox_to_anchor=(left, 1)
+            )
+        )
+    for panel in panels[::3]:
         panel.set_ylabel(unit)
-    for panel in panels[: len(pictures) + 2][-columns:]:  # the last of every column
+    for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
         panel.set_xlabel(unit)
         panel.tick_params(labelbottom=True)
     return figure
@@ -180,7 +192,7 @@ def prediction_view(
     share = is_right[compared].mean() if compared.any() else float("nan")
     errors, titles = np.where(compared, is_right, -1), {0: "wrong", 1: "right"}
     title, colours = f"{share:.0%} right (orange: wrong)", ("#D55E00", "#DDDDDD")
-    category_map(axes[1, 2], errors, titles, title, colours, legend=False)
+    category_map(axes[1, 2], errors, titles, title, colours)
     for panel in [*axes[0, len(names) :], *axes[1, 3:]]:
         panel.axis("off")
     _finish(figure, predictions)
@@ -195,7 +207,7 @@ def _draw_classes(
 ) -> None:
     """Draw a map of classes, grey where there is none of them, and pale where `pale` is True."""
     titles = dict(enumerate(predictions.classes))
-    category_map(panel, classes.astype(int), titles, "", predictions.colours, legend=False)
+    category_map(panel, classes.astype(int), titles, "", predictions.colours)
     panel.imshow(np.where((classes == NOTHING)[..., None], to_rgba(GREY), 0))
     if pale is not None:
         panel.imshow(np.dstack([np.ones((*pale.shape, 3)), pale * 0.6]))
