@@ -131,7 +131,9 @@ def stop_when_precise(
         if count < FEWEST_PATCHES or looked < count < 1.1 * looked:
             return False
         looked = count
-        return bool((stopping_error(patch_distortion, to_probabilities, patches) <= tolerance).all())
+        return bool(
+            (stopping_error(patch_distortion, to_probabilities, patches) <= tolerance).all()
+        )
 
     return is_precise
 

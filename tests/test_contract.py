@@ -44,6 +44,7 @@ from lsgs_core import (
     uncertainty,
 )
 from lsgs_core.models import lora
+from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.models.cpu import accelerate_on_cpu
 
 MODULES = (
@@ -57,11 +58,14 @@ P = probabilities.scenario_probabilities(D).probabilities
 MASKS = np.array(SET.masks)
 SHIFT = np.random.default_rng(0).normal(size=(K, 3))
 KERNEL = probabilities.rbf_kernel(D, 1.0)[0]
+EIGEN = np.linalg.eigh(KERNEL)
 PATCHES, BLOCKS = np.random.default_rng(1).random((20, K)), np.arange(20) // 2
 PAPER = {"direction": 1.0, "ridge": 1e-3, "inverse_temperature": 0.5, "mixing": 0.5}
 SCORES = distortion.ScenarioScores(SET, D, D, PATCHES, SHIFT, np.arange(20), BLOCKS)
 PART = distortion.BatchScores(PATCHES, SHIFT, np.arange(20), BLOCKS)
-EVIDENCE = methods.Evidence(SET, P, D, SHIFT, P, PAPER, epochs=3, steps=9, measure=lambda: P)
+EVIDENCE = methods.Evidence(
+    SET, P, D, SHIFT, P, PAPER, epochs=3, steps=9, measure=lambda: P, prediction_distortion=D
+)
 AVAILABLE = torch.ones(2, 3, dtype=torch.bool)
 IMAGES = [torch.ones(2, 2, 4, 4) for _ in range(3)]
 BATCH = Batch(
@@ -306,10 +310,16 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
     ),
     "LossProportional": (
         adapted(adaptive.LossProportional),
-        {**LEARNS, "inverse_temperature": 0.5, "mixing": 0.5, "memory": 0.9},
+        {**LEARNS, "inverse_temperature": 0.5, "mixing": 0.5, "memory": 0.9, "kernel": KERNEL,
+         "ridge": 0.3},
         any_p,
     ),
     "GroupDRO": (adapted(adaptive.GroupDRO), {**LEARNS, "step": 0.1, "mixing": 0.9}, any_p),
+    "KernelGroupDRO": (
+        adapted(adaptive.KernelGroupDRO),
+        {**LEARNS, "start": P, "kernel": KERNEL, "step": 0.1, "mixing": 0.9, "memory": 0.9},
+        any_p,
+    ),
     "Exp3S": (
         adapted(adaptive.Exp3S),
         {**LEARNS, "step": 0.1, "exploration": 0.2, "memory": 0.9, "window": 3},
@@ -343,6 +353,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
     ),
     "smooth_scores": (
         probabilities.smooth_scores, {"kernel": KERNEL, "utility": D, "ridge": 0.1}, finite,
+    ),
+    "likeliest_ridge": (
+        probabilities.likeliest_ridge,
+        {"eigenvalues": EIGEN[0], "eigenvectors": EIGEN[1], "utility": D},
+        lambda ridge: in_unit(ridge / 1000),
     ),
     "standardise": (probabilities.standardise, {"scores": D}, finite),
     "total_variation": (probabilities.total_variation, {"first": P, "second": P}, finite),
@@ -417,6 +432,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         .latent(images, available).detach(),
         {"module": "encoder", "calls": 1, "images": IMAGES, "available": AVAILABLE},
         lambda latent: finite(latent.shape),
+    ),
+    "PredictionModel": (
+        lambda images, available, **arguments: PredictionModel(**arguments)
+        .latent(images, available).detach(),
+        {"model": DEMO, "exclusive": True, "images": IMAGES, "available": AVAILABLE},
+        lambda predicted: in_unit(predicted.numpy()),
     ),
     "load_author_weights": (
         lsgs_core.load_author_weights, {"model": DEMO, "weights": {"a": torch.ones(1)}}, None,

@@ -5,7 +5,17 @@ import pandas as pd
 import pytest
 from statistics_records import SCENARIOS, records_of
 from study.evaluation import summary
-from study.statistics import METRICS, Counts, contrast, differences, holm, whole_replicates
+from study.stability import stability
+from study.statistics import (
+    METRICS,
+    Counts,
+    contrast,
+    differences,
+    holm,
+    pooled,
+    sensor_values,
+    whole_replicates,
+)
 
 from lsgs_core import InputError
 
@@ -162,3 +172,76 @@ def test_a_study_that_still_runs():
     assert list(fixed["contrast"]) == ["lsgs - pretrained"]  # also without uniform
     with pytest.raises(InputError, match=r"contrasts: method: .*found 'lsgg'"):
         differences(records, SCENARIOS, ["mean_iou"], contrasts="lsgg-uniform")
+
+
+def test_pooled_cases_agree_with_a_published_analysis():
+    """Thirteen trials of the BCG vaccine (Colditz 1994), as the R package metafor analyses them."""
+    ill = np.array([4, 6, 3, 62, 33, 180, 8, 505, 29, 17, 186, 5, 27])
+    well = np.array([119, 300, 228, 13536, 5036, 1361, 2537, 87886, 7470, 1699, 50448, 2493, 16886])
+    ill_untreated = np.array([11, 29, 11, 248, 47, 372, 10, 499, 45, 65, 141, 3, 29])
+    treated = ill + well
+    untreated = ill_untreated + np.array(
+        [128, 274, 209, 12619, 5761, 1079, 619, 87892, 7232, 1600, 27197, 2338, 17825]
+    )
+    effect = np.log(ill / treated) - np.log(ill_untreated / untreated)
+    error = np.sqrt(1 / ill - 1 / treated + 1 / ill_untreated - 1 / untreated)
+    found = pooled(effect.tolist(), error.tolist())
+    assert found["spread"] ** 2 == pytest.approx(0.3181, abs=1e-4)
+    assert found["mean"] == pytest.approx(-0.7150, abs=1e-3)
+    interval = found["spread_low"] ** 2, found["spread_high"] ** 2
+    assert interval == pytest.approx((0.1197, 1.1115), abs=2e-4)
+    assert found["new_low"] < found["low"] < found["mean"] < found["high"] < found["new_high"]
+    assert (found["cases"], found["positive"]) == (13, 2)
+    with pytest.raises(InputError, match="at least 3 cases"):
+        pooled([0.1, 0.2], [0.1, 0.1])
+
+
+def test_cases_that_agree_have_no_spread():
+    found = pooled([0.1, 0.1, 0.1, 0.1], [0.02, 0.02, 0.02, 0.02])
+    assert found["spread"] == 0
+    assert found["mean"] == pytest.approx(0.1)
+    # the interval is never narrower than that of one difference common to all
+    assert found["high"] - found["mean"] == pytest.approx(3.1824 * 0.01, rel=1e-3)
+
+
+def test_sensor_values_are_shares_of_the_whole():
+    records = records_of({"uniform": 0.0}, seeds=3)
+    values = sensor_values(records, SCENARIOS, "uniform", empty=0.2, resamples=100)
+    iou = Counts.of(records, ["uniform"], SCENARIOS).scenario_iou(np.ones((1, 12)))[0, 0]
+    one, other, both = iou.mean(axis=0)
+    # of two sensors, a value is half of what it gives alone and half of what it adds
+    expected = [(one - 0.2 + both - other) / 2, (other - 0.2 + both - one) / 2]
+    np.testing.assert_allclose(values["value"], expected)
+    assert values["value"].sum() == pytest.approx(both - 0.2)
+    assert (values["low"] < values["value"]).all()
+    assert (values["value"] < values["high"]).all()
+
+
+def networks_of(noise: float) -> pd.DataFrame:
+    """Scores of three scenarios of one sensor and three of two, in four networks."""
+    random = np.random.default_rng(0)
+    columns = {"dataset": "d", "backbone": "b", "fold": 0}
+    rows = [
+        {**columns, "network": network, "scenario": k, "missing": missing, "lost": lost,
+         "distortion": abs(lost + noise * random.normal())}
+        for network in range(4)
+        for k, (missing, lost) in enumerate(
+            [(2, 0.5), (2, 0.4), (2, 0.3), (1, 0.2), (1, 0.1), (1, 0.15), (0, 0.0)]
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_stability_tells_signal_from_noise():
+    same, counting = stability(networks_of(0.0)).to_dict("records")
+    assert same["between"] == pytest.approx(0, abs=1e-12)
+    for name in ("within", "common", "rank", "rank_others", "within_others"):
+        assert same[name] == pytest.approx(1)
+    assert counting["score"] == "missing"
+    assert 0.8 < counting["rank"] < 1  # it does not order scenarios of as many sensors
+    noisy = stability(networks_of(2.0)).iloc[0]
+    assert noisy["between"] > 0.05
+    assert noisy["within"] < 0.5
+    assert noisy["rank"] < counting["rank"]
+    with pytest.raises(InputError, match="at least two networks"):
+        stability(networks_of(0.0).query("network == 0"))
