@@ -32,7 +32,7 @@ class ScenarioDropout:
         stage: Stage of the training.
 
     Raises:
-        InputError: The sampler draws other scenarios than these, or an argument is none of its kind.
+        InputError: The sampler draws other scenarios than these, or an argument is wrong.
 
     Example:
         >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])
