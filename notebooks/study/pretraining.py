@@ -66,7 +66,7 @@ def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
         load_checkpoint(model, run.weights)
         return PretrainedNetwork(model, "trained here before", load_table(history), record)
     if is_own(name := run.parameters["backbone"]):
-        _expect_fit(name, run)
+        expect_fit(name, run)
     trained, state = in_processes(
         pretrain, (run, record), run.parameters["processes"], run.parameters["device"]
     )
@@ -75,7 +75,7 @@ def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
     return PretrainedNetwork(model, "trained here", trained, record)
 
 
-def _expect_fit(name: str, run: "NetworkRun") -> None:
+def expect_fit(name: str, run: "NetworkRun") -> None:
     """Check a network of one's own with fresh weights, before the long work.
 
     Raises:
