@@ -102,6 +102,7 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("paper_work", "raw", "explored", "reference"), Folder),
     **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
     "tiers": Annotated[Text, Field(min_length=1)],
+    **dict.fromkeys(("scenes", "missing"), Text),
     **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
     "dataset": Name,
     "task": Name,
