@@ -21,6 +21,7 @@ from study.artifacts import Record, save
 from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
+from study.figures import class_colours
 from study.tiers import StudyFolder, network_seed
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
@@ -34,6 +35,7 @@ class Predictions:
     Attributes:
         modalities: Names of the M modalities.
         classes: Names of the C classes, at most 254.
+        colours: Their colours, "#RRGGBB".
         patch_ids: int64 [P].
         pictures: Colour picture of every modality, uint8 [P, M, H, W, 3].
         truth: Class of every pixel, `NOTHING` or `UNKNOWN`, uint8 [P, H, W].
@@ -43,6 +45,7 @@ class Predictions:
 
     modalities: tuple[str, ...]
     classes: tuple[str, ...]
+    colours: tuple[str, ...]
     patch_ids: NDArray[np.int64]
     pictures: NDArray[np.uint8]
     truth: NDArray[np.uint8]
@@ -55,6 +58,7 @@ class Predictions:
         found |= {name: array.shape for name, array in self.maps.items()}
         expected = {"patches": (count,), "pictures": (count, len(self.modalities), *size, 3)}
         expected |= {name: (count, len(self.scenarios), *size) for name in self.maps}
+        found["colours"], expected["colours"] = (len(self.colours),), (len(self.classes),)
         if len(size) != 2 or found != expected:
             raise InputError(f"predictions: expected shapes {expected}, found {found}")
 
@@ -124,6 +128,7 @@ def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
     return Predictions(
         modalities=tuple(dataset.modalities),
         classes=tuple(dataset.classes),
+        colours=tuple(class_colours(dataset.classes, dataset.dataset.colours)),
         patch_ids=dataset.patch_ids[list(indices)],
         pictures=np.round(255 * np.array(pictures)).astype(np.uint8),
         truth=np.array(truth).astype(np.uint8),
@@ -218,6 +223,7 @@ def load_predictions(path: Path) -> Predictions:
         return Predictions(
             modalities=tuple(arrays["modalities"].tolist()),
             classes=tuple(arrays["classes"].tolist()),
+            colours=tuple(arrays["colours"].tolist()),
             patch_ids=arrays["patch_ids"],
             pictures=arrays["pictures"].astype(np.uint8),
             truth=arrays["truth"].astype(np.uint8),

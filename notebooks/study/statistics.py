@@ -148,6 +148,14 @@ def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
     return records[present == wanted].reset_index(drop=True)
 
 
+def common_replicates(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the seeds that all methods of a data set and backbone have: figures never mix others."""
+    keys = ["dataset", "backbone"]
+    methods = table.groupby([*keys, "seed"])["method"].transform("nunique")
+    most = methods.groupby([table[key] for key in keys]).transform("max")
+    return table[methods == most].reset_index(drop=True)
+
+
 def contrast(
     records: pd.DataFrame,
     scenarios: ScenarioSet,

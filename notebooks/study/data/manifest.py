@@ -82,6 +82,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=64)]
 RelativePath = Annotated[str, AfterValidator(relative_path)]
 Crs = Annotated[str, AfterValidator(known_crs)]
+ClassColour = Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Beyond the upper ends, which no data set comes near, a number is a typing error.
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -472,6 +473,8 @@ class Dataset(Strict):
         reference_band: Band whose grid all others are brought onto; the first one by default.
         tasks: Tasks by name. Every label value is a binary task of its own too.
         folds: Folds by name; the first is the default.
+        colours: Colours of classes in figures and maps, "#RRGGBB", by name of the class. They
+            decide no number, and no dump of a data set contains them.
     """
 
     title: str
@@ -490,6 +493,7 @@ class Dataset(Strict):
     tasks: Annotated[dict[Name, Task], NOT_EMPTY]
     patches: Patches
     folds: Annotated[dict[Name, Folds], NOT_EMPTY]
+    colours: dict[Name, ClassColour] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -546,6 +550,8 @@ class Dataset(Strict):
             for label, group in task.classes.items():
                 field = f"tasks.{name}.classes.{label}"
                 _expect_names(field, "label value", group, self.labels.names)
+        classes = {name for task in self.tasks.values() for name in task.classes}
+        _expect_names("colours", "class", self.colours, classes | set(self.labels.names))
         optional = [self.sources(self.modalities[name]) for name in self.may_be_absent]
         if self.reference_band in chain(*optional) or len(self.may_be_absent) == len(
             self.modalities

@@ -4,7 +4,7 @@ Every function of this package draws its arguments and returns the figure; `save
 as PNG and PDF without dates, so that equal figures are equal files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,16 @@ def use_style() -> None:
     plt.style.use(Path(__file__).with_name("figures.mplstyle"))
 
 
-def category_colours(count: int, colours: Sequence[str] = PALETTE) -> list[str]:
-    """Return the first `count` colours, or evenly spread hues if there are too few of them."""
-    enough = count <= len(colours)
-    return list(colours[:count]) if enough else list(sns.husl_palette(count).as_hex())
+def category_colours(count: int) -> list[str]:
+    """Return `count` colours: those of the palette, or evenly spread hues if they are too few."""
+    return list(PALETTE[:count]) if count <= len(PALETTE) else sns.husl_palette(count).as_hex()
+
+
+def class_colours(classes: Sequence[str], colours: Mapping[str, str]) -> list[str]:
+    """Return the colours of classes by their names; others take what the palette has left."""
+    rest = [colour for colour in category_colours(len(classes)) if colour not in colours.values()]
+    left = iter([*rest, *sns.husl_palette(len(classes)).as_hex()])
+    return [colours.get(name) or next(left) for name in classes]
 
 
 def family_members(method: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Maps: a prepared scene at a glance, and the predictions for single patches."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from study.data.folds import split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_prepared
-from study.figures import GREY, PALETTE, category_colours
+from study.figures import GREY, PALETTE, class_colours
 from study.predictions import NOTHING, UNKNOWN, Predictions, composite
 from study.statistics import method_title
 
@@ -31,23 +32,19 @@ def category_map(
     title: str,
     colours: Sequence[str] = PALETTE,
     extent: Extent | None = None,
-    legend: bool = True,
-) -> None:
-    """Draw a map of ids [H, W]; ids without a name stay white.
+) -> list[Patch]:
+    """Draw a map of ids [H, W], and return the handles of its legend; other ids stay white.
 
-    There are evenly spread hues if there are fewer colours than names. The extent is in the units
-    of the axes; without it, these are pixels.
+    The extent is in the units of the axes; without it, these are pixels.
     """
     positions = np.full(ids.shape, np.nan)
     for position, key in enumerate(names):
         positions[ids == key] = position
-    chosen = category_colours(len(names), colours)
+    chosen = list(colours[: len(names)])
     norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
     axes.imshow(positions, cmap=ListedColormap(chosen), norm=norm, extent=extent)
     axes.set_title(title)
-    if legend:
-        handles = _patches(chosen, names.values())
-        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
+    return _patches(chosen, names.values())
 
 
 def first_scene(
@@ -73,27 +70,42 @@ def first_scene(
     pixel_size, unit = made.pixel_size
     height, width = classes.shape
     extent = (0.0, width * pixel_size * factor, height * pixel_size * factor, 0.0)
-    columns = 2 if width > 1.5 * height else 3
-    rows = -(-(len(pictures) + 2) // columns)
-    row_height = 13 / columns * 0.72 * height / width + 0.6
+    rows = -(-(len(pictures) + 3) // 3)
+    row_height = 13 / 3 * height / width + 0.5
     figure, axes = plt.subplots(
-        rows, columns, figsize=(13, rows * row_height), sharex=True, sharey=True, squeeze=False
+        rows, 3, figsize=(13, rows * row_height), sharex=True, sharey=True, squeeze=False
     )
     panels = list(axes.flat)
     for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
         panel.imshow(picture, extent=extent)
-        panel.set_title(f"{name} (2 to 98 % stretch)")
+        panel.set_title(f"{name}, from its 2nd to 98th percentile")
     label_panel, part_panel, *empty = panels[len(pictures) :]
-    colours = [*category_colours(len(names)), GREY]
+    colours = [*class_colours(names, dataset.colours), GREY]
     titles = dict(enumerate([*names, "none of these"]))
-    category_map(label_panel, classes, titles, f"{task} (white: unknown, ignored)", colours, extent)
-    role_colours = ("#56B4E9", "#E69F00", "#D55E00")
-    category_map(part_panel, roles, role_names, f"Parts of fold {fold}", role_colours, extent)
+    legends = [
+        category_map(label_panel, classes, titles, f"Labels for {task}", colours, extent),
+        category_map(
+            part_panel,
+            roles,
+            role_names,
+            f"Parts of fold {fold}",
+            ("#56B4E9", "#E69F00", "#D55E00"),
+            extent,
+        ),
+    ]
     for panel in empty:
         panel.axis("off")
-    for panel in panels[::columns]:
+    for handles, title, left in zip(
+        legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
+    ):
+        empty[0].add_artist(
+            empty[0].legend(
+                handles=handles, title=title, loc="upper left", bbox_to_anchor=(left, 1)
+            )
+        )
+    for panel in panels[::3]:
         panel.set_ylabel(unit)
-    for panel in panels[: len(pictures) + 2][-columns:]:  # the last of every column
+    for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
         panel.set_xlabel(unit)
         panel.tick_params(labelbottom=True)
     return figure
@@ -112,29 +124,40 @@ def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
 
 
-def prediction_maps(predictions: Predictions, backbone: str, method: str) -> Figure:
-    """Draw a row per patch: picture, truth, and the predictions from one and from all modalities.
+def prediction_maps(predictions: Predictions, patch: int) -> Figure:
+    """Draw one patch: what every modality shows, the truth, and what every network predicts.
 
-    Pixels without a label are pale.
+    There is a row for each method and a group of columns for each backbone: its predictions from
+    each modality alone, and from all. Pixels without a label are pale.
+
+    Args:
+        predictions: The stored predictions.
+        patch: Position of the patch among them.
     """
-    maps, scenarios = predictions.of(backbone, method), predictions.scenarios
-    single = np.flatnonzero(scenarios.masks.sum(axis=1) == 1)
-    shown = {scenarios.names[index]: index for index in single} | {"all": scenarios.full}
-    titles = [f"image ({predictions.modalities[0]})", "truth", *shown]
-    figure, axes = plt.subplots(
-        len(maps), len(titles), figsize=(2 * len(titles) + 1.6, 2.15 * len(maps)), squeeze=False
-    )
-    for panels, pictures, truth, predicted in zip(
-        axes, predictions.pictures, predictions.truth, maps, strict=True
+    names = [name.split("/") for name in predictions.maps]
+    backbones, methods = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
+    scenarios, truth = predictions.scenarios, predictions.truth[patch]
+    shown = [*np.flatnonzero(scenarios.masks.sum(axis=1) == 1), scenarios.full]
+    width = max(len(shown) * len(backbones), len(predictions.modalities) + 1)
+    size = 1.1 * width + 1.2, 1.15 * len(methods) + 2
+    figure, axes = plt.subplots(len(methods) + 1, width, figsize=size, squeeze=False)
+    for panel, name, picture in zip(
+        axes[0], predictions.modalities, predictions.pictures[patch], strict=False
     ):
-        panels[0].imshow(pictures[0])
-        _draw_classes(panels[1], truth, predictions)
-        for panel, index in zip(panels[2:], shown.values(), strict=True):
-            _draw_classes(panel, predicted[index], predictions, truth == UNKNOWN)
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title)
+        panel.imshow(picture)
+        panel.set_title(name)
+    _draw_classes(axes[0, len(predictions.modalities)], truth, predictions)
+    axes[0, len(predictions.modalities)].set_title("truth")
+    for row, method in zip(axes[1:], methods, strict=True):
+        row[0].set_ylabel(method_title(method), rotation=0, ha="right", va="center")
+        for column, (backbone, index) in enumerate(product(backbones, shown)):
+            predicted = predictions.maps.get(f"{backbone}/{method}")
+            if predicted is not None:
+                _draw_classes(row[column], predicted[patch, index], predictions, truth == UNKNOWN)
+    for panel, (backbone, index) in zip(axes[1], product(backbones, shown), strict=False):
+        sensors = "all" if index == scenarios.full else scenarios.names[index]
+        panel.set_title(f"{backbone}\n{sensors}")
     _finish(figure, predictions)
-    figure.suptitle(f"{backbone}, {method_title(method)}")
     return figure
 
 
@@ -169,7 +192,7 @@ def prediction_view(
     share = is_right[compared].mean() if compared.any() else float("nan")
     errors, titles = np.where(compared, is_right, -1), {0: "wrong", 1: "right"}
     title, colours = f"{share:.0%} right (orange: wrong)", ("#D55E00", "#DDDDDD")
-    category_map(axes[1, 2], errors, titles, title, colours, legend=False)
+    category_map(axes[1, 2], errors, titles, title, colours)
     for panel in [*axes[0, len(names) :], *axes[1, 3:]]:
         panel.axis("off")
     _finish(figure, predictions)
@@ -183,7 +206,8 @@ def _draw_classes(
     pale: NDArray[np.bool_] | None = None,
 ) -> None:
     """Draw a map of classes, grey where there is none of them, and pale where `pale` is True."""
-    category_map(panel, classes.astype(int), dict(enumerate(predictions.classes)), "", legend=False)
+    titles = dict(enumerate(predictions.classes))
+    category_map(panel, classes.astype(int), titles, "", predictions.colours)
     panel.imshow(np.where((classes == NOTHING)[..., None], to_rgba(GREY), 0))
     if pale is not None:
         panel.imshow(np.dstack([np.ones((*pale.shape, 3)), pale * 0.6]))
@@ -199,6 +223,6 @@ def _finish(figure: Figure, predictions: Predictions) -> None:
     for panel in figure.axes:
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
-    classes = predictions.classes
-    handles = _patches([*category_colours(len(classes)), GREY], [*classes, "none of these"])
+    names, colours = [*predictions.classes, "none of these"], [*predictions.colours, GREY]
+    handles = _patches(colours, names)
     figure.legend(handles=handles, loc="outside lower center", ncols=6)

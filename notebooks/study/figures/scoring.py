@@ -14,9 +14,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.probabilities import ScenarioProbabilities
+from lsgs_core.probabilities import ScenarioProbabilities, standardise
 from study.figures import PALETTE
 
+READABLE = 15  # scenarios whose names fit beside each other
 SETTING_TITLES = {
     "inverse_temperature": "inverse temperature τ",
     "mixing": "mixing γ",
@@ -60,7 +61,7 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
 def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
     """Draw the kernel, the effect of the smoothing, and the probabilities beside the prior."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
-    labels = list(names)
+    labels = list(names) if len(names) <= READABLE else False
     sns.heatmap(
         result.kernel, ax=axes[0], xticklabels=labels, yticklabels=labels, cmap="viridis",
         vmin=0, vmax=1, square=True, cbar_kws={"label": "similarity"},
@@ -70,7 +71,12 @@ def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Fi
     axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
     limits = [result.utility.min(), result.utility.max()]
     axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
-    axes[1].set(xlabel="utility U", ylabel="smoothed r", title="Smoothing (dotted: no change)")
+    moved = np.abs(result.standardised - standardise(result.utility)).max()
+    title = f"Smoothing changes the standardised scores\nby at most {moved:.2g}"
+    if moved < 0.01:
+        title = "Smoothing changes nothing at this lengthscale"
+    sign = "" if result.utility.max() > 0 else "-"
+    axes[1].set(xlabel=f"distortion, {sign}D", ylabel="smoothed r", title=title)
     _probability_bars(axes[2], result, names, "Scenario probabilities")
     return figure
 
@@ -92,22 +98,28 @@ def sensitivity_panels(
         settings: Settings in use; numbers are marked in their panels, except for the lengthscale,
             whose panel has another unit.
     """
-    figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), width_ratios=(1.3, 1, 1, 1, 1))
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7))
+    first, *panels = axes.flat
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    axes[0].vlines(np.arange(len(names)), low, high, color="#333333")
-    _probability_bars(axes[0], result, names, "95 % over resampled blocks")
-    shades = sns.color_palette("viridis", len(names)).as_hex()
-    for panel, (setting, rows) in zip(axes[1:], varied.groupby("setting", sort=False), strict=True):
-        for (_, line), name, shade in zip(rows.groupby("scenario"), names, shades, strict=True):
-            panel.plot(line["value"], line["probability"], color=shade, label=name)
+    first.vlines(np.arange(len(names)), low, high, color="#333333")
+    _probability_bars(first, result, names, "95 % over resampled blocks")
+    sensors = [name.count("+") + 1 for name in names]
+    few = len(names) < len(PALETTE)
+    for panel, (setting, rows) in zip(panels, varied.groupby("setting", sort=False), strict=False):
+        for position, (_, line) in enumerate(rows.groupby("scenario")):
+            colour = PALETTE[position if few else (sensors[position] - 1) % len(PALETTE)]
+            label = names[position] if few else f"{sensors[position]} available"
+            panel.plot(line["value"], line["probability"], color=colour, label=label)
         value = settings.get(str(setting))
         if setting != "lengthscale" and isinstance(value, float):
             panel.axvline(value, color="#333333", linestyle=":", linewidth=1)
         if setting in ("ridge", "lengthscale"):
             panel.set_xscale("log")
-        panel.set(xlabel=SETTING_TITLES[str(setting)], ylim=(0, None))
-    axes[4].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
-    axes[1].set_ylabel("probability p")
+        label = SETTING_TITLES[str(setting)]
+        panel.set(xlabel=label, ylabel="probability p", ylim=(0, None))
+    entries = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    panels[-1].axis("off")
+    panels[-1].legend(entries.values(), entries.keys(), loc="center")
     return figure
 
 
@@ -118,7 +130,10 @@ def _probability_bars(
     positions, label = np.arange(len(names)), _prior_title(result)
     axes.bar(positions, result.probabilities, color=PALETTE[1])
     axes.plot(positions, result.prior, color="#333333", linestyle="--", label=label)
-    axes.set_xticks(positions, list(names), rotation=40, ha="right")
+    if len(names) <= READABLE:
+        axes.set_xticks(positions, list(names), rotation=40, ha="right")
+    else:
+        axes.set_xlabel("scenarios, from one modality to all")
     axes.set(ylabel="probability p", title=title)
     axes.legend()
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lsgs_core.methods import METHODS
 from study.figures import PALETTE, family_members, method_colour
 from study.stability import SCORES
-from study.statistics import METRICS, method_title, rank_correlation
+from study.statistics import METRICS, UNIFORM_ARMS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
 
@@ -130,26 +130,44 @@ def sensor_bars(table: pd.DataFrame) -> Figure:
 
 
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """Draw the IoU per method and scenario; colours span the range of a data set.
+    """Draw the IoU of uniform sampling per scenario, and below it what each method adds to it.
 
-    Scores have the columns dataset, backbone, method, scenario and iou.
+    Without a uniform arm, the IoU itself is drawn. More than 15 scenarios carry no numbers.
+
+    Args:
+        scores: The columns dataset, backbone, method, scenario and iou; methods of a data set and
+            backbone are compared on the same replicates.
+        names: Names of the scenarios, in their order.
     """
-    methods = list(dict.fromkeys(scores["method"]))
-    limits = scores.groupby("dataset")["iou"].agg(["min", "max"])
+    readable = len(names) <= 15
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         table = rows.pivot_table(index="method", columns="scenario", values="iou", sort=False)
-        table = table.reindex(index=methods, columns=list(names)).rename(index=method_title)
-        low, high = limits.loc[rows["dataset"].iloc[0], ["min", "max"]]
-        numbers = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 8}}
-        label = {"label": "IoU"}
-        sns.heatmap(table, ax=axes, cmap="viridis", vmin=low, vmax=high, cbar_kws=label, **numbers)
-        axes.set(xlabel="", ylabel="")
+        table = table.reindex(columns=list(names))
+        arms = [name for name in UNIFORM_ARMS if name in table.index]
+        base = table.loc[arms].mean() if arms else 0 * table.iloc[0]
+        shown = table.drop(index=arms[:1]) - base if arms else table
+        text = shown.map("{:+.3f}".format if arms else "{:.2f}".format)
+        if arms:
+            shown.loc["uniform, IoU"] = 0.0  # white: its numbers are of another kind
+            text.loc["uniform, IoU"] = base.map("{:.2f}".format)
+            order = ["uniform, IoU", *shown.index[:-1]]
+            shown, text = shown.loc[order], text.loc[order]
+        largest = float(np.nanmax(np.abs(shown)))
+        low, map_name = (-largest, "RdBu") if arms else (0.0, "viridis")
+        sns.heatmap(
+            shown.rename(index=method_title), ax=axes, cmap=map_name, vmin=low, vmax=largest,
+            annot=text.to_numpy() if readable else False, fmt="", annot_kws={"fontsize": 8},
+            cbar_kws={"label": "IoU minus uniform" if arms else "IoU"}, xticklabels=readable,
+        )  # fmt: skip
+        axes.set(xlabel="" if readable else "scenarios, from one modality to all", ylabel="")
         plt.setp(axes.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
 
     pairs = len(scores[["dataset", "backbone"]].drop_duplicates())
-    height = 1.2 + 0.3 * len(methods)
-    return _panels(scores, draw, width=5.6, height=height, columns=1 if pairs < 4 else 2)
+    height = 1.6 + 0.27 * (scores["method"].nunique() + 1)
+    figure = _panels(scores, draw, width=5.6, height=height, columns=1 if pairs < 2 else 2)
+    figure.suptitle("What each method adds to uniform sampling, by scenario")
+    return figure
 
 
 def method_curves(histories: pd.DataFrame) -> Figure:
@@ -170,19 +188,40 @@ def method_curves(histories: pd.DataFrame) -> Figure:
 
 
 def worst_against_mean(summary: pd.DataFrame) -> Figure:
-    """Draw the IoU of the worst scenario against the mean, a point per method: means over seeds."""
-    keys = ["dataset", "backbone", "method"]
-    table = summary.groupby(keys, sort=False)[["mean_iou", "worst_iou"]].mean().reset_index()
+    """Draw what each method adds to uniform sampling: in the worst scenario, and in the mean.
+
+    A point is the mean over replicates of the paired differences, and its bars are their standard
+    errors; uniform is the mean of its arms.
+
+    Args:
+        summary: The columns dataset, backbone, method, seed, mean_iou and worst_iou.
+    """
+    columns = ["mean_iou", "worst_iou"]
+    arms = summary[summary["method"].isin(UNIFORM_ARMS)]
+    keys = ["dataset", "backbone", "seed"]
+    base = arms.groupby(keys)[columns].mean()
+    table = summary[~summary["method"].isin(["pretrained", *UNIFORM_ARMS[:1]])]
+    paired = table.join(base, on=keys, rsuffix="_of_uniform", how="inner")
+    for column in columns:
+        paired[column] -= paired[f"{column}_of_uniform"]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        for method, row in rows.groupby("method", sort=False):
-            axes.plot(row["mean_iou"], row["worst_iou"], linestyle="", **_look(str(method)))
-        axes.set(xlabel="IoU, mean over scenarios", ylabel="IoU, worst scenario")
+        for method, own in rows.groupby("method", sort=False):
+            means, errors = own[columns].mean(), own[columns].sem().fillna(0)
+            axes.errorbar(
+                means["mean_iou"], means["worst_iou"], errors["worst_iou"], errors["mean_iou"],
+                linestyle="", elinewidth=1, **_look(str(method)),
+            )  # fmt: skip
+        axes.axvline(0, color="#333333", linewidth=1, zorder=0)
+        axes.axhline(0, color="#333333", linewidth=1, zorder=0)
+        axes.set(xlabel="mean over scenarios, IoU", ylabel="worst scenario, IoU")
         axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    height = max(3.6, 0.2 * table["method"].nunique())
-    return _panels(table, draw, width=4, height=height, legend=True)
+    height = max(3.6, 0.2 * paired["method"].nunique())
+    figure = _panels(paired, draw, width=4, height=height, legend=True)
+    figure.suptitle("What each method adds to uniform sampling, ± one standard error")
+    return figure
 
 
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
@@ -203,12 +242,15 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
             label, marker = f"{missing} missing, fold {fold}", MARKERS[fold % len(MARKERS)]
             x, y = points["distortion"], points["lost"]
             axes.scatter(x, y, color=shades[missing], marker=marker, label=label)
-        ranks = [rank_correlation(rows, column) for column in ("distortion", "missing")]
-        label = f"distortion D\nrank correlation {ranks[0]:.2f}; of number missing {ranks[1]:.2f}"
-        axes.set(xlabel=label, ylabel="IoU lost against all modalities")
+        axes.set(xlabel="distortion D", ylabel="IoU lost against all modalities")
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
+        ranks = [rank_correlation(rows, column) for column in ("distortion", "missing")]
+        label = f"rank correlation {ranks[0]:+.2f}, of counting {ranks[1]:+.2f}"
+        axes.text(0, 1, label, transform=axes.transAxes, fontsize="small", va="bottom")
 
-    return _panels(table, draw, width=4, height=3.3, legend=True)
+    figure = _panels(table, draw, width=4, height=3.5, legend=True)
+    figure.suptitle("Does D order the scenarios as the loss does, better than counting?")
+    return figure
 
 
 def probability_bars(table: pd.DataFrame, names: Sequence[str]) -> Figure:
@@ -267,7 +309,7 @@ def _panels(
         panel.axis("off")
     for panel, (names, group) in zip(axes.flat, groups, strict=False):
         draw(panel, group)
-        panel.set_title(", ".join(map(str, names)))
+        panel.set_title(", ".join(map(str, names)), pad=16)
     if legend:
         entries = [panel.get_legend_handles_labels() for panel in figure.axes]
         longest = max(entries, key=lambda entry: len(entry[0]))
