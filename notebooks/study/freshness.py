@@ -37,6 +37,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
         "study.evaluation",
         "study.statistics",
         "study.agreement",
+        "study.collection",
         "study.predictions",
         "study.figures.study",
     ),
