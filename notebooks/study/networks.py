@@ -45,8 +45,8 @@ def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
     path = ROOT / os.environ.get(NETWORKS, "")
     if path == ROOT or not stem.isidentifier():
         raise InputError(
-            f"backbone: {name!r} is code, which runs only where the command line names its file, as "
-            "in make study NETWORKS=my_networks.py"
+            f"backbone: {name!r} is code, which runs only where the command line names its file, "
+            "as in make study NETWORKS=my_networks.py"
         )
     if path.name != f"{stem}.py" or not path.is_file():
         raise InputError(f"NETWORKS: expected a file {stem}.py for {name!r}, found {path}")
