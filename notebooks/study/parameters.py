@@ -18,6 +18,7 @@ from lsgs_core.distributions import read_failure_rates
 from lsgs_core.errors import InputError
 from lsgs_core.methods import find_method, without_evidence
 from lsgs_core.models import BACKBONES
+from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from study import settings
 from study.data.folds import default_split
@@ -107,6 +108,7 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("patch_size", "patch_stride", "block_size"), Count),
     **dict.fromkeys(("margin", "validation_blocks"), OrDefault),
     **dict.fromkeys(("training_patches", "evaluation_patches", "shown_patches"), Count),
+    "scenario_budget": Count,
     "lora_learning_rate": Rate,
     "lora_rank": Annotated[int, Field(ge=1, le=1024)],
     "direction": Annotated[float, Field(ge=-(10**6), le=10**6), AfterValidator(_not_zero)],
@@ -174,13 +176,14 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
 
     Raises:
         InputError: The data set has no such task, folds, fold or modality, the backbone no such
-            preset, or a method cannot be used.
+            preset, the budget of scenarios is too small, or a method cannot be used.
     """
     task, get = dataset.task(parameters["task"]), parameters.get
     if get("epochs") and get("protocol") == "paper" and task.kind == "multiclass":
         raise InputError("protocol: 'paper' is for binary and multi-label tasks")
     scenarios = ScenarioSet.of(tuple(dataset.modalities))
     read_failure_rates(get("failure_rates", ""), scenarios)
+    measured_scenarios(scenarios, get("scenario_budget", 0))
     if "drawn_by" in parameters:
         find_method(parameters["drawn_by"]).sampler(without_evidence(scenarios))
     if {"backbone", "preset"} <= parameters.keys():

@@ -18,6 +18,7 @@ from lsgs_core.probabilities import ScenarioProbabilities, standardise
 from study.figures import PALETTE
 
 READABLE = 15  # scenarios whose names fit beside each other
+MOST_ROWS = 63  # of a figure: all scenarios of six modalities
 SETTING_TITLES = {
     "inverse_temperature": "inverse temperature τ",
     "mixing": "mixing γ",
@@ -29,32 +30,46 @@ SETTING_TITLES = {
 def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) -> Figure:
     """Draw a row per scenario: its modalities, its distortion, and how often it is drawn.
 
-    Bars of the distortion have one standard error, clustered by spatial block.
+    Bars of the distortion have one standard error, clustered by spatial block; where D is
+    predicted, its predictive error is added in squares, and the bar is hatched. Of more than
+    `MOST_ROWS` scenarios, every n-th in the order of p is shown, both ends included.
     """
     scenarios = scores.scenarios
-    rows = np.arange(len(scenarios))
+    count = min(len(scenarios), MOST_ROWS)
+    ranks = np.linspace(0, len(scenarios) - 1, count).round().astype(int)
+    chosen = np.sort(np.argsort(result.probabilities, kind="stable")[ranks])
+    masks, missing = scenarios.masks[chosen], scenarios.missing[chosen]
+    predicted = scores.predictive_error[chosen]
+    error = np.hypot(scores.standard_error[chosen], predicted)
+    rows = np.arange(count)
     shades = sns.color_palette("crest", len(scenarios.modalities))
-    colours = [shades[int(missing)] for missing in scenarios.missing]
+    colours = [shades[index] for index in missing]
+    hatches = ["////" if one else "" for one in predicted]
     size, layout = (9, 0.8 + 0.32 * len(rows)), ConstrainedLayoutEngine(w_pad=0.1)
     figure, axes = plt.subplots(
         1, 3, figsize=size, width_ratios=(1, 2.2, 2.2), sharey=True, layout=layout
     )
-    row, column = np.nonzero(scenarios.masks)
+    row, column = np.nonzero(masks)
     axes[0].scatter(column, row, s=90, color="#262626")
-    row, column = np.nonzero(~scenarios.masks)
+    row, column = np.nonzero(~masks)
     axes[0].scatter(column, row, s=90, facecolors="none", edgecolors="#999999")
     axes[0].set_xticks(range(len(scenarios.modalities)), scenarios.modalities)
-    axes[0].set_yticks(rows, scenarios.names)
+    axes[0].set_yticks(rows, [scenarios.names[k] for k in chosen])
     axes[0].set(title="1  what is there", xlim=(-0.6, len(scenarios.modalities) - 0.4))
-    axes[1].barh(rows, scores.distortion, xerr=scores.standard_error, color=colours, capsize=2)
+    bars = axes[1].barh(rows, scores.distortion[chosen], xerr=error, color=colours, capsize=2)
+    for bar, hatch in zip(bars, hatches, strict=True):
+        bar.set(hatch=hatch, edgecolor="white")
     axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
-    axes[2].barh(rows, result.probabilities, color=colours)
-    axes[2].plot(result.prior, rows, color="#262626", linestyle="--")
+    axes[2].barh(rows, result.probabilities[chosen], color=colours)
+    axes[2].plot(result.prior[chosen], rows, color="#262626", linestyle="--")
     label = f"probability p (dashed: {_prior_title(result)})"
     axes[2].set(title="3  how often training draws it", xlabel=label)
     axes[0].invert_yaxis()
     handles = [Patch(color=shade, label=f"{n} missing") for n, shade in enumerate(shades)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    notes = [f"{count} of {len(scenarios)} scenarios, spread over p"] * (count < len(scenarios))
+    notes += ["hatched: D is predicted"] * bool(predicted.any())
+    figure.suptitle("; ".join(notes))
     return figure
 
 
