@@ -10,6 +10,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/notebooks
 export PYTHONWARNINGS := ignore::DeprecationWarning
 export JUPYTER_PLATFORM_DIRS := 1
+# File of your own networks, for backbones such as my_networks:segformer; see notebook A3.
+export LSGS_NETWORKS := $(NETWORKS)
 
 .PHONY: study networks reproduce test test-slow bench data-check lab format outputs lock clean
 

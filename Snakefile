@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from study.freshness import fingerprint
+from study.networks import own_code
 from study.reproduction import only
 from study.tiers import NOTEBOOKS, load_tier, network_seed, notebook_sha256
 
@@ -61,6 +62,7 @@ def parameters(stage, job):
         "cells": notebook_sha256(Path(workflow.basedir, "notebooks", f"{notebook}.ipynb")),
         "code": fingerprint(stage),
         "file": file,
+        "network": lambda wildcards: own_code(dict(wildcards.items()).get("backbone", "")),
         "values": lambda wildcards: Path(file(wildcards)).read_text(),
     }
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lsgs_core.errors import InputError as InputError
     from lsgs_core.models import build_backbone as build_backbone
     from lsgs_core.models import load_author_weights as load_author_weights
+    from lsgs_core.models.adapter import AdaptedBackbone as AdaptedBackbone
     from lsgs_core.models.adapter import HookedModel as HookedModel
     from lsgs_core.probabilities import ScenarioProbabilities as ScenarioProbabilities
     from lsgs_core.probabilities import scenario_probabilities as scenario_probabilities
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lsgs_core.scenarios import ScenarioSet as ScenarioSet
 
 _MODULE_OF = {
+    "AdaptedBackbone": "models.adapter",
     "Batch": "batch",
     "HookedModel": "models.adapter",
     "InputError": "errors",

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import array_of, check_shape, check_type
-from lsgs_core.randomness import Stage
+from lsgs_core.errors import InputError, array_of, check_shape, check_type
+from lsgs_core.randomness import Stage, generator
 from lsgs_core.sampling import FixedSampler, ScenarioSampler, check_probabilities, draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
@@ -22,7 +22,7 @@ class ScenarioDropout:
 
     A draw depends on seed, epoch and the sample's index in its data set alone. In several processes
     of `torch.distributed`, which Lightning and accelerate use, each draws for its own samples, and
-    the sampler learns from the losses of all.
+    a sampler that adapts learns from the losses of all: each process then calls as often.
 
     Args:
         scenarios: K scenarios of M modalities.
@@ -32,7 +32,7 @@ class ScenarioDropout:
         stage: Stage of the training.
 
     Raises:
-        InputError: The sampler draws other scenarios than these.
+        InputError: The sampler draws other scenarios than these, or an argument is wrong.
 
     Example:
         >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])
@@ -54,8 +54,9 @@ class ScenarioDropout:
         check_type("scenarios", scenarios, ScenarioSet)
         self.sampler = sampler if isinstance(sampler, ScenarioSampler) else FixedSampler(sampler)
         check_probabilities(self.sampler.probabilities(0), len(scenarios))
+        generator(stream, seed, stage=stage)  # checks them before the first draw
         self.scenarios, self.seed, self.stream, self.stage = scenarios, seed, stream, stage
-        self._epoch, self._drawn = 0, np.empty(0, np.int64)  # since the last losses
+        self._drawn = np.empty(0, np.int64)  # the last draw, until its losses are there
 
     def draw(
         self, indices: Sequence[int] | Tensor, epoch: int, available: Tensor | None = None
@@ -64,15 +65,15 @@ class ScenarioDropout:
         servable: Any = None
         if available is not None:
             check_type("available", available, Tensor)
-            shape = [len(indices), self.scenarios.masks.shape[1]]
+            shape = [None, self.scenarios.masks.shape[1]]
             absent = ~array_of("available", available.cpu(), "b", shape)
             servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
         samples: Any = indices.cpu().numpy() if isinstance(indices, Tensor) else indices
         p = self.sampler.probabilities(epoch)
-        drawn = draw_scenarios(p, self.seed, epoch, samples, servable, self.stream, self.stage)
-        before = self._drawn if epoch == self._epoch else self._drawn[:0]
-        self._epoch, self._drawn = epoch, np.concatenate([before, drawn])
-        return drawn
+        self._drawn = draw_scenarios(
+            p, self.seed, epoch, samples, servable, self.stream, self.stage
+        )
+        return self._drawn
 
     def __call__(
         self,
@@ -99,23 +100,31 @@ class ScenarioDropout:
         absent = ~present[:, :, None, None, None]
         return [image.masked_fill(absent[:, m], 0) for m, image in enumerate(images)], present
 
-    def observe(self, loss: Tensor) -> None:
-        """Let the sampler learn from the losses of all samples drawn since the last losses, [B].
+    def observe(self, loss: Tensor, drawn: NDArray[np.int64] | None = None) -> None:
+        """Let the sampler learn; one that does not adapt ignores the losses.
 
-        A loss of NaN stands for a sample without a labelled pixel, which is skipped.
+        Args:
+            loss: Loss of each sample, [B]. NaN stands for a sample without a labelled pixel, which
+                is skipped.
+            drawn: Scenario of each sample, int64 [B]; None takes those of the last draw, once.
 
         Raises:
             InputError: There are more or fewer losses than samples, or a loss is infinite.
         """
-        check_type("loss", loss, Tensor)
-        check_shape("loss", loss, [len(self._drawn)])
-        everyone: list[Any] = [(self._drawn, loss.detach().cpu().double().numpy())]
+        scenario = self._drawn if drawn is None else array_of("drawn", drawn, "iu", [None])
         self._drawn = self._drawn[:0]
+        check_type("loss", loss, Tensor)
+        check_shape("loss", loss, [len(scenario)])
+        if not loss.is_floating_point():
+            raise InputError(f"loss: expected floating-point numbers, found {loss.dtype}")
+        if type(self.sampler).observe is ScenarioSampler.observe:
+            return  # processes need not wait for each other
+        everyone: list[Any] = [(scenario, loss.detach().cpu().double().numpy())]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             own, everyone = everyone[0], everyone * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, own)
-        drawn, losses = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
-        self.sampler.observe(drawn[~np.isnan(losses)], losses[~np.isnan(losses)])
+        scenario, losses = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
+        self.sampler.observe(scenario[~np.isnan(losses)], losses[~np.isnan(losses)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the sampler has learnt, between two steps; a dictionary for JSON."""

@@ -11,7 +11,7 @@ from study.tiers import notebook_sha256
 
 
 def clear_caches() -> None:
-    for cached in (freshness.fingerprint, freshness.imported, freshness._without_docstrings):
+    for cached in (freshness.fingerprint, freshness.imported, freshness._written):
         cached.cache_clear()
 
 

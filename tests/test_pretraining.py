@@ -92,6 +92,9 @@ class MixesSamples(torch.nn.Module):
     def scenario_latents(self, images, masks):
         return self.inner.scenario_latents(images, masks)
 
+    def forward(self, images, available):
+        return self.inner(images, available)
+
 
 class LooksAtTheAbsent(MixesSamples):
     """Wrong in another way: the pixels of the last modality are read though it is not there."""

@@ -213,10 +213,19 @@ class AdaptedBackbone(Backbone):
         """Return the mean of what the networks that see a modality return."""
         seen = [[patch] for patch in patches] if len(self.networks) > 1 else [patches]
         columns = available.chunk(len(seen), dim=1)
-        parts = []
+        parts: list[Tensor] = []
         for network, images, there in zip(self.networks, seen, columns, strict=True):
-            parts.append(getattr(network, method)(images, there))
-            check_type(f"result of the network's {method}", parts[-1], Tensor)
+            found = getattr(network, method)(images, there)
+            field = f"result of the network's {method.replace('__call__', 'forward')}"
+            check_type(field, found, Tensor)
+            if not found.is_floating_point() or found.ndim < 2:
+                raise InputError(
+                    f"{field}: expected floating-point numbers [B, C, ...], found {found.dtype} "
+                    f"{list(found.shape)}"
+                )
+            first = parts[0].shape[1:] if parts else found.shape[1:]
+            check_shape(field, found, [len(available), *first])
+            parts.append(found)
         used = torch.stack([there.any(dim=1) for there in columns], dim=1)
         total = zero_absent(torch.stack(parts, dim=1), used).sum(dim=1)
         return total / used.sum(dim=1).view(-1, *(1,) * (total.ndim - 1))
@@ -226,7 +235,8 @@ class AdaptedBackbone(Backbone):
         return self
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
-        """Return the layers that the networks name."""
+        """Return the layers that the networks name, by their name in this model."""
         named: list[dict[str, nn.Module]]
         named = [getattr(network, "low_rank_layers", dict)() for network in self.networks]
-        return {f"{m}.{key}": layer for m, one in enumerate(named) for key, layer in one.items()}
+        layers = [layer for one in named for layer in one.values()]
+        return {name: module for name, module in self.named_modules() if module in layers}

@@ -18,6 +18,7 @@ from study.data.manifest import load_manifest
 from study.data.patches import Description, PatchDataset
 from study.data.schema import validated
 from study.files import file_sha256
+from study.networks import build_own, is_own, own_configuration
 
 # What any weights of ours must have been made for, and what committed ones in addition.
 OWN = ("model", "modalities", "classes")
@@ -95,8 +96,19 @@ def build_network(
     Raises:
         InputError: The backbone or the preset is unknown, or the patches do not fit them.
     """
-    model = build_backbone(backbone, preset, patches.bands, len(patches.classes))
-    return accelerate_on_cpu(model).to(device)
+    sizes = patches.bands, len(patches.classes)
+    if is_own(backbone):
+        return build_own(backbone, *sizes).to(device)
+    return accelerate_on_cpu(build_backbone(backbone, preset, *sizes)).to(device)
+
+
+def network_configuration(backbone: str, preset: str, patches: PatchDataset) -> dict[str, Any]:
+    """Return the configuration of the network that `build_network` would build."""
+    sizes = patches.bands, len(patches.classes)
+    if is_own(backbone):
+        return own_configuration(backbone, *sizes)
+    with torch.device("meta"):
+        return build_backbone(backbone, preset, *sizes).configuration
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
@@ -160,7 +172,8 @@ def load_network(
     Args:
         weights: File of the weights, with its record beside it, or the folder of both.
         build: Returns the network for the numbers of bands D_m and the number of classes, such as
-            its class; None builds the backbone that the record names.
+            its class; None builds the backbone that the record names, if it is one of the paper's
+            or the command line names its file.
         device: Where the network computes.
 
     Raises:
@@ -174,12 +187,15 @@ def load_network(
     where = f"{sidecar_path(path)}: description"
     description = validated(Description, made_with["description"], where)
     bands, classes = [*map(len, description.bands.values())], len(description.classes)
+    sizes = {"bands": bands, "classes": classes}
+    settings, expected = {"name": "", **made_with.get("model", {}), **sizes}, None
     if build:
         model: Any = build(bands, classes)
+    elif is_own(str(settings["name"])):
+        model = build_own(settings["name"], bands, classes)
+        expected = {"model": model.configuration}
     else:
-        sizes = {"bands": bands, "classes": classes}
-        settings = {"name": "", **made_with.get("model", {}), **sizes}
         model = accelerate_on_cpu(build_backbone(**settings))
-    load_checkpoint(model, path)
+    load_checkpoint(model, path, expected)
     scenarios = ScenarioSet.of(description.bands)
     return TrainedNetwork(model.to(device).eval(), scenarios, description, path, record["sha256"])

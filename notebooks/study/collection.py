@@ -1,13 +1,140 @@
-"""All runs of a grid put together."""
+"""All runs of a grid put together, as notebook 05 compares them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from numpy.typing import NDArray
 
+from lsgs_core.distributions import read_failure_rates
 from lsgs_core.errors import InputError
-from study.artifacts import load_table
-from study.tiers import StudyFolder, network_seed
+from lsgs_core.scenarios import ScenarioSet
+from study.artifacts import Record, load_table
+from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset
+from study.devices import choose_device, make_deterministic
+from study.evaluation import AlwaysPositive, class_scores, evaluate, scenario_scores
+from study.parameters import checked_parameters
+from study.statistics import whole_replicates
+from study.tiers import StudyFolder, Tier, load_tier, network_seed
+
+NETWORK = ["dataset", "backbone", "fold", "network"]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The runs of a grid with what they were tested on.
+
+    Attributes:
+        study: Folder of the runs.
+        tier: Tier whose grid is complete; None if notebooks were run one by one.
+        points: Methods of every (dataset, backbone, fold, seed).
+        tests: Test patches of every (dataset, fold).
+        scenarios: The K scenarios.
+        prior: Probability of each scenario in deployment, [K]; None is uniform.
+        records: Counts of pixels of every run, whole replicates alone; see `collect`.
+        histories: Learning curves, likewise.
+        left_out: Number of rows of replicates that lack folds.
+        parameters: Parameters of the notebook.
+        record: What the results are made with.
+        device: Where networks compute.
+    """
+
+    study: StudyFolder
+    tier: Tier | None
+    points: Mapping[tuple[str, str, int, int], Sequence[str]]
+    tests: Mapping[tuple[str, int], PatchDataset]
+    scenarios: ScenarioSet
+    prior: NDArray[np.float64] | None
+    records: pd.DataFrame
+    histories: pd.DataFrame
+    left_out: int
+    parameters: Mapping[str, Any]
+    record: Record
+    device: torch.device
+
+    def trivial(self) -> pd.DataFrame:
+        """Return the IoU of the predictor that says yes everywhere, by data set and class."""
+        protocol, size = self.parameters["protocol"], self.parameters["batch_size"]
+        counted = [
+            evaluate(
+                AlwaysPositive(len(test.classes)), test.batches(size), self.scenarios,
+                test.classes, test.task_kind, protocol=protocol,
+            ).assign(dataset=dataset)
+            for (dataset, _), test in self.tests.items()
+        ]  # fmt: skip
+        return class_scores(pd.concat(counted), ["dataset"])
+
+    def scores(self) -> pd.DataFrame:
+        """Return distortions and probabilities of every network and scenario."""
+        seed = self.parameters["pretraining_seed"]
+        networks = dict.fromkeys(
+            (*point[:3], network_seed(seed, point[3])) for point in self.points
+        )
+        tables = {
+            network: load_table(self.study.scores(*network) / "distortion.csv")
+            for network in networks
+        }
+        return pd.concat(tables, names=NETWORK).reset_index(NETWORK).reset_index(drop=True)
+
+    def lost(self, scores: pd.DataFrame) -> pd.DataFrame:
+        """Add to `scores` what each network lost in each scenario before fine-tuning, in IoU."""
+        seed = self.parameters["pretraining_seed"]
+        records = self.records[self.records["method"] == "pretrained"]
+        network = records["seed"].map(lambda own: network_seed(seed, own))
+        before = scenario_scores(records.assign(network=network), NETWORK)
+        full = before[before["scenario"] == self.scenarios.names[self.scenarios.full]]
+        before = before.merge(full, on=NETWORK, suffixes=("", "_full"))
+        before["lost"] = before["iou_full"] - before["iou"]
+        columns = [*NETWORK, "scenario"]
+        return scores.merge(before[[*columns, "lost"]], on=columns)
+
+
+def open_grid(notebook: Mapping[str, Any]) -> Collected:
+    """Open all runs of a tier, or all that are there, from the parameters of notebook 05.
+
+    Args:
+        notebook: Names and values of the notebook, as `globals()` gives them there.
+
+    Raises:
+        InputError: A parameter cannot be used, or `collect` raises it.
+    """
+    parameters = checked_parameters("05_evaluation", notebook)
+    make_deterministic(parameters["threads"])
+    device = choose_device(parameters["device"])
+    study = StudyFolder(Path(parameters["work"]))
+    tier = load_tier(parameters["tier"], Path("..")) if parameters["tier"] else None
+    points = tier.grid.points() if tier else study.points()
+    known, limit = load_manifest(Path(parameters["manifest"])), parameters["evaluation_patches"]
+    task, normalisation = parameters["task"], parameters["normalisation"]
+    tests = {}
+    for dataset, fold in sorted({(dataset, fold) for dataset, _, fold, _ in points}):
+        source = study.prepared(dataset), known.dataset(dataset), task, fold
+        tests[dataset, fold] = PatchDataset(*source, "test", normalisation, limit or None)
+    if not tests:
+        raise InputError(f"{study.root}/runs: no run is there; has notebook 04 been run?")
+    scenarios = ScenarioSet.of(next(iter(tests.values())).modalities)
+    common = {name: parameters[name] for name in ("task", "normalisation", "evaluation_patches")}
+    expected = {
+        dataset: {**common, "dataset": dataset, "data_sha256": test.data_sha256}
+        for (dataset, _), test in tests.items()
+    }
+    names = ["tier", "pretraining_seed", "protocol", "failure_rates", "primary_metric"]
+    names += ["contrasts", "resamples", "threads"]
+    made_with = common | {name: parameters[name] for name in names}
+    made_with["tier_sha256"] = tier.sha256 if tier else ""
+    found = collect(study, points, "records.csv", expected, parameters["pretraining_seed"])
+    records = whole_replicates(found)
+    return Collected(
+        study, tier, points, tests, scenarios,
+        read_failure_rates(parameters["failure_rates"], scenarios), records,
+        whole_replicates(collect(study, points, "history.csv", expected)),
+        len(found) - len(records), parameters, Record(made_with, device=str(device)), device,
+    )  # fmt: skip
 
 
 def collect(

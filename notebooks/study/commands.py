@@ -27,6 +27,7 @@ from study.artifacts import check, sidecar_path
 from study.data.manifest import Dataset
 from study.durations import durations, estimate, executed, read_executed
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
+from study.networks import NETWORKS as NETWORKS_FILE
 from study.pages import tier_page
 from study.reproduction import compare, only
 from study.tiers import StudyFolder, Tier, load_tier
@@ -363,11 +364,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     parser.add_argument("--run", default="", help="of reproduce, such as demo/cmx/lsgs/0/0")
+    parser.add_argument("--networks", default="", help="file of your own networks")
     parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
     options = parser.parse_args(arguments)
     try:
         if options.cores < 1:
             raise InputError(f"--cores: expected 1 or more, found {options.cores}")
+        if options.networks:
+            os.environ[NETWORKS_FILE] = str(Path(options.networks).resolve())
         tier = load_tier(options.tier, ROOT)
         if options.action == "run":
             return run(tier, options.cores, options.dry_run, options.profile)

@@ -31,6 +31,7 @@ BESIDES = {"data": 50, "pretraining": 20, "scoring": 28, "finetuning": 24, "eval
 # Patches of the data sets that come with the repository, in the manifest's own folds: side in
 # pixels, number of training patches, and of test patches.
 PATCHES = {"demo": (64, 293, 93), "landsat7": (32, 268, 69)}
+PATCHES |= {"flood": (64, 59, 24), "landsat8": (32, 440, 114)}
 RESIZED = {"protocol": "strict", "split": "", "patch_size": 0, "patch_stride": 0}
 RESIZED |= {"block_size": 0, "margin": -1, "validation_blocks": -1}
 
@@ -82,7 +83,7 @@ def _computing(
         seconds * (size / SIZE) ** 2 for seconds in SECONDS[parameters["backbone"]]
     )
     if stage == "scoring":
-        return training * scenarios * scored
+        return training * scenarios * (scored + evaluated * parameters["predictions"])
     trained = stage == "finetuning" or parameters["weights"] == "train"
     one = trained * parameters["epochs"] * training * step + test * scenarios * evaluated
     return one * len(parameters.get("methods", "one").split(","))

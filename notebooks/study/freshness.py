@@ -37,6 +37,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
         "study.evaluation",
         "study.statistics",
         "study.agreement",
+        "study.collection",
         "study.predictions",
         "study.figures.study",
     ),
@@ -83,7 +84,8 @@ def fingerprint(stage: NotebookStage) -> str:
     digest = hashlib.sha256()
     modules = frozenset[str]().union(*map(imported, STAGES[stage]))
     for name in sorted(modules):
-        digest.update(name.encode() + b"\0" + _without_docstrings(name).encode() + b"\0")
+        code = code_without_prose(_path(name))
+        digest.update(name.encode() + b"\0" + code.encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -95,9 +97,8 @@ def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 @lru_cache
-def _without_docstrings(module: str) -> str:
-    """The code as Python would write it, without docstrings and comments."""
-    tree = _parsed(module)
+def _written(code: str) -> str:
+    tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             first = node.body[0] if node.body else None
@@ -108,6 +109,11 @@ def _without_docstrings(module: str) -> str:
             ):
                 node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def code_without_prose(path: Path) -> str:
+    """Return the code of a file as Python would write it, without docstrings and comments."""
+    return _written(path.read_text(encoding="utf-8"))
 
 
 def _parsed(module: str) -> ast.Module:

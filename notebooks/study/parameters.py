@@ -25,6 +25,7 @@ from study.data.folds import default_split
 from study.data.manifest import Dataset, Name, load_manifest
 from study.data.patches import Normalisation
 from study.data.schema import Strict, read_json, validated
+from study.networks import is_own, own_network
 from study.settings import Positive, Rate
 from study.statistics import METRICS, planned_pairs
 
@@ -64,6 +65,14 @@ def _method(name: str) -> str:
     return name
 
 
+def _backbone(name: str) -> str:
+    if is_own(name):
+        own_network(name)
+    elif name not in BACKBONES:
+        raise ValueError(f"expected one of {sorted(BACKBONES)}, or such as my_networks:segformer")
+    return name
+
+
 def _folder(text: str) -> str:
     path = Path(text)
     try:
@@ -84,7 +93,7 @@ def _not_zero(number: float) -> float:
 Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
 Folder = Annotated[Text, AfterValidator(_folder)]
 Tuning = Annotated[float, Field(ge=0, le=10**6)]
-Backbone = _one_of(BACKBONES)
+Backbone = Annotated[str, AfterValidator(_backbone)]
 Method = Annotated[str, AfterValidator(_method)]
 # The values that a parameter can have, the same in all notebooks that have it. A parameter that is
 # not listed can have any value of the type of its default.
@@ -186,7 +195,7 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
     measured_scenarios(scenarios, get("scenario_budget", 0))
     if "drawn_by" in parameters:
         find_method(parameters["drawn_by"]).sampler(without_evidence(scenarios))
-    if {"backbone", "preset"} <= parameters.keys():
+    if {"backbone", "preset"} <= parameters.keys() and not is_own(parameters["backbone"]):
         presets = BACKBONES[parameters["backbone"]][1]
         if parameters["preset"] not in presets:
             raise InputError(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -18,6 +19,7 @@ from study.checkpoints import load_checkpoint, load_pretrained
 from study.devices import in_processes, seed_weights
 from study.evaluation import validation_scores
 from study.files import file_sha256
+from study.networks import is_own
 from study.training import train
 
 if TYPE_CHECKING:
@@ -63,12 +65,33 @@ def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
         model = run.build()
         load_checkpoint(model, run.weights)
         return PretrainedNetwork(model, "trained here before", load_table(history), record)
+    if is_own(name := run.parameters["backbone"]):
+        expect_fit(name, run)
     trained, state = in_processes(
         pretrain, (run, record), run.parameters["processes"], run.parameters["device"]
     )
     model = run.build()
     model.load_state_dict(state)
     return PretrainedNetwork(model, "trained here", trained, record)
+
+
+def expect_fit(name: str, run: "NetworkRun") -> None:
+    """Check a network of one's own with fresh weights, before the long work.
+
+    Raises:
+        InputError: Its code fails, or it is not what training and scoring take for granted.
+    """
+    try:
+        batches = run.training.batches(run.settings.batch_size)
+        checks = check_network(run.build("cpu"), batches, run.scenarios)
+    except InputError as error:
+        raise InputError(f"backbone {name}: {error}") from error
+    except Exception as error:
+        raise InputError(f"backbone {name}: {type(error).__name__}: {error}") from error
+    for row in checks[~checks["passed"]].itertuples():
+        raise InputError(
+            f"backbone {name}: {row.check}: expected at most {row.allowed:g}, found {row.found:.3g}"
+        )
 
 
 def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
@@ -109,7 +132,8 @@ def check_network(
         scenarios: The scenarios of the model's modalities.
 
     Returns:
-        One row per check: check, found (largest relative difference, or count), allowed, passed.
+        One row per check: check, found (largest relative difference of latents and logits, or
+        count), allowed, passed.
 
     Raises:
         InputError: No patch has every modality.
@@ -121,16 +145,18 @@ def check_network(
     full = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=device)
     with torch.inference_mode():
         shared = model.scenario_latents(images, masks)
-        together = model.latent(images, full)
+        together = model.latent(images, full), model(images, full)
         patches = zip(*(image.split(1) for image in images), strict=True)
-        alone = torch.cat([model.latent(list(patch), full[:1]) for patch in patches])
-        absent = [_latents_without(model, images, gone) for gone in range(len(images))]
-    not_finite = sum(not bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+        parts = [(model.latent([*one], full[:1]), model([*one], full[:1])) for one in patches]
+        alone = map(torch.cat, zip(*parts, strict=True))
+        absent = [_without(model, images, gone) for gone in range(len(images))]
+    values = *model.state_dict().values(), *together
+    not_finite = sum(not bool(torch.isfinite(value).all()) for value in values)
     differences = {
         "entries that are not finite": (float(not_finite), 0.0),
-        "D of the full scenario": (_difference(shared[scenarios.full], together), TOLERANCE),
+        "D of the full scenario": (_difference([shared[scenarios.full]], together[:1]), TOLERANCE),
         "a patch alone and in a batch": (_difference(alone, together), TOLERANCE),
-        "pixels of an absent modality": (max(_difference(*pair) for pair in absent), 0.0),
+        "pixels of an absent modality": (float(np.max([_difference(*a) for a in absent])), 0.0),
     }
     rows = [
         {"check": name, "found": found, "allowed": allowed, "passed": found <= allowed}
@@ -153,16 +179,19 @@ def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
     return [torch.cat(images)[:CHECKED_PATCHES] for images in zip(*parts, strict=True)]
 
 
-def _latents_without(
+def _without(
     model: Backbone, images: list[torch.Tensor], gone: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents when a modality is not there, with its pixels as they are and with others."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Latents and logits without a modality, with its pixels as they are and with others."""
     available = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=images[0].device)
     available[:, gone] = False
     others = [torch.full_like(i, 1e3) if m == gone else i for m, i in enumerate(images)]
-    return model.latent(images, available), model.latent(others, available)
+    first, second = ([model.latent(i, available), model(i, available)] for i in (images, others))
+    return first, second
 
 
-def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Largest difference relative to the root mean square of the second."""
-    return float((first - second).abs().max() / second.square().mean().sqrt().clamp(min=1e-12))
+def _difference(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> float:
+    """Largest difference relative to the root mean square of the second; NaN where there is one."""
+    pairs = zip(first, second, strict=True)
+    scaled = [(a - b).abs().max() / b.square().mean().sqrt().clamp(min=1e-12) for a, b in pairs]
+    return float(torch.stack(scaled).max())

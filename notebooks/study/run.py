@@ -16,7 +16,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, check
-from study.checkpoints import build_network, load_checkpoint
+from study.checkpoints import build_network, load_checkpoint, network_configuration
 from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset
 from study.devices import choose_device, make_deterministic
@@ -74,23 +74,24 @@ class NetworkRun:
     @cached_property
     def made_with(self) -> dict[str, Any]:
         """What weights and probabilities of this network must have been made with."""
-        with torch.device("meta"):  # only the configuration is wanted
-            model = self.build("meta")
         names = ("dataset", "task", "fold", "normalisation", "pretraining_seed")
         return {
             **{name: self.parameters[name] for name in names},
             "data_sha256": self.training.data_sha256,
             "patches_sha256": self.training.patches_sha256,
-            "model": model.configuration,
+            "model": network_configuration(*self._built, self.training),
             "modalities": self.dataset.modalities,
             "classes": self.training.classes,
             "description": self.training.description.model_dump(),
         }
 
+    @property
+    def _built(self) -> tuple[str, str]:
+        return self.parameters["backbone"], self.parameters["preset"]
+
     def build(self, device: str = "") -> Backbone:
         """Return the network with fresh weights, on the device of the run or on another."""
-        names = self.parameters["backbone"], self.parameters["preset"]
-        return build_network(*names, self.training, device or self.device)
+        return build_network(*self._built, self.training, device or self.device)
 
     def pretrained(self) -> Backbone:
         """Return the network with the pretrained weights of notebook 02, or raise `InputError`."""

@@ -219,9 +219,8 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         order = generator("order", seed, epoch, stage=stage).permutation(len(self.dataset))
-        self.dropout.sampler.probabilities(
-            epoch
-        )  # a sampler may score the network first, in eval mode
+        # A sampler may score the network first, in evaluation mode.
+        self.dropout.sampler.probabilities(epoch)
         training_mode(self.model)
         if reached.step:
             torch.set_rng_state(reached.random[0])
@@ -288,7 +287,7 @@ class _Run:
             losses.append(per_sample)
             seen.append((chosen, loss.item()))
         self.optimiser.step()
-        self.dropout.observe(torch.cat(losses))
+        self.dropout.observe(torch.cat(losses), np.concatenate([chosen for chosen, _ in seen]))
         everyone = [part for share in self.processes.gather(seen) for part in share]
         drawn = np.concatenate([chosen for chosen, _ in everyone])
         return float(np.mean([loss for _, loss in everyone])), drawn

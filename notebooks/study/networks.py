@@ -1,0 +1,95 @@
+"""Networks of one's own: code, which runs only where the command line names its file.
+
+With `make study NETWORKS=my_networks.py`, a tier or a notebook can have the backbone
+`my_networks:segformer`: a function of that file that returns, for the numbers of bands D_m and of
+classes, a `Backbone` or what `AdaptedBackbone` makes one of. Weights, records, manifests and tiers
+hold the name at most, which imports nothing by itself.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lsgs_core.errors import InputError
+from lsgs_core.models import Backbone
+from lsgs_core.models.adapter import AdaptedBackbone
+from study.freshness import code_without_prose
+
+NETWORKS = "LSGS_NETWORKS"  # the variable with the file's path, which the command line sets
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def is_own(backbone: str) -> bool:
+    """Return True for the name of a network of one's own, with a file and a function."""
+    return ":" in backbone
+
+
+def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
+    """Import the file that the command line names; return a function of it, and the code's hash.
+
+    Args:
+        name: Such as "my_networks:segformer".
+
+    Raises:
+        InputError: The command line names no file or another one, or the file is not there, cannot
+            be imported, or defines no such function.
+    """
+    stem, _, function = name.partition(":")
+    path = ROOT / os.environ.get(NETWORKS, "")
+    if path == ROOT or not stem.isidentifier():
+        raise InputError(
+            f"backbone: {name!r} is code, which runs only where the command line names its file, as "
+            "in make study NETWORKS=my_networks.py"
+        )
+    if path.name != f"{stem}.py" or not path.is_file():
+        raise InputError(f"NETWORKS: expected a file {stem}.py for {name!r}, found {path}")
+    try:
+        code = hashlib.sha256(code_without_prose(path).encode()).hexdigest()
+        module = _imported(path, code)
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found) or getattr(found, "__module__", None) != module.__name__:
+        raise InputError(f"backbone: expected a function {function!r} in {path}, found none")
+    return found, code
+
+
+def own_code(backbone: str) -> str:
+    """Return the hash of the code of a network of one's own, "" for a backbone of the paper's."""
+    return own_network(backbone)[1] if is_own(backbone) else ""
+
+
+def own_configuration(name: str, bands: Sequence[int], classes: int) -> dict[str, Any]:
+    """Return what identifies the network: its name, sizes and code."""
+    return {"name": name, "bands": [*bands], "classes": classes, "code": own_code(name)}
+
+
+def build_own(name: str, bands: Sequence[int], classes: int) -> Backbone:
+    """Return a network of one's own with fresh weights; errors also name what its code raises."""
+    try:
+        network = own_network(name)[0]([*bands], classes)
+        fits = isinstance(network, Backbone)
+        model = network if fits else AdaptedBackbone(network, bands, classes)
+    except InputError as error:
+        raise InputError(f"backbone {name}: {error}") from error
+    except Exception as error:
+        raise InputError(f"backbone {name}: {type(error).__name__}: {error}") from error
+    model.configuration = own_configuration(name, bands, classes)
+    return model
+
+
+@lru_cache
+def _imported(path: Path, code: str) -> ModuleType:
+    """Return the module, imported once for every version of its code."""
+    spec = spec_from_file_location(f"networks_of_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

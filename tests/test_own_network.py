@@ -1,0 +1,258 @@
+"""A network of one's own in the whole study, where the command line names its file alone."""
+
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from checkout import copy_checkout, printed
+from study.artifacts import Record, save_weights, sidecar_path
+from study.checkpoints import load_network
+from study.networks import NETWORKS, build_own, own_code
+from study.parameters import checked_parameters, notebook_parameters
+from study.pretraining import expect_fit
+from study.settings import TrainingSettings
+from study.tiers import load_tier
+from test_training import SCENARIOS, Blobs, run
+
+from lsgs_core import AdaptedBackbone, HookedModel, InputError
+from lsgs_core.models.lora import add_lora, merge_lora
+
+ROOT = Path(__file__).parent.parent
+NAME = "my_networks:good"
+OWN = """
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lsgs_core import HookedModel
+
+Path(os.environ["IMPORTED"]).touch()
+
+
+def joined(network, images):
+    return network(torch.cat(images, dim=1))
+
+
+def good(bands, classes, call=joined, stride=1):
+    layers = nn.Conv2d(sum(bands), 4, 3, stride, 1), nn.ReLU(), nn.Conv2d(4, classes, 1)
+    return HookedModel(nn.Sequential(*layers), "1", call, low_rank=["0", "2"])
+
+
+def small(bands, classes):
+    return good(bands, classes, stride=2)
+
+
+def halves(bands, classes):
+    return good(bands, classes, lambda network, images: joined(network, images).round().long())
+
+
+def other_type(bands, classes):
+    return good(bands, classes, lambda network, images: {"logits": joined(network, images)})
+
+
+def fails(bands, classes):
+    return good(bands, classes, lambda network, images: network(images[0]))
+
+
+def no_latent(bands, classes):
+    return nn.Conv2d(sum(bands), classes, 1)
+
+
+def cannot_be_built(bands, classes):
+    raise ZeroDivisionError("division by zero")
+
+
+class looks_at_the_absent(nn.Module):
+    def __init__(self, bands, classes):
+        super().__init__()
+        self.inner = good(bands, classes)
+
+    def latent(self, images, available):
+        return self.inner.latent(images, available)
+
+    def forward(self, images, available):
+        return self.inner(images, available) + images[-1].mean(dim=1, keepdim=True)
+
+
+class mixes_samples(looks_at_the_absent):
+    def forward(self, images, available):
+        logits = self.inner(images, available)
+        return logits + logits.mean(dim=0)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The file, which leaves a mark when it is imported; the command line does not name it yet."""
+    path, mark = tmp_path / "my_networks.py", tmp_path / "imported"
+    path.write_text(OWN)
+    monkeypatch.setenv("IMPORTED", str(mark))
+    monkeypatch.delenv(NETWORKS, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return SimpleNamespace(
+        path=path, mark=mark, name=lambda: monkeypatch.setenv(NETWORKS, str(path))
+    )
+
+
+def saved(folder: Path, model: torch.nn.Module) -> Path:
+    """Weights whose record names the network."""
+    bands = {name: [name] for name in "ABC"}
+    numbers = {name: [1.0] for name in bands}
+    description = {"bands": bands, "classes": ["x"], "task_kind": "binary", "patch_size": 32}
+    description |= {"pixel_size": None, "means": numbers, "deviations": numbers}
+    made_with = {"model": model.configuration, "description": description}
+    return save_weights(folder / "weights.safetensors", model.state_dict(), Record(made_with))
+
+
+def test_nothing_but_the_command_line_imports_it(own, tmp_path):
+    """No tier, notebook, record or weights, though the file lies where Python finds it."""
+    tier = {"grid": {"backbones": [NAME], "methods": ["lsgs"], "folds": 1, "seeds": 1}}
+    tier["02_pretraining_check"] = {"weights": "train"}
+    for name in ("notebooks", "data_manifest.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "notebooks").unlink()
+    (tmp_path / "notebooks" / "tiers").mkdir(parents=True)
+    for notebook in (ROOT / "notebooks").glob("0*.ipynb"):
+        (tmp_path / "notebooks" / notebook.name).symlink_to(notebook)
+    (tmp_path / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    own.name()
+    weights = saved(tmp_path, build_own(NAME, [1, 1, 1], 1))
+    parameters = notebook_parameters(ROOT / "notebooks" / "02_pretraining_check.ipynb")
+    parameters |= {"backbone": NAME, "manifest": str(ROOT / "data_manifest.yaml")}
+    doors = (
+        lambda: load_tier("own", tmp_path),
+        lambda: checked_parameters("02_pretraining_check", parameters),
+        lambda: load_network(weights),
+    )
+    for door in doors:
+        door()
+    own.mark.unlink()
+    os.environ[NETWORKS] = ""
+    for door in doors:
+        with pytest.raises(InputError, match="the command line names its file"):
+            door()
+    assert not own.mark.exists()
+    loaded = load_network(weights, lambda bands, classes: AdaptedBackbone(
+        HookedModel(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 1, 1), torch.nn.ReLU(),
+                                        torch.nn.Conv2d(4, classes, 1)), "1"), bands, classes,
+    ))  # fmt: skip
+    assert loaded.scenarios.modalities == ("A", "B", "C")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other:good", r"expected a file other\.py for 'other:good', found .*my_networks\.py"),
+        ("my_networks:nothing", r"expected a function 'nothing' in .*my_networks\.py"),
+        ("my_networks:HookedModel", "expected a function 'HookedModel'"),  # of another module
+        ("../x:good", "names its file"),
+        ("my_networks:no_latent", "no_latent: network: .*a method `latent`"),
+        ("my_networks:cannot_be_built", "cannot_be_built: ZeroDivisionError: division by zero"),
+        ("my_networks:small", r"small: logits .*expected shape \[3, 1, 32, 32\], found .*16, 16"),
+        ("my_networks:halves", r"forward: expected floating-point numbers .*torch\.int64"),
+        ("my_networks:other_type", "forward: expected a Tensor, found {'logits'"),
+        ("my_networks:fails", "fails: RuntimeError: .*expected input.* to have 9 channels"),
+        ("my_networks:looks_at_the_absent", "pixels of an absent modality: expected at most 0"),
+        ("my_networks:mixes_samples", "a patch alone and in a batch: expected at most 0.0001"),
+        (NAME, None),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_before_long_work(own, name, message):
+    own.name()
+    patches = Blobs(4)
+    training = SimpleNamespace(batches=lambda size: patches.batches(size, range(4)))
+    settings = TrainingSettings(epochs=1)
+    opened = SimpleNamespace(
+        training=training, settings=settings, scenarios=SCENARIOS,
+        build=lambda device: build_own(name, [3, 3, 3], 1).to(device),
+    )  # fmt: skip
+    if message is None:
+        expect_fit(name, opened)
+        return
+    with pytest.raises(InputError, match=message) as raised:
+        expect_fit(name, opened)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_python_is_named(own):
+    own.name()
+    own.path.write_text("def good(:")
+    with pytest.raises(InputError, match=r"my_networks\.py: SyntaxError: invalid syntax"):
+        own_code(NAME)
+    own.path.unlink()
+    with pytest.raises(InputError, match=r"NETWORKS: expected a file my_networks\.py"):
+        own_code(NAME)
+
+
+def test_its_code_takes_part_in_freshness(own, tmp_path):
+    own.name()
+    before, model = own_code(NAME), build_own(NAME, [1, 1, 1], 1)
+    weights = saved(tmp_path, model)
+    assert json.loads(sidecar_path(weights).read_text())["parameters"]["model"]["code"] == before
+    own.path.write_text("# Why.\n" + OWN)
+    assert own_code(NAME) == before
+    assert load_network(weights).model.networks[0].model[0].out_channels == 4
+    own.path.write_text(OWN.replace("nn.ReLU()", "nn.GELU()"))
+    assert own_code(NAME) != before
+    assert isinstance(build_own(NAME, [1, 1, 1], 1).networks[0].model[1], torch.nn.GELU)
+    with pytest.raises(InputError, match=r"made with model = .*my_networks:good"):
+        load_network(weights)
+    assert own_code("cmx") == ""
+
+
+def test_low_rank_updates_of_branches_and_tokens_are_trained(own, tmp_path):
+    own.name()
+    branches = [build_own(NAME, [1, 2], 1).networks[0] for _ in range(3)]
+    for branch in branches:
+        branch.call = lambda network, images: network(images[0])
+    model = AdaptedBackbone(branches, [3, 3, 3], 1)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = [f"networks.{m}.model.{layer}" for m in range(3) for layer in (0, 2)]
+    assert list(model.low_rank_layers()) == layers
+    add_lora(model)
+    run(tmp_path, model)
+    merge_lora(model)
+    after = model.state_dict()
+    changed = {name for name, value in frozen.items() if not torch.equal(after[name], value)}
+    assert changed == {f"{layer}.weight" for layer in layers}
+    token = torch.nn.Parameter(torch.ones(3))
+    inner = build_own(NAME, [3, 3, 3], 1).networks[0]
+    stacked = AdaptedBackbone(HookedModel(inner.model, "1", inner.call, absent=[token]), [3] * 3, 1)
+    run(tmp_path / "token", stacked)
+    assert not torch.equal(token, torch.ones(3))
+
+
+@pytest.mark.slow
+def test_segformer_goes_through_the_whole_study(tmp_path):
+    """The cells of notebook A3 in a file, as its last section says."""
+    clone = copy_checkout(tmp_path)
+    text = (clone / "notebooks" / "A3_your_own_network.ipynb").read_text("utf-8")
+    cells = [c for c in json.loads(text)["cells"] if "SegformerConfig" in "".join(c["source"])]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    (clone / "my_networks.py").write_text("\n\n\n".join(code), "utf-8")
+    [tier] = re.findall(r"```yaml\\n(.*?)```", text, re.S)
+    lines = json.loads(f'[{json.dumps("")}, "{tier}"]')[1]
+    (clone / "notebooks" / "tiers" / "own.yaml").write_text(lines)
+    command = [
+        "python",
+        "-m",
+        "study",
+        "run",
+        "own",
+        "--cores",
+        "2",
+        "--networks",
+        "my_networks.py",
+    ]
+    assert "did not finish" not in printed(*command, folder=clone)
+    summary = (clone / "results" / "own" / "evaluation" / "summary.csv").read_text()
+    assert {line.split(",")[2] for line in summary.splitlines()[1:]} >= {"uniform", "lsgs", "lora"}
