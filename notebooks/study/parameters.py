@@ -19,7 +19,7 @@ from lsgs_core.errors import InputError
 from lsgs_core.methods import find_method, without_evidence
 from lsgs_core.models import BACKBONES
 from lsgs_core.regression import measured_scenarios
-from lsgs_core.scenarios import ScenarioSet
+from lsgs_core.scenarios import LARGEST_MODALITY_COUNT, ScenarioSet
 from study import settings
 from study.data.folds import default_split
 from study.data.manifest import Dataset, Name, load_manifest
@@ -100,7 +100,7 @@ Method = Annotated[str, AfterValidator(_method)]
 TYPES: Mapping[str, Any] = {
     **settings.TYPES,
     **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
-    **dict.fromkeys(("paper_work", "raw", "explored", "reference"), Folder),
+    **dict.fromkeys(("paper_work", "scorings", "raw", "explored", "reference"), Folder),
     **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
     "tiers": Annotated[Text, Field(min_length=1)],
     **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
@@ -128,7 +128,9 @@ TYPES: Mapping[str, Any] = {
     "primary_metric": _one_of(METRICS),
     "contrasts": Annotated[Text, AfterValidator(_contrasts)],
     "resamples": Annotated[int, Field(ge=1, le=10**6)],
-    "repeats": Positive,
+    **dict.fromkeys(("repeats", "orders"), Positive),
+    "modalities": Annotated[int, Field(ge=2, le=LARGEST_MODALITY_COUNT)],
+    "patches": Annotated[int, Field(ge=64, le=10**6)],
     "workers": Annotated[int, Field(ge=0, le=1024)],
     "processes": Annotated[int, Field(ge=1, le=1024)],
     "threads": Annotated[int, Field(ge=1, le=1024)],
