@@ -28,27 +28,21 @@ class ScenarioRegression:
         weights: Anything linear in D, such as d_k(x), is weights @ its S measured values, [K, S];
             measured scenarios keep their values.
         error: Standard deviation of the predicted D, [K]; 0 where it was measured.
-        modality_weights: The likeliest w of the kernel, [M].
-        ridge: The likeliest ridge.
     """
 
     weights: NDArray[np.float64]
     error: NDArray[np.float64]
-    modality_weights: NDArray[np.float64]
-    ridge: float
 
 
 def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]:
     """Choose which scenarios are measured.
 
     They are all with one modality, with all but one, and the full one. The others are shared out
-    over the sizes in between, by the square root of how many each has, and in each size a scenario
-    is taken that is far from those taken so far.
+    over the sizes in between, by the square root of how many each has, far from those taken so far.
 
     Args:
         scenarios: The scenarios.
-        budget: Number of scenarios to measure, at least 2 M + 1; 0, or as many as there are, takes
-            all.
+        budget: Number to measure, at least 2 M + 1; 0, or as many as there are, takes all.
 
     Returns:
         Their indices, ascending, int64 [S]; the last one is the full scenario.
@@ -136,4 +130,4 @@ def regress_scenarios(
     error = spread * np.sqrt(variance * np.maximum(unexplained, 0.0))
     weights += (1 - weights.sum(axis=1, keepdims=True)) / count  # of the mean
     weights[measured], error[measured] = np.eye(count), 0.0
-    return ScenarioRegression(weights, error, best[:-1], float(best[-1]))
+    return ScenarioRegression(weights, error)

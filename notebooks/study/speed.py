@@ -77,7 +77,7 @@ class Case:
 CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
 
 
-def growth(case: Case, most: int = 5, budget: int = 64) -> dict[str, list[Case]]:
+def growth(case: Case, most: int = 5, budget: int = 60) -> dict[str, list[Case]]:
     """Return cases with another number of modalities, patch size and batch, by that field.
 
     Of modalities there are up to `most`, and where they have more scenarios than the budget, a
