@@ -18,7 +18,8 @@ from lsgs_core.distributions import read_failure_rates
 from lsgs_core.errors import InputError
 from lsgs_core.methods import find_method, without_evidence
 from lsgs_core.models import BACKBONES
-from lsgs_core.scenarios import ScenarioSet
+from lsgs_core.regression import measured_scenarios
+from lsgs_core.scenarios import LARGEST_MODALITY_COUNT, ScenarioSet
 from study import settings
 from study.data.folds import default_split
 from study.data.manifest import Dataset, Name, load_manifest
@@ -99,7 +100,7 @@ Method = Annotated[str, AfterValidator(_method)]
 TYPES: Mapping[str, Any] = {
     **settings.TYPES,
     **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
-    **dict.fromkeys(("paper_work", "raw", "explored", "reference"), Folder),
+    **dict.fromkeys(("paper_work", "scorings", "raw", "explored", "reference"), Folder),
     **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
     "tiers": Annotated[Text, Field(min_length=1)],
     **dict.fromkeys(("scenes", "missing"), Text),
@@ -117,6 +118,7 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("patch_size", "patch_stride", "block_size"), Count),
     **dict.fromkeys(("margin", "validation_blocks"), OrDefault),
     **dict.fromkeys(("training_patches", "evaluation_patches", "shown_patches"), Count),
+    "scenario_budget": Count,
     "lora_learning_rate": Rate,
     "lora_rank": Annotated[int, Field(ge=1, le=1024)],
     "direction": Annotated[float, Field(ge=-(10**6), le=10**6), AfterValidator(_not_zero)],
@@ -127,7 +129,9 @@ TYPES: Mapping[str, Any] = {
     "primary_metric": _one_of(METRICS),
     "contrasts": Annotated[Text, AfterValidator(_contrasts)],
     "resamples": Annotated[int, Field(ge=1, le=10**6)],
-    "repeats": Positive,
+    **dict.fromkeys(("repeats", "orders"), Positive),
+    "modalities": Annotated[int, Field(ge=2, le=LARGEST_MODALITY_COUNT)],
+    "patches": Annotated[int, Field(ge=64, le=10**6)],
     "workers": Annotated[int, Field(ge=0, le=1024)],
     "processes": Annotated[int, Field(ge=1, le=1024)],
     "threads": Annotated[int, Field(ge=1, le=1024)],
@@ -184,13 +188,14 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
 
     Raises:
         InputError: The data set has no such task, folds, fold or modality, the backbone no such
-            preset, or a method cannot be used.
+            preset, the budget of scenarios is too small, or a method cannot be used.
     """
     task, get = dataset.task(parameters["task"]), parameters.get
     if get("epochs") and get("protocol") == "paper" and task.kind == "multiclass":
         raise InputError("protocol: 'paper' is for binary and multi-label tasks")
     scenarios = ScenarioSet.of(tuple(dataset.modalities))
     read_failure_rates(get("failure_rates", ""), scenarios)
+    measured_scenarios(scenarios, get("scenario_budget", 0))
     if "drawn_by" in parameters:
         find_method(parameters["drawn_by"]).sampler(without_evidence(scenarios))
     if {"backbone", "preset"} <= parameters.keys() and not is_own(parameters["backbone"]):
