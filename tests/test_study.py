@@ -28,6 +28,7 @@ from study.tiers import load_tier
 from lsgs_core import InputError
 
 ROOT = Path(__file__).parent.parent
+KILLS = 50
 
 
 def test_orphans_are_ended_and_others_are_not(tmp_path):
@@ -279,24 +280,25 @@ def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
     shutil.copytree(clone, whole, dirs_exist_ok=True)
     printed(*command(), folder=whole)
     chance = random.Random()
+    kinds = ["launcher", "snakemake", "papermill", "ipykernel_launcher"]
     killed: Counter[str] = Counter()
-    while killed.total() < 50:
+    while killed.total() < KILLS:
         # Not through a pipe, which orphans would hold open.
         process = subprocess.Popen(
             command(), cwd=clone, env=environment(clone), stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        time.sleep(chance.uniform(5, 40))
+        kind, tree = chance.choice(kinds), {process.pid: "launcher"}
+        while kind not in tree.values() and process.poll() is None:
+            time.sleep(0.5)  # until one of this kind runs, however slow the machine is
+            tree |= _tree(clone)
+        time.sleep(chance.uniform(0, 20))
+        tree = {process.pid: "launcher"} | _tree(clone)
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
             shutil.rmtree(clone / "work" / "smoke")
             continue
-        tree = {process.pid: "launcher"}
-        for found in psutil.process_iter():
-            if _is_marked(found, clone):
-                with suppress(psutil.Error):
-                    tree[found.pid] = _kind(found.cmdline())
-        kind = chance.choice(sorted(set(tree.values())))
+        kind = kind if kind in tree.values() else "launcher"
         with suppress(ProcessLookupError):
             os.kill(chance.choice([pid for pid in tree if tree[pid] == kind]), signal.SIGKILL)
             killed[kind] += 1
@@ -304,11 +306,11 @@ def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
             time.sleep(chance.uniform(0, 5))
             process.kill()
         process.wait()
-        if killed.total() == 25:
+        if killed.total() == KILLS // 2:
             written_tomorrow(clone / "work" / "smoke")
     print(f"killed: {dict(killed)}")
     printed(*command(), folder=clone)
-    assert {"launcher", "snakemake", "papermill", "ipykernel_launcher"} <= set(killed), killed
+    assert {*kinds} <= set(killed), killed
     assert not any(_is_marked(process, clone) for process in psutil.process_iter())
     assert not any((clone / ".snakemake" / "locks").iterdir())
     for path in (path for part in ("work", "results") for path in (clone / part).rglob("*")):
@@ -332,6 +334,16 @@ def written_tomorrow(folder: Path) -> None:
     """As if the clock had been a day ahead, and was set back."""
     for path in folder.rglob("*"):
         os.utime(path, (time.time() + 86_400,) * 2)
+
+
+def _tree(folder: Path) -> dict[int, str]:
+    """What the processes of a study are, by their number, but for the launcher."""
+    tree = {}
+    for found in psutil.process_iter():
+        if _is_marked(found, folder):
+            with suppress(psutil.Error):
+                tree[found.pid] = _kind(found.cmdline())
+    return tree
 
 
 def _kind(command: list[str]) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_type
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
@@ -185,6 +185,7 @@ def load_network(
     if "description" not in made_with:
         raise InputError(f"{path}: its record has no normalisation; run notebook 02 with it")
     where = f"{sidecar_path(path)}: description"
+    check_type(f"{sidecar_path(path)}: model", made_with.get("model", {}), dict)
     description = validated(Description, made_with["description"], where)
     bands, classes = [*map(len, description.bands.values())], len(description.classes)
     sizes = {"bands": bands, "classes": classes}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import pooch
@@ -80,7 +81,7 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
     make_folder(folder)
     if isinstance(source, DownloadSource):
         for member in tqdm(wanted, desc="download", unit="file"):
-            _download_file(source.url + member.path, member, folder)
+            _download_file(source.url + quote(member.path), member, folder)
         return folder
     with (
         tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
