@@ -11,6 +11,7 @@ import rasterio
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
@@ -96,14 +97,17 @@ def first_scene(
     ]
     for panel in empty:
         panel.axis("off")
-    for handles, title, left in zip(
-        legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
-    ):
-        empty[0].add_artist(
-            empty[0].legend(
-                handles=handles, title=title, loc="upper left", bbox_to_anchor=(left, 1)
-            )
+    of_classes, of_parts = (
+        Legend(
+            empty[0], handles, [str(handle.get_label()) for handle in handles], title=title,
+            loc="upper left", bbox_to_anchor=(left, 1), bbox_transform=empty[0].transAxes,
         )
+        for handles, title, left in zip(
+            legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
+        )
+    )  # fmt: skip
+    empty[0].add_artist(of_classes)
+    empty[0].add_artist(of_parts)
     for panel in panels[::3]:
         panel.set_ylabel(unit)
     for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
