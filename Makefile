@@ -60,13 +60,14 @@ bench: $(VENV)/installed
 
 # A scene mapped by a network, whatever sensors it has; RAW is the folder of its files, and MISSING
 # names sensors to do without: make map DATASET=demo WEIGHTS=results/networks/demo/cmx/fold0/seed0
-DATASET ?= demo
+MAPPED := $(or $(DATASET),demo)
 WEIGHTS ?= results/networks/demo/cmx/fold0/seed0
 map: $(VENV)/installed
 	mkdir -p work/maps
-	$(RUN_NOTEBOOK) --log-output notebooks/06_mapping.ipynb work/maps/$(DATASET).ipynb -p work ../work \
-		-p dataset $(DATASET) -p weights '$(abspath $(WEIGHTS))' $(if $(RAW),-p raw '$(abspath $(RAW))') \
+	$(RUN_NOTEBOOK) --log-output notebooks/06_mapping.ipynb work/maps/$(MAPPED).ipynb -p work ../work \
+		-p dataset $(MAPPED) -p weights '$(abspath $(WEIGHTS))' $(if $(RAW),-p raw '$(abspath $(RAW))') \
 		$(if $(MISSING),-p missing '$(MISSING)')
+	cat work/maps/$(MAPPED)/*/served.txt
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed
