@@ -19,7 +19,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ import scipy.io
 import shapely
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from study import commands
 from study.agreement import scoring_difference
-from study.artifacts import Record, check, describe, save_weights
+from study.artifacts import Record, check, describe, load_weights, save_weights
 from study.checkpoints import load_checkpoint, load_network
 from study.data import raw_files
 from study.data.manifest import load_manifest
@@ -420,9 +422,13 @@ def loads_weights(folder: Path, _: str) -> None:
     before = copy.deepcopy(model.state_dict())
     try:
         load_checkpoint(model, path)
-    finally:  # what was refused has changed nothing
+    except InputError:  # what was refused has changed nothing
         after = model.state_dict()
         assert all(torch.equal(after[key], value) for key, value in before.items())
+        raise
+    found, _ = load_weights(path)
+    assert all(torch.equal(model.state_dict()[key], value.float()) for key, value in found.items()
+               if value.is_floating_point())  # fmt: skip
 
 
 def reads_scoring(folder: Path, file: str) -> None:
@@ -578,6 +584,46 @@ def test_what_is_changed_is_right_before(folders, tmp_path_factory):
         if area["does"] != "call":
             folder = tmp_path_factory.mktemp("right")
             assert answer_of(area, {}, folders, folder) == "right", area["area"]
+
+
+bounded = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+JUNK = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JUNK |= st.sampled_from(["<absent>", "<10**400>", "<long>", "../../x", "${", "\0", [], {}, [[1]]])
+
+
+def places(content: Any, path: str = "") -> list[str]:
+    """The path of every entry of nested lists and dictionaries."""
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    found = []
+    for key, value in entries:
+        inner = f"{path}{key}"
+        found += [inner, *(places(value, f"{inner}.") if isinstance(value, dict | list) else [])]
+    return found
+
+
+@pytest.mark.parametrize("does", ["load_manifest", "load_tier", "read_evidence", "load_network"])
+@bounded
+@given(data=st.data())
+def test_junk_anywhere_is_named_or_right(does, data, folders, tmp_path_factory):
+    area = next(area for area in AREAS if area["does"] == does)
+    content = yaml.safe_load((folders(area["base"]) / area["file"]).read_text("utf-8"))
+    place = data.draw(st.sampled_from(places(content)))
+    answer_of(
+        area | {"within": ""}, {place: data.draw(JUNK)}, folders, tmp_path_factory.mktemp("junk")
+    )
+
+
+@bounded
+@given(data=st.data())
+def test_rasters_with_other_bytes_raise_nothing_else(data, folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes")
+    shutil.copytree(folders("layout pair"), folder, dirs_exist_ok=True)
+    path = data.draw(st.sampled_from(sorted((folder / "raw").glob("*.tif"))))
+    flip(path, *data.draw(st.lists(st.integers(0, 600), min_size=1, max_size=5)))
+    DEEDS["cut"](path, data.draw(st.sampled_from([1, 8, 4000, 9000])))
+    with suppress(InputError):
+        prepare(the_dataset(folder), folder / "raw", folder / "prepared")
+        make_patches(the_dataset(folder), folder / "prepared")
 
 
 def page() -> str:

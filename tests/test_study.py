@@ -52,20 +52,6 @@ def test_one_study_per_folder(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    ("arguments", "answer"),
-    [
-        (["run", "dmeo"], "expected one of"),
-        (["publish", "nothing"], "expected one of"),
-        (["run", "smoke", "--cores", "0"], "--cores: expected 1 or more, found 0"),
-        (["run", "smoke", "--cores", "-1"], "--cores: expected 1 or more, found -1"),
-    ],
-)
-def test_a_wrong_command_fails_before_anything_runs(arguments, answer, capsys):
-    assert main(arguments) == 2
-    assert answer in capsys.readouterr().err
-
-
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr("study.commands.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
@@ -154,18 +140,6 @@ def test_a_name_that_a_shell_would_run_is_refused(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.rglob("pwned"))
     text = (ROOT / "Snakefile").read_text()
     assert not re.findall(r"\{(?:params|log|output|input)[^}:]*\}", text)  # all are quoted: `:q`
-
-
-@pytest.mark.parametrize("place", ["results", "results/smoke", "work", "work/smoke"])
-def test_a_file_where_a_folder_must_be(tmp_path, monkeypatch, capsys, place):
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
-    monkeypatch.setattr(commands, "ROOT", tmp_path)
-    (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / place).touch()
-    assert main(["run", "smoke", "--cores", "1"]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(f"error: .*{place}.*expected a folder.*\n", said)
 
 
 FAILED_CELL = {

@@ -34,8 +34,9 @@ NOTEBOOK_FOLDER = Path(__file__).parents[1]
 # A scoring of two modalities, from which every method can be made, to look at its settings.
 _D, _P = np.array([1.0, 0.5, 0.0]), np.full(3, 1 / 3)
 EXAMPLE = Evidence(
-    ScenarioSet.of(["A", "B"]), _P, _D, _D[:, None], measure=lambda: _P, prediction_distortion=_D
-)
+    ScenarioSet.of(["A", "B"]), _P, _D, _D[:, None], steps=10**6, measure=lambda: _P,
+    prediction_distortion=_D,
+)  # fmt: skip
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=10**6)]
 OrDefault = Annotated[int, Field(ge=-1, le=10**6)]  # -1 is the manifest's value
@@ -177,7 +178,7 @@ def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any
             data set does not allow.
     """
     model = notebook_model(notebook, NOTEBOOK_FOLDER)
-    parameters = {name: names.get(name) for name in model.model_fields}
+    parameters: dict[str, Any] = {name: names.get(name) for name in model.model_fields}
     validated(model, parameters, notebook)
     if {"dataset", "task"} <= parameters.keys():
         manifest = load_manifest(Path(parameters["manifest"]))

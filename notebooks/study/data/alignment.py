@@ -35,9 +35,7 @@ STEP = 1024  # side in pixels of the windows that are processed: it bounds the m
 # GDAL's own default grows with the machine.
 ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256}
 # Formats that say where pixels are: in files that no hash covers, or at addresses.
-INDIRECT = {
-    *["VRT", "DERIVED", "GTI", "STACIT", "STACTA", "WMS", "WMTS", "WCS", "DAAS", "EEDAI", "MRF"]
-}
+INDIRECT = {"VRT", "DERIVED", "GTI", "STACIT", "STACTA", "WMS", "WMTS", "WCS", "DAAS", "MRF"}
 MAT_VARIABLE = "inputPatch"  # the array in the .mat patches of the paper's authors
 PLANE = "EPSG:3857"  # to compare two grids without georeference, any metric system serves
 SCALE_TOLERANCE = 0.02

@@ -415,16 +415,18 @@ class DiagonalBlocks(Strict):
     margin: Count
     validation_blocks: Count = 1
 
-    def check_fit(self, size: int) -> None:
+    def check_fit(self, size: int, where: str = "") -> None:
         """Raise `InputError` when blocks, margins and patches of a size do not fit each other."""
         if self.block_size < size or self.block_size % size:
             raise InputError(
-                f"block_size: expected a multiple of the patch size {size}, found {self.block_size}"
+                f"{where}block_size: expected a multiple of the patch size {size}, "
+                f"found {self.block_size}"
             )
         if self.validation_blocks and self.block_size < size + 2 * self.margin:
             raise InputError(
-                f"block_size: validation needs a tile of {size} and a margin of {self.margin} on "
-                f"each side in a block, {size + 2 * self.margin} pixels, found {self.block_size}"
+                f"{where}block_size: validation needs a tile of {size} and a margin of "
+                f"{self.margin} on each side in a block, {size + 2 * self.margin} pixels, "
+                f"found {self.block_size}"
             )
 
 
@@ -586,10 +588,7 @@ class Dataset(Strict):
             raise ValueError("may_be_absent: the modality of the reference band is always needed")
         for name, folds in self.folds.items():
             if isinstance(folds, DiagonalBlocks):
-                try:
-                    folds.check_fit(self.patches.size)
-                except InputError as error:
-                    raise ValueError(f"folds.{name}.{error}") from None
+                folds.check_fit(self.patches.size, f"folds.{name}.")
         return self
 
     @model_validator(mode="after")

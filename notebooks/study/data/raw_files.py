@@ -76,6 +76,8 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
         # Resolving also follows links that lie in the folder.
         if not (folder / member.path).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"member {member.path}: would be written outside {folder}")
+        if (folder / member.path).is_dir():
+            raise InputError(f"member {member.path}: a folder of this name is in {folder}")
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
     make_folder(folder)
@@ -110,6 +112,9 @@ def _download_file(url: str, member: Member, folder: Path) -> None:
         pooch.retrieve(url, f"sha256:{member.sha256}", target.name, target.parent)
     except (OSError, ValueError) as error:  # an address without an answer; another hash
         raise InputError(f"{url}: could not be downloaded: {error}") from error
+    if problem := member_problem(member, folder):
+        target.unlink()
+        raise InputError(problem)
 
 
 def _download(source: PackageSource, folder: Path) -> Path:
