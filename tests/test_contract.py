@@ -392,7 +392,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         lambda parts: finite([part.distortion.sum() for part in parts]),
     ),
     "measured_scenarios": (
-        regression.measured_scenarios, {"scenarios": ScenarioSet.of("ABCD"), "budget": 10},
+        regression.measured_scenarios, {"scenarios": ScenarioSet.of([*"ABCD"]), "budget": 10},
         lambda found: in_unit(found / 14),
     ),
     "regress_scenarios": (
