@@ -40,8 +40,8 @@ from lsgs_core import (
     distributions,
     methods,
     probabilities,
-    regression,
     randomness,
+    regression,
     sampling,
     scoring_file,
     uncertainty,
@@ -406,7 +406,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         lambda parts: finite([part.distortion.sum() for part in parts]),
     ),
     "measured_scenarios": (
-        regression.measured_scenarios, {"scenarios": ScenarioSet.of("ABCD"), "budget": 10},
+        regression.measured_scenarios, {"scenarios": ScenarioSet.of([*"ABCD"]), "budget": 10},
         lambda found: in_unit(found / 14),
     ),
     "regress_scenarios": (
