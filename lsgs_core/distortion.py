@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError, array_of, check_type, real_numbers, shown
+from lsgs_core.regression import measured_scenarios, regress_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
 # Number of scenarios whose latents a backbone computes at a time: memory does not grow with K.
@@ -43,6 +44,8 @@ class ScenarioScores:
         patch_ids: Identifiers of the patches, int64 [N]; where batches carry none, their position
             among all patches, skipped ones included.
         block_ids: Spatial block of each patch, int64 [N]; `patch_ids` where batches carry none.
+        predictive_error: Standard deviation of D where it is predicted from the measured scenarios,
+            float64 [K]; 0 where it was measured. Predicted d_k(x) can be negative, D is not.
     """
 
     scenarios: ScenarioSet
@@ -52,11 +55,12 @@ class ScenarioScores:
     latent_shift: NDArray[np.float64]
     patch_ids: NDArray[np.int64]
     block_ids: NDArray[np.int64]
+    predictive_error: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class BatchScores:
-    """The scores of one batch with B complete patches, for K scenarios.
+    """The scores of one batch with B complete patches, for the K scenarios that are measured.
 
     Attributes:
         distortion: d_k(x), float64 [B, K].
@@ -78,6 +82,7 @@ def score_scenarios(
     device: torch.device | str | None = None,
     until: Callable[[NDArray[np.float64], NDArray[np.int64]], bool] | None = None,
     progress: bool = True,
+    scenario_budget: int = 0,
 ) -> ScenarioScores:
     """Measure the distortion of every scenario.
 
@@ -97,26 +102,29 @@ def score_scenarios(
             d_k(x) [N, K] and the block ids [N] of all patches so far; True ends the scoring.
             Patches must then come in random order.
         progress: True shows a progress bar over the batches.
+        scenario_budget: Measure so many scenarios, and predict the others by
+            `regression.regress_scenarios`; 0 measures all.
 
     Returns:
         Distortions with clustered standard errors, and the values that later steps use.
 
     Raises:
         InputError: No patch is complete, batches or latents have another form, a latent is not
-            finite (the message names the patches), or another thread is scoring the network.
+            finite (the message names the patches), the budget is too small, or another thread is
+            scoring the network.
     """
     if until is not None:
         check_type("until", until, Callable)
     parts: list[BatchScores] = []
-    with closing(score_batches(model, batches, scenarios, device, progress)) as scored:
+    batch_scores = score_batches(model, batches, scenarios, device, progress, scenario_budget)
+    with closing(batch_scores) as scored:
         for part in scored:
             parts.append(part)
-            if until and until(
-                np.concatenate([one.distortion for one in parts]),
-                np.concatenate([one.block_ids for one in parts]),
-            ):
-                break
-    return joined_scores(parts, scenarios)
+            if until:
+                so_far = joined_scores(parts, scenarios, scenario_budget)
+                if until(so_far.patch_distortion, so_far.block_ids):
+                    break
+    return joined_scores(parts, scenarios, scenario_budget)
 
 
 def score_batches(
@@ -125,6 +133,7 @@ def score_batches(
     scenarios: ScenarioSet,
     device: torch.device | str | None = None,
     progress: bool = True,
+    scenario_budget: int = 0,
 ) -> Generator[BatchScores, None, None]:
     """Yield the scores of each batch with a complete patch, for callers that share batches out.
 
@@ -149,7 +158,8 @@ def score_batches(
         expected = sorted(names or {"cpu"})
         raise InputError(f"device: expected {expected}, as the model has, found {shown(device)}")
     target = torch.device(device or next(iter(devices), "cpu"))
-    masks = torch.tensor(scenarios.masks, device=target)
+    measured = measured_scenarios(scenarios, scenario_budget)
+    masks = torch.tensor(scenarios.masks[measured], device=target)
     position = 0  # of the first patch of a batch
     with _evaluation_mode(model) as scored:
         for item in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
@@ -166,35 +176,49 @@ def score_batches(
             yield BatchScores(distortion, shift, ids, blocks)
 
 
-def joined_scores(parts: Sequence[BatchScores], scenarios: ScenarioSet) -> ScenarioScores:
+def joined_scores(
+    parts: Sequence[BatchScores], scenarios: ScenarioSet, scenario_budget: int = 0
+) -> ScenarioScores:
     """Return the scores of all batches, in their order.
+
+    Scenarios that the budget left out are predicted; the prediction is linear, so that it holds for
+    D, for the d_k(x) and for the latent shift alike.
 
     Raises:
         InputError: No batch had a complete patch, or the latents of batches differ in channels.
     """
-    check_type("scenarios", scenarios, ScenarioSet)
+    measured = measured_scenarios(scenarios, scenario_budget)
     check_type("batches", parts, Sequence)
     channels = set()
     for part in parts:
         check_type("batches", part, BatchScores)
         count = len(array_of("patch_ids", part.patch_ids, "iu", [None]))
         array_of("block_ids", part.block_ids, "iu", [count])
-        real_numbers("distortion", part.distortion, [count, len(scenarios)])
-        channels.add(real_numbers("latent shift", part.shift, [len(scenarios), None]).shape)
+        real_numbers("distortion", part.distortion, [count, len(measured)])
+        channels.add(real_numbers("latent shift", part.shift, [len(measured), None]).shape)
     if not parts:
         raise InputError("batches: expected at least one patch with every modality, found none")
     if len(channels) > 1:
         raise InputError("latent: expected the same number of channels in every batch")
     patch_distortion = np.concatenate([part.distortion for part in parts])
     block_ids = np.concatenate([part.block_ids for part in parts])
+    latent_shift = np.sum([part.shift for part in parts], axis=0) / len(patch_distortion)
+    predictive_error = np.zeros(len(scenarios))
+    if len(measured) < len(scenarios):
+        means = patch_distortion.mean(axis=0)
+        regression = regress_scenarios(scenarios.masks, measured, means)
+        patch_distortion = patch_distortion @ regression.weights.T
+        latent_shift = regression.weights @ latent_shift
+        predictive_error = regression.error
     return ScenarioScores(
         scenarios=scenarios,
-        distortion=patch_distortion.mean(axis=0),
+        distortion=np.maximum(patch_distortion.mean(axis=0), 0.0),
         standard_error=clustered_standard_error(patch_distortion, block_ids),
         patch_distortion=patch_distortion,
-        latent_shift=np.sum([part.shift for part in parts], axis=0) / len(patch_distortion),
+        latent_shift=latent_shift,
         patch_ids=np.concatenate([part.patch_ids for part in parts]),
         block_ids=block_ids,
+        predictive_error=predictive_error,
     )
 
 

@@ -31,6 +31,7 @@ def bootstrap_probabilities(
     to_probabilities: ToProbabilities,
     resamples: int = 1000,
     seed: int = 0,
+    predictive_error: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Compute p for resampled scorings, in which spatial blocks are drawn with replacement.
 
@@ -43,6 +44,8 @@ def bootstrap_probabilities(
         to_probabilities: Function from D [K] to p [K].
         resamples: Number of resamples R.
         seed: Random seed of the resampling.
+        predictive_error: Standard deviation of D where it is predicted, [K]; independent normal
+            errors of this size are added to each resample.
 
     Returns:
         float64 [R, K]; the standard deviations over R are the standard errors of p.
@@ -62,7 +65,11 @@ def bootstrap_probabilities(
     shares = np.full(len(labels), 1 / len(labels))
     weights = generator("bootstrap", seed).multinomial(len(labels), shares, size=resamples)
     distortions = (weights @ sums) / (weights @ np.bincount(positions))[:, None]
-    found = [to_probabilities(distortion) for distortion in distortions]
+    if predictive_error is not None:
+        errors = real_numbers("predictive_error", predictive_error, [distortions.shape[1]])
+        noise = generator("bootstrap", seed, index=1).standard_normal(distortions.shape)
+        distortions = distortions + noise * errors
+    found = [to_probabilities(distortion) for distortion in np.maximum(distortions, 0.0)]
     return real_numbers("to_probabilities", found, [None, None])
 
 
@@ -71,11 +78,13 @@ def stopping_error(
 ) -> NDArray[np.float64]:
     """Return how far p may be from the p of the whole pass, of which these patches are the first.
 
-    In random order they are a simple random sample of the pass, whatever their blocks. Its variance
+    In random order they are a simple random sample of the pass, whatever their blocks. The variance
     is that of the jackknife, times 1 - n / N because the pass has an end (Cochran 1977, section
-    2.6): the error is 0 after all patches. (What other blocks of the world would give is
-    another question, which `bootstrap_probabilities` answers.) A few patches can hold much of D, and
-    one as far out as the farthest may be unseen yet, so the largest change by a part is added.
+    2.6), so that the error is 0 after all patches. What other blocks of the world would give is
+    another question, which `bootstrap_probabilities` answers.
+
+    A few patches can hold much of D, and such patches may not have come yet. So twice the largest
+    change that a part makes is added, and no error is stated below the root mean square of all.
 
     Args:
         patch_distortion: d_k(x) of the first n patches of the pass, [n, K], in their random order.
@@ -96,11 +105,12 @@ def stopping_error(
     parts = np.array_split(values, min(len(values), JACKKNIFE_PARTS))
     others = 1 - np.eye(len(parts))
     sums, sizes = np.array([part.sum(axis=0) for part in parts]), [len(part) for part in parts]
-    found = [to_probabilities(rest) for rest in others @ sums / (others @ sizes)[:, None]]
+    means = np.maximum(others @ sums / (others @ sizes)[:, None], 0.0)  # predictions can be below
+    found = [to_probabilities(mean) for mean in means]
     changes = real_numbers("to_probabilities", found, [None, None])
     squares = np.square(changes - changes.mean(axis=0))
-    variance = (1 - 1 / len(parts)) * squares.sum(axis=0) + squares.max(axis=0)
-    return np.sqrt((1 - len(values) / count) * variance)
+    variance = (1 - 1 / len(parts)) * squares.sum(axis=0) + 4 * squares.max(axis=0)
+    return np.sqrt((1 - len(values) / count) * np.maximum(variance, variance.mean()))
 
 
 def stop_when_precise(
@@ -109,8 +119,8 @@ def stop_when_precise(
     """Return a stopping rule for `score_scenarios(..., until=...)`.
 
     The rule is met once the `stopping_error` of every p is at most the tolerance. The patches must
-    come in random order, across blocks. It is looked at after `FEWEST_PATCHES` and then after each
-    tenth more, because an error that is looked at often is met by chance.
+    come in random order, across blocks. The error is computed after `FEWEST_PATCHES` and then
+    whenever there are a tenth more, because one that is computed often is small once by chance.
 
     Args:
         tolerance: Largest standard error of p that is allowed, against the whole pass.
@@ -123,17 +133,16 @@ def stop_when_precise(
     tolerance = check_number("tolerance", tolerance, lambda x: x > 0, "a positive number")
     check_type("to_probabilities", to_probabilities, Callable)
     check_count("patches", patches, 2, 2**53)
-    looked = 0  # number of patches when it was last looked at
+    computed = 0  # number of patches when the error was last computed
 
     def is_precise(patch_distortion: NDArray[np.float64], blocks: NDArray[np.int64]) -> bool:
-        nonlocal looked
+        nonlocal computed
         count = len(array_of("blocks", blocks, "iu", [None]))
-        if count < FEWEST_PATCHES or looked < count < 1.1 * looked:
+        if count < FEWEST_PATCHES or computed < count < 1.1 * computed:
             return False
-        looked = count
-        return bool(
-            (stopping_error(patch_distortion, to_probabilities, patches) <= tolerance).all()
-        )
+        computed = count
+        error = stopping_error(patch_distortion, to_probabilities, patches)
+        return bool((error <= tolerance).all())
 
     return is_precise
 

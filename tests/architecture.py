@@ -14,7 +14,7 @@ BOXES = {
     "foundations": "errors batch randomness",
     "scenarios": "scenarios",
     "models": "models",
-    "distortion": "distortion",
+    "distortion": "distortion regression",
     "probabilities": "probabilities uncertainty",
     "sampling": "sampling distributions adaptive dropout",
     "methods": "methods scoring_file",

@@ -41,6 +41,7 @@ from lsgs_core import (
     methods,
     probabilities,
     randomness,
+    regression,
     sampling,
     scoring_file,
     uncertainty,
@@ -52,7 +53,7 @@ from lsgs_core.models.cpu import accelerate_on_cpu
 MODULES = (
     *("scenarios", "sampling", "distributions", "adaptive", "probabilities", "uncertainty"),
     *("distortion", "scoring_file", "randomness", "methods", "batch", "models", "models.adapter"),
-    *("models.lora", "dropout"),
+    *("models.lora", "dropout", "regression"),
 )
 SET, K = ScenarioSet.of(["A", "B", "C"]), 7
 D = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
@@ -63,7 +64,7 @@ KERNEL = probabilities.rbf_kernel(D, 1.0)[0]
 EIGEN = np.linalg.eigh(KERNEL)
 PATCHES, BLOCKS = np.random.default_rng(1).random((20, K)), np.arange(20) // 2
 PAPER = {"direction": 1.0, "ridge": 1e-3, "inverse_temperature": 0.5, "mixing": 0.5}
-SCORES = distortion.ScenarioScores(SET, D, D, PATCHES, SHIFT, np.arange(20), BLOCKS)
+SCORES = distortion.ScenarioScores(SET, D, D, PATCHES, SHIFT, np.arange(20), BLOCKS, 0 * D)
 PART = distortion.BatchScores(PATCHES, SHIFT, np.arange(20), BLOCKS)
 EVIDENCE = methods.Evidence(
     SET, P, D, SHIFT, P, PAPER, epochs=3, steps=9, measure=lambda: P, prediction_distortion=D
@@ -378,7 +379,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
     "bootstrap_probabilities": (
         uncertainty.bootstrap_probabilities,
         {"patch_distortion": PATCHES, "blocks": BLOCKS, "to_probabilities": np.square,
-         "resamples": 5, "seed": 1},
+         "resamples": 5, "seed": 1, "predictive_error": D},
         finite,
     ),
     "stop_when_precise": (
@@ -395,15 +396,31 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         lambda report: finite([v for k, v in report.items() if k != "kernel_condition"]),
     ),
     "score_scenarios": (
-        distortion.score_scenarios, {**SCORING, "until": lambda d, blocks: True}, scored,
+        distortion.score_scenarios,
+        {**SCORING, "until": lambda d, blocks: True, "scenario_budget": 7},
+        scored,
     ),
     "score_batches": (
         lambda **arguments: [*distortion.score_batches(**arguments)],
         SCORING,
         lambda parts: finite([part.distortion.sum() for part in parts]),
     ),
+    "measured_scenarios": (
+        regression.measured_scenarios, {"scenarios": ScenarioSet.of([*"ABCD"]), "budget": 10},
+        lambda found: in_unit(found / 14),
+    ),
+    "regress_scenarios": (
+        regression.regress_scenarios,
+        {"masks": MASKS, "measured": np.array([0, 1, 5, 6]), "distortion": D[[0, 1, 5, 6]]},
+        lambda result: finite([*result.weights.T, result.error]),
+    ),
+    "stopping_error": (
+        uncertainty.stopping_error,
+        {"patch_distortion": PATCHES, "to_probabilities": np.square, "patches": 30},
+        finite,
+    ),
     "joined_scores": (
-        distortion.joined_scores, {"parts": [PART], "scenarios": SET},
+        distortion.joined_scores, {"parts": [PART], "scenarios": SET, "scenario_budget": 0},
         lambda scores: finite(scores.distortion),
     ),
     "clustered_standard_error": (

@@ -18,6 +18,7 @@ from lsgs_core.distortion import (
 )
 from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.randomness import generator
+from lsgs_core.uncertainty import ToProbabilities, stopping_error
 from study.artifacts import is_made, load_weights, save_weights
 from study.devices import Processes, in_processes, is_first_process
 
@@ -50,7 +51,8 @@ def scored(
     """
     inputs = {"weights": run.weights_sha256()}
     more = {"stopped_by": dict(stopped_by or {})}
-    record = run.record("training_patches", "batch_size", inputs=inputs, **more)
+    names = ("training_patches", "batch_size", "scenario_budget")
+    record = run.record(*names, inputs=inputs, **more)
     path = run.scores / SCORES[measured]
     if is_made(path, record):
         tensors, _ = load_weights(path)
@@ -59,8 +61,8 @@ def scored(
     scores: ScenarioScores = in_processes(
         score, (run, measured, until), processes, run.parameters["device"]
     )
-    names = [field.name for field in fields(scores) if field.name != "scenarios"]
-    save_weights(path, {n: torch.from_numpy(getattr(scores, n)) for n in names}, record)
+    arrays = [field.name for field in fields(scores) if field.name != "scenarios"]
+    save_weights(path, {n: torch.from_numpy(getattr(scores, n)) for n in arrays}, record)
     return scores
 
 
@@ -69,7 +71,7 @@ def score(run: "NetworkRun", measured: Measured, until: Until | None) -> Scenari
 
     Each takes every n-th batch. The result is that of one process.
     """
-    size = run.parameters["batch_size"]
+    size, budget = run.parameters["batch_size"], run.parameters["scenario_budget"]
     model: nn.Module = run.pretrained()
     scenarios = run.scenarios
     if measured == "prediction":
@@ -77,13 +79,46 @@ def score(run: "NetworkRun", measured: Measured, until: Until | None) -> Scenari
     if until is not None:
         order = generator("order", run.parameters["pretraining_seed"])
         batches = run.training.batches(size, order.permutation(len(run.training)))
-        return score_scenarios(model, batches, scenarios, until=until)
+        return score_scenarios(model, batches, scenarios, until=until, scenario_budget=budget)
     processes = Processes(run.device)
     positions = np.arange(len(run.training))
     starts = range(processes.rank * size, len(positions), processes.count * size)
     batches = run.training.batches_of([positions[start : start + size] for start in starts])
-    own = [*score_batches(model, batches, scenarios, progress=is_first_process())]
+    own = [
+        *score_batches(
+            model, batches, scenarios, progress=is_first_process(), scenario_budget=budget
+        )
+    ]
     position = {patch: place for place, patch in enumerate(run.training.patch_ids.tolist())}
     parts: list[BatchScores] = [part for share in processes.gather(own) for part in share]
     parts.sort(key=lambda part: position[int(part.patch_ids[0])])
-    return joined_scores(parts, scenarios)
+    return joined_scores(parts, scenarios, budget)
+
+
+def precision_sentence(
+    scores: ScenarioScores,
+    patches: int,
+    tolerance: float,
+    to_probabilities: ToProbabilities,
+    scene_error: NDArray[np.float64],
+) -> str:
+    """Say how precisely p is known: against the whole pass, and beyond this scene's blocks.
+
+    Args:
+        scores: The scoring, of patches in random order where it was stopped.
+        patches: Number of patches of the whole pass.
+        tolerance: Standard error of p at which it was to stop; 0 where it was not.
+        to_probabilities: Function from D to p.
+        scene_error: Standard error of p over resampled blocks, [K].
+    """
+    count, blocks = len(scores.patch_ids), len(np.unique(scores.block_ids))
+    text = f"{count} of {patches} patches scored"
+    if 2 <= count < patches and tolerance:
+        error = stopping_error(scores.patch_distortion, to_probabilities, patches).max()
+        text += f"; every p is known to {error:.4f}, against the whole pass"
+    elif tolerance:
+        text += f": too few to stop before the end for a standard error of {tolerance}"
+    text += f"; {blocks} blocks of another place would give another p by {scene_error.max():.4f}"
+    if tolerance and scene_error.max() > tolerance:
+        text += ", more than the tolerance: more patches of this scene do not help"
+    return text

@@ -10,22 +10,29 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
 from lsgs_core.models import Backbone, build_backbone
+from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.models.cpu import accelerate_on_cpu
+from lsgs_core.probabilities import scenario_probabilities
+from lsgs_core.randomness import generator
+from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import ScenarioSet
+from lsgs_core.uncertainty import stop_when_precise, stopping_error
 from study.data.patches import PatchDataset
 from study.published_form import as_published
 
@@ -47,12 +54,15 @@ class Case:
     """A network, the size of its input, and what is computed.
 
     Attributes:
-        task: "scoring" or "training".
+        task: "scoring", "prediction scoring" (D of the prediction, which needs decoders) or
+            "training".
         backbone: Name of a backbone.
         preset: Size of the backbone.
         modalities: Number of modalities, of three bands each.
         size: Height and width of a patch, pixels.
         batch: Patches at a time; the plain form scores them one by one.
+        budget: Scenarios that ours measures, the others being predicted; 0 measures all, as the
+            plain form does.
     """
 
     task: str = "scoring"
@@ -61,17 +71,27 @@ class Case:
     modalities: int = 3
     size: int = 224
     batch: int = 1
+    budget: int = 0
 
 
 CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
 
 
-def growth(case: Case) -> dict[str, list[Case]]:
-    """Return cases with another number of modalities, patch size and batch, by that field."""
+def growth(case: Case, most: int = 5, budget: int = 60) -> dict[str, list[Case]]:
+    """Return cases with another number of modalities, patch size and batch, by that field.
+
+    Of modalities there are up to `most`, and where they have more scenarios than the budget, a
+    second case of so many scenarios.
+    """
     half = max(32, case.size // 64 * 32)  # CMX halves a patch five times
     sizes = sorted({half, case.size, case.size + half})
     return {
-        "modalities": [replace(case, modalities=count) for count in range(2, 6)],
+        "modalities": [
+            replace(case, modalities=count, budget=scenarios)
+            for scenarios in (0, budget)
+            for count in range(2, most + 1)
+            if 2**count - 1 > scenarios
+        ],
         "size": [replace(case, size=size) for size in sizes],
         "batch": [replace(case, batch=count) for count in (1, 2, 4)],
     }
@@ -88,7 +108,9 @@ class _Workload:
         shape = case.batch, case.modalities, 3, case.size, case.size
         self.images = torch.randn(shape).to(device)
         names = [f"modality {index}" for index in range(case.modalities)]
-        self.masks = torch.tensor(ScenarioSet.of(names).masks, device=device)  # (K, M), full last
+        scenarios = ScenarioSet.of(names)
+        self.masks = torch.tensor(scenarios.masks, device=device)  # (K, M), full last
+        self.measured = self.masks[measured_scenarios(scenarios, case.budget)]
 
     def run(self, form: str, plain_forwards: int = 0) -> Callable[[], dict[str, float]]:
         """Return a function that runs a form with its own weights and returns seconds by part."""
@@ -100,6 +122,9 @@ class _Workload:
         model.eval()
         if form == "plain":
             return lambda: self._score_plainly(model, plain_forwards)
+        if self.case.task == "prediction scoring":
+            predicting = PredictionModel(model).for_scoring()
+            return lambda: self._predict(predicting)
         scored = model.for_scoring()
         return lambda: self._score(scored)
 
@@ -116,7 +141,14 @@ class _Workload:
     @torch.inference_mode()
     def _score(self, model: Backbone) -> dict[str, float]:
         with _timed(model) as seconds:
-            model.scenario_latents(self.images, self.masks)
+            model.scenario_latents(self.images, self.measured)
+        return seconds
+
+    @torch.inference_mode()
+    def _predict(self, predicting: PredictionModel) -> dict[str, float]:
+        with _timed(predicting.model) as seconds:
+            for mask in self.measured:
+                predicting.latent(self.images.unbind(1), mask.expand(len(self.images), -1))
         return seconds
 
     def _train(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
@@ -182,6 +214,73 @@ def ratios(timings: pd.DataFrame) -> pd.DataFrame:
     table = runs.pivot_table("seconds", CASE, "form", aggfunc="median", sort=False)[list(FORMS)]
     table = table.reset_index().rename_axis(columns=None)
     return table.assign(ratio=table["plain"] / table["ours"])
+
+
+def stopped_passes(
+    patch_distortion: NDArray[np.float64], tolerance: float, patches: int, orders: int
+) -> pd.DataFrame:
+    """Stop passes over many patches, in repeated random orders, when p is known.
+
+    Args:
+        patch_distortion: d_k(x) of a trained network, [N, K].
+        tolerance: Standard error of p at which a pass stops.
+        patches: Number of patches of the pass; more than N are drawn from the N with replacement.
+        orders: Number of passes.
+
+    Returns:
+        One row per pass: the patches that were `needed`, the share of p that lies within two stated
+        errors of the whole pass's (`covered`), and the largest `difference` from it.
+    """
+
+    def to_probabilities(distortion: NDArray[np.float64]) -> NDArray[np.float64]:
+        return scenario_probabilities(distortion).probabilities
+
+    rows = []
+    for order in tqdm(range(orders), desc="stopped passes", unit="pass"):
+        chosen = generator("order", order).choice(
+            len(patch_distortion), patches, replace=patches > len(patch_distortion)
+        )
+        values = patch_distortion[chosen]
+        enough = stop_when_precise(tolerance, to_probabilities, patches)
+        counts = (*range(8, patches, 8), patches)
+        count = next((n for n in counts if enough(values[:n], chosen[:n])), patches)
+        error = stopping_error(values[:count], to_probabilities, patches)
+        whole, stopped = (to_probabilities(part.mean(axis=0)) for part in (values, values[:count]))
+        difference = np.abs(stopped - whole)
+        covered = float((difference <= 2 * error + 1e-12).mean())
+        rows.append({"needed": count, "covered": covered, "difference": difference.max()})
+    return pd.DataFrame(rows)
+
+
+def time_to_probabilities(
+    table: pd.DataFrame,
+    patch_distortion: Mapping[str, NDArray[np.float64]],
+    patches: int,
+    orders: int,
+    tolerances: Sequence[float] = (0.01, 0.005),
+) -> pd.DataFrame:
+    """Return the hours until p is there, whole passes and stopped ones, by backbone.
+
+    Args:
+        table: Table of `ratios`, whose seconds per patch are multiplied.
+        patch_distortion: d_k(x) [N, K] of a trained network of each backbone.
+        patches: Number of patches of the whole pass.
+        orders: As in `stopped_passes`.
+        tolerances: Standard errors of p at which passes stop.
+    """
+    rows = []
+    for _, case in table[table["task"] == "scoring"].iterrows():
+        backbone = case["backbone"]
+        hours = {name: case[name] * patches / 3600 for name in FORMS}
+        row = {"backbone": backbone, "published, hours": hours["plain"], "ours": hours["ours"]}
+        for tolerance in tolerances:
+            passes = stopped_passes(patch_distortion[backbone], tolerance, patches, orders)
+            needed = passes["needed"].mean()
+            row |= {f"patches to ±{tolerance}": needed,
+                    f"ours to ±{tolerance}": needed * case["ours"] / 3600,
+                    f"covered at ±{tolerance}": passes["covered"].mean()}  # fmt: skip
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from lsgs_core.probabilities import ScenarioProbabilities, standardise
 from study.figures import PALETTE
 
 READABLE = 15  # scenarios whose names fit beside each other
+MOST_SHOWN = 63  # scenarios in a figure: all of six modalities
 SETTING_TITLES = {
     "inverse_temperature": "inverse temperature τ",
     "mixing": "mixing γ",
@@ -26,35 +27,57 @@ SETTING_TITLES = {
 }
 
 
+def _shown(result: ScenarioProbabilities) -> tuple[NDArray[np.int64], str]:
+    """Return the scenarios that a figure shows, in order, and a note where it leaves some out.
+
+    Of more than `MOST_SHOWN`, every n-th in the order of p is shown, both ends included.
+    """
+    count = len(result.probabilities)
+    if count <= MOST_SHOWN:
+        return np.arange(count), ""
+    ranks = np.linspace(0, count - 1, MOST_SHOWN).round().astype(int)
+    chosen = np.argsort(result.probabilities, kind="stable")[ranks]
+    return np.sort(chosen), f"{MOST_SHOWN} of {count} scenarios, spread over p"
+
+
 def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) -> Figure:
     """Draw a row per scenario: its modalities, its distortion, and how often it is drawn.
 
-    Bars of the distortion have one standard error, clustered by spatial block.
+    Bars of the distortion have one standard error, clustered by spatial block; where D is
+    predicted, its predictive error is added in squares, and the bar is hatched.
     """
     scenarios = scores.scenarios
-    rows = np.arange(len(scenarios))
+    chosen, note = _shown(result)
+    masks, missing = scenarios.masks[chosen], scenarios.missing[chosen]
+    predicted = scores.predictive_error[chosen]
+    error = np.hypot(scores.standard_error[chosen], predicted)
+    rows = np.arange(len(chosen))
     shades = sns.color_palette("crest", len(scenarios.modalities))
-    colours = [shades[int(missing)] for missing in scenarios.missing]
+    colours = [shades[index] for index in missing]
+    hatches = ["////" if one else "" for one in predicted]
     size, layout = (9, 0.8 + 0.32 * len(rows)), ConstrainedLayoutEngine(w_pad=0.1)
     figure, axes = plt.subplots(
         1, 3, figsize=size, width_ratios=(1, 2.2, 2.2), sharey=True, layout=layout
     )
-    row, column = np.nonzero(scenarios.masks)
+    row, column = np.nonzero(masks)
     axes[0].scatter(column, row, s=90, color="#262626")
-    row, column = np.nonzero(~scenarios.masks)
+    row, column = np.nonzero(~masks)
     axes[0].scatter(column, row, s=90, facecolors="none", edgecolors="#999999")
     axes[0].set_xticks(range(len(scenarios.modalities)), scenarios.modalities)
-    axes[0].set_yticks(rows, scenarios.names)
+    axes[0].set_yticks(rows, [scenarios.names[k] for k in chosen])
     axes[0].set(title="1  what is there", xlim=(-0.6, len(scenarios.modalities) - 0.4))
-    axes[1].barh(rows, scores.distortion, xerr=scores.standard_error, color=colours, capsize=2)
+    bars = axes[1].barh(rows, scores.distortion[chosen], xerr=error, color=colours, capsize=2)
+    for bar, hatch in zip(bars, hatches, strict=True):
+        bar.set(hatch=hatch, edgecolor="white")
     axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
-    axes[2].barh(rows, result.probabilities, color=colours)
-    axes[2].plot(result.prior, rows, color="#262626", linestyle="--")
+    axes[2].barh(rows, result.probabilities[chosen], color=colours)
+    axes[2].plot(result.prior[chosen], rows, color="#262626", linestyle="--")
     label = f"probability p (dashed: {_prior_title(result)})"
     axes[2].set(title="3  how often training draws it", xlabel=label)
     axes[0].invert_yaxis()
     handles = [Patch(color=shade, label=f"{n} missing") for n, shade in enumerate(shades)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(note + "; hatched: D is predicted" * bool(predicted.any()))
     return figure
 
 
@@ -62,12 +85,14 @@ def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Fi
     """Draw the kernel, the effect of the smoothing, and the probabilities beside the prior."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
     labels = list(names) if len(names) <= READABLE else False
+    chosen, note = _shown(result)
     sns.heatmap(
-        result.kernel, ax=axes[0], xticklabels=labels, yticklabels=labels, cmap="viridis",
-        vmin=0, vmax=1, square=True, cbar_kws={"label": "similarity"},
+        result.kernel[np.ix_(chosen, chosen)], ax=axes[0], xticklabels=labels, yticklabels=labels,
+        cmap="viridis", vmin=0, vmax=1, square=True, cbar_kws={"label": "similarity"},
     )  # fmt: skip
     plt.setp(axes[0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
+    axes[0].set_xlabel(note)
     axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
     limits = [result.utility.min(), result.utility.max()]
     axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
@@ -100,13 +125,16 @@ def sensitivity_panels(
     """
     figure, axes = plt.subplots(2, 3, figsize=(12, 7))
     first, *panels = axes.flat
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    first.vlines(np.arange(len(names)), low, high, color="#333333")
+    chosen, note = _shown(result)
+    low, high = np.percentile(resampled[:, chosen], [2.5, 97.5], axis=0)
+    first.vlines(np.arange(len(chosen)), low, high, color="#333333")
     _probability_bars(first, result, names, "95 % over resampled blocks")
     sensors = [name.count("+") + 1 for name in names]
     few = len(names) < len(PALETTE)
     for panel, (setting, rows) in zip(panels, varied.groupby("setting", sort=False), strict=False):
-        for position, (_, line) in enumerate(rows.groupby("scenario")):
+        lines = dict([*rows.groupby("scenario")])
+        for position in chosen.tolist():
+            line = lines[position]
             colour = PALETTE[position if few else (sensors[position] - 1) % len(PALETTE)]
             label = names[position] if few else f"{sensors[position]} available"
             panel.plot(line["value"], line["probability"], color=colour, label=label)
@@ -118,6 +146,7 @@ def sensitivity_panels(
         label = SETTING_TITLES[str(setting)]
         panel.set(xlabel=label, ylabel="probability p", ylim=(0, None))
     entries = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.suptitle(note)
     panels[-1].axis("off")
     panels[-1].legend(entries.values(), entries.keys(), loc="center")
     return figure
@@ -127,13 +156,14 @@ def _probability_bars(
     axes: Axes, result: ScenarioProbabilities, names: Sequence[str], title: str
 ) -> None:
     """Draw p as bars, and the prior as a dashed line."""
-    positions, label = np.arange(len(names)), _prior_title(result)
-    axes.bar(positions, result.probabilities, color=PALETTE[1])
-    axes.plot(positions, result.prior, color="#333333", linestyle="--", label=label)
+    chosen, note = _shown(result)
+    positions, label = np.arange(len(chosen)), _prior_title(result)
+    axes.bar(positions, result.probabilities[chosen], color=PALETTE[1])
+    axes.plot(positions, result.prior[chosen], color="#333333", linestyle="--", label=label)
     if len(names) <= READABLE:
         axes.set_xticks(positions, list(names), rotation=40, ha="right")
     else:
-        axes.set_xlabel("scenarios, from one modality to all")
+        axes.set_xlabel(note or "scenarios, from one modality to all")
     axes.set(ylabel="probability p", title=title)
     axes.legend()
 

@@ -51,14 +51,22 @@ def parts_figure(timings: pd.DataFrame) -> Figure:
 
 
 def growth_figure(timings: Mapping[str, pd.DataFrame], title: str) -> Figure:
-    """Draw the seconds per patch of both forms; timings are by the column that varies."""
+    """Draw the seconds per patch of both forms; timings are by the column that varies.
+
+    Cases with a budget of scenarios are a dashed line of ours.
+    """
     figure, axes = plt.subplots(
         1, len(timings), figsize=(9, 3.2), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, (column, varied) in zip(axes[0], timings.items(), strict=True):
-        table = ratios(varied)
+        every = ratios(varied)
+        limited, table = every[every["budget"] > 0], every[every["budget"] == 0]
         for form, colour in FORM_COLOURS.items():
             panel.plot(table[column], table[form], "o-", color=colour, label=form)
+        for budget, part in limited.groupby("budget"):
+            label = f"ours, {budget} scenarios"
+            panel.plot(part[column], part["ours"], "o--", color=FORM_COLOURS["ours"], label=label)
+            panel.legend()
         for _, row in table.iterrows():
             panel.annotate(
                 f"{row['ratio']:.1f}×", (row[column], row["ours"]), ha="center", fontsize="small",
