@@ -14,7 +14,10 @@ DOTS = "application/vnd.jupyter.widget-view+json"
 def write(folder, name, *outputs):
     cells = [new_markdown_cell(HEAD), new_markdown_cell("## Test\n\nLeft, $D$.\n\nRight, `p`.")]
     cells.append(new_code_cell("draw()", outputs=list(outputs), metadata={"papermill": {"a": 1}}))
-    metadata = {"kernelspec": {"name": "python3"}, "language_info": {"name": "python"}}
+    metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python"},
+        "language_info": {"name": "python"},
+    }
     nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
 
 

@@ -38,8 +38,11 @@ body.plain { font: 16px/1.6 sans-serif; }
 img { max-width: 100%; }
 @media (max-width: 50rem) { .jp-InputPrompt, .jp-OutputPrompt { display: none !important; } }
 </style>"""
+# The fonts that come along; MathJax looks for its own TeX fonts otherwise.
+FONTS = """<script type="text/x-mathjax-config">MathJax.Hub.Config({"HTML-CSS":
+{availableFonts: [], imageFont: null, preferredFont: null, webFont: "STIX-Web"}});</script>"""
 TEMPLATE = (
-    "{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"
+    "{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}" + FONTS + "{% endblock %}"
     "{% block html_head_js_mermaidjs %}{% endblock %}"
     "{% block html_head_css %}" + STYLE + "{% endblock %}{% block body_header %}{{ super() }}"
     "<nav><a href='index.html'>All notebooks</a></nav>{% endblock %}{% block data_png scoped %}"
