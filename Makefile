@@ -13,7 +13,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 # File of your own networks, for backbones such as my_networks:segformer; see notebook A3.
 export LSGS_NETWORKS := $(NETWORKS)
 
-.PHONY: study networks reproduce test test-slow bench map data-check lab format outputs lock clean
+.PHONY: study book networks reproduce test test-slow bench map data-check lab format outputs lock clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -24,6 +24,11 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 study: $(VENV)/installed
 	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
+
+# The executed notebooks of a tier with their figures, and a site of them: work/book/index.html.
+# Those of the demo are committed.
+book: $(VENV)/installed
+	$(BIN)/python -m study.book $(TIER) $(if $(filter demo,$(TIER)),results/book,work/$(TIER)/book)
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed
