@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from study.scoring import precision_sentence
 from study.sensitivity import VARIED, sensitivity
 
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
@@ -144,3 +145,18 @@ def test_the_whole_pass_lies_within_two_stated_errors():
     assert np.mean(covered) > 0.9
     assert np.abs(np.mean(differences, axis=0)).max() < tolerance / 2
     np.testing.assert_allclose(stopping_error(values, to_probabilities, count), 0, atol=1e-15)
+
+
+def test_what_is_said_of_the_precision():
+    scores = score_scenarios(Latent(), batches(10), ScenarioSet.of([*"ABC"]), progress=False)
+    scene = np.full(7, 0.02)
+
+    def said(patches, tolerance):
+        return precision_sentence(scores, patches, tolerance, to_probabilities, scene)
+
+    assert said(40, 0.0).startswith("40 of 40 patches scored; 40 blocks of another place")
+    assert "too few to stop before the end" in said(40, 0.01)
+    assert "more than the tolerance" in said(40, 0.01)
+    error = stopping_error(scores.patch_distortion, to_probabilities, 90).max()
+    assert f"known to {error:.4f}, against the whole pass" in said(90, 0.1)
+    assert "more than the tolerance" not in said(90, 0.1)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +13,7 @@ from study.speed import FORMS, PARTS, Case
 
 from lsgs_core.models import BACKBONES, build_backbone
 from lsgs_core.models.cbc import Encoder
+from lsgs_core.uncertainty import FEWEST_PATCHES
 
 SMALL = Case(preset="demo", size=32)
 
@@ -102,3 +104,29 @@ def test_memory_is_that_of_the_process_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
     assert 0.05 < float(done.stdout) < 1.2, done.stderr
+
+
+def test_many_sensors_are_timed_with_and_without_a_budget() -> None:
+    cases = speed.growth(SMALL, most=7, budget=15)["modalities"]
+    assert [(case.modalities, case.budget) for case in cases] == [
+        *((count, 0) for count in range(2, 8)),
+        *((count, 15) for count in range(5, 8)),
+    ]
+    workload = speed._Workload(cases[-1], "cpu")
+    assert (len(workload.masks), len(workload.measured)) == (127, 15)
+    grown = {"modalities": speed.compare(cases[3:4] + cases[6:7], 1, plain_forwards=1)}
+    labels = speed_figures.growth_figure(grown, "").axes[0].get_legend_handles_labels()[1]
+    assert labels == ["plain", "ours", "ours, 15 scenarios"]
+
+
+def test_time_to_probabilities() -> None:
+    values = np.random.default_rng(0).gamma(2, 1, (300, 7)) * [7, 6, 5, 4, 3, 2, 0]
+    passes = speed.stopped_passes(values, 0.01, 900, orders=3)
+    assert passes["needed"].between(FEWEST_PATCHES, 800).all()
+    assert passes["covered"].mean() > 0.8
+    assert passes["difference"].max() < 0.04
+    table = pd.DataFrame([{**vars(SMALL), "plain": 8.0, "ours": 2.0, "ratio": 4.0}])
+    times = speed.time_to_probabilities(table, {"cbc_slp": values}, 900, 3, (0.01,)).loc[0]
+    assert times["published, hours"] == 2
+    assert times["ours"] == 0.5
+    assert times["ours to ±0.01"] == pytest.approx(passes["needed"].mean() * 2 / 3600)

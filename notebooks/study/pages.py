@@ -72,11 +72,12 @@ def tier_page(folder: Path) -> str:
 
 
 def benchmark_page(folder: Path) -> str:
-    """Return the page of the benchmark in Markdown, from ratios.csv and memory.csv of A2."""
+    """Return the page of the benchmark in Markdown, from three tables of A2."""
     record = read_json(folder / "ratios.csv.record.json")
     environment = record["environment"]
     ratios = pd.read_csv(folder / "ratios.csv").itertuples(index=False)
     memory = pd.read_csv(folder / "memory.csv").itertuples(index=False)
+    times = pd.read_csv(folder / "time_to_probabilities.csv").round(3)
     case = ["task", "backbone", "preset", "modalities", "size", "batch"]
     lines = [
         "# Results of `make bench`",
@@ -87,6 +88,9 @@ def benchmark_page(folder: Path) -> str:
             "the two forms measured in turns: *plain* is the form that defines the networks, "
             "*ours* what runs. Distortions, outputs and gradients are the same up to rounding."
         ),
+        f"Hours until p is known, for {record['parameters']['patches']} patches:",
+        "",
+        *_table([*times], times.itertuples(index=False)),
         *_table(
             [*case, "plain, seconds", "ours, seconds", "times as fast"],
             ([*r[:6], f"{r.plain:.2f}", f"{r.ours:.2f}", f"{r.ratio:.1f}"] for r in ratios),
