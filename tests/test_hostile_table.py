@@ -588,7 +588,7 @@ def test_what_is_changed_is_right_before(folders, tmp_path_factory):
             assert answer_of(area, {}, folders, folder) == "right", area["area"]
 
 
-bounded = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+bounded = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 JUNK = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 JUNK |= st.sampled_from(["<absent>", "<10**400>", "<long>", "../../x", "${", "\0", [], {}, [[1]]])
 
