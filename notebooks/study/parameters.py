@@ -243,7 +243,9 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
     try:
         cells = read_json(path)["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-        lines = [line for cell in tagged for line in ast.parse("".join(cell["source"])).body]
+        lines: list[Any] = [
+            line for cell in tagged for line in ast.parse("".join(cell["source"])).body
+        ]
     except (KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise InputError(f"{path.name}: expected a notebook of Python: {error!r}") from error
     if len(tagged) != 1:
@@ -251,12 +253,9 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
     defaults = {}
     for line in lines:
         try:
-            match line:
-                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
-                    defaults[name] = ast.literal_eval(value)
-                case _:
-                    raise ValueError
-        except ValueError as error:
+            name, _ = line.target.id, line.annotation
+            defaults[name] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError) as error:
             raise InputError(
                 f"{path.name}: expected 'name: type = value' in the parameters cell, "
                 f"found {ast.unparse(line)!r}"
