@@ -129,20 +129,28 @@ def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
 
 
-def class_maps(paths: Mapping[str, Path]) -> Figure:
+def class_maps(
+    paths: Mapping[str, Path], pictures: Mapping[str, NDArray[np.float64]] | None = None
+) -> Figure:
     """Draw maps of one scene beside each other, in the colours that they carry.
 
     Args:
         paths: GeoTIFFs of classes with a colour table and tags `id_<value>` (see
             `study.mapping`), by the titles of their panels.
+        pictures: Colour pictures of the scene, drawn first.
     """
     shown: dict[int, Patch] = {}
-    columns = min(2, len(paths))
-    rows = -(-len(paths) // columns)
+    images = dict(pictures or {})
+    count = len(images) + len(paths)
+    columns = min(3, count)
+    rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(13, 0.6), squeeze=False)
-    for panel in axes.flat[len(paths) :]:
+    for panel in axes.flat:
         panel.axis("off")
-    for panel, (title, path) in zip(axes.flat, paths.items(), strict=False):
+    for panel, (title, image) in zip(axes.flat, images.items(), strict=False):
+        panel.imshow(image)
+        panel.set_title(title)
+    for panel, (title, path) in zip(axes.flat[len(images) :], paths.items(), strict=False):
         with rasterio.open(path) as raster:
             factor = max(1.0, max(raster.shape) / LARGEST)
             shape = tuple(max(1, round(length / factor)) for length in raster.shape)
@@ -154,8 +162,7 @@ def class_maps(paths: Mapping[str, Path]) -> Figure:
             table[value] = colours[value]
             shown[value] = Patch(color=table[value] / 255, label=names[f"id_{value}"])
         panel.imshow(table[values])
-        panel.set(title=title, xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
+        panel.set_title(title)
     handles = [shown[value] for value in sorted(shown)]
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
     return figure
