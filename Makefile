@@ -13,7 +13,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 # File of your own networks, for backbones such as my_networks:segformer; see notebook A3.
 export LSGS_NETWORKS := $(NETWORKS)
 
-.PHONY: study networks reproduce test test-slow bench data-check lab format outputs lock clean
+.PHONY: study book networks reproduce test test-slow bench map data-check lab format outputs lock clean
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
@@ -24,6 +24,11 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 study: $(VENV)/installed
 	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
+
+# The executed notebooks of a tier with their figures, and a site of them: work/book/index.html.
+# Those of the demo are committed.
+book: $(VENV)/installed
+	$(BIN)/python -m study.book $(TIER) $(if $(filter demo,$(TIER)),results/book,work/$(TIER)/book)
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed
@@ -57,6 +62,17 @@ bench: $(VENV)/installed
 		-p paper_work ../$(BENCH)/paper -p results ../results/benchmarks -p preset paper \
 		-p patch_size 224 -p repeats 3 -p modalities 10 -p patches 5000 -p orders 20 \
 		-p threads $(CORES)
+
+# A scene mapped by a network, whatever sensors it has; RAW is the folder of its files, and MISSING
+# names sensors to do without: make map DATASET=demo WEIGHTS=results/networks/demo/cmx/fold0/seed0
+MAPPED := $(or $(DATASET),demo)
+WEIGHTS ?= results/networks/demo/cmx/fold0/seed0
+map: $(VENV)/installed
+	mkdir -p work/maps
+	$(RUN_NOTEBOOK) --log-output notebooks/06_mapping.ipynb work/maps/$(MAPPED).ipynb -p work ../work \
+		-p dataset $(MAPPED) -p weights '$(abspath $(WEIGHTS))' $(if $(RAW),-p raw '$(abspath $(RAW))') \
+		$(if $(MISSING),-p missing '$(MISSING)')
+	cat work/maps/$(MAPPED)/*/served.txt
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed

@@ -88,7 +88,7 @@ class Evidence:
                 check_number(f"settings.{name}", value, lambda x: True, "a number")
         check_type("descriptor", self.descriptor, str)
         for name in ("seed", "epochs", "steps"):
-            check_count(name, getattr(self, name), name == "steps", 2**64 - 1)
+            check_count(name, getattr(self, name), int(name == "steps"), 2**64 - 1)
         if self.measure is not None:
             check_type("measure", self.measure, Callable)
 
@@ -216,7 +216,9 @@ def find_method(name: str) -> Method:
         check_choice(
             f"method {own}: setting", setting, [*signature(METHODS[own].sampler).parameters][1:]
         )
-        if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", number) or setting in settings:
+        # One way to write a number: two names of one method would be two runs.
+        right = re.fullmatch(r"(0|[1-9][0-9]{0,8})(\.[0-9]{0,8}[1-9])?", number)
+        if not right or setting in settings:
             raise InputError(f"method {own}: expected one number for {setting}, found {name!r}")
         settings[setting] = float(number)
     if not settings:

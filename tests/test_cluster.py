@@ -40,9 +40,9 @@ def test_unknown_profile(capsys):
     assert "profiles/slurm" in capsys.readouterr().err
 
 
-def test_a_dry_run_lists_what_the_readme_predicts():
+def test_a_dry_run_lists_what_the_page_predicts():
     """Its table of jobs, the grid of the tier file, and Snakemake's own count."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "profiles" / "slurm" / "README.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| `cluster` |"))
     written = [int(cell.replace(",", "")) for cell in line.split("|")[2:-1]]
     tier = load_tier("cluster", ROOT)

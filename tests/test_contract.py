@@ -28,9 +28,11 @@ from torch import nn
 
 import lsgs_core
 from lsgs_core import (
+    AdaptedBackbone,
     Batch,
     HookedModel,
     InputError,
+    ScenarioDropout,
     ScenarioSet,
     adaptive,
     build_backbone,
@@ -51,7 +53,7 @@ from lsgs_core.models.cpu import accelerate_on_cpu
 MODULES = (
     *("scenarios", "sampling", "distributions", "adaptive", "probabilities", "uncertainty"),
     *("distortion", "scoring_file", "randomness", "methods", "batch", "models", "models.adapter"),
-    *("models.lora", "regression"),
+    *("models.lora", "dropout", "regression"),
 )
 SET, K = ScenarioSet.of(["A", "B", "C"]), 7
 D = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
@@ -97,6 +99,9 @@ class Foreign(nn.Module):
 
 NETWORK, DEMO = Foreign(), build_backbone("cmx", "demo", [2, 2, 2])
 HOOKED = HookedModel(NETWORK, "encoder")
+STACKED = HookedModel(
+    nn.Sequential(nn.Conv2d(6, 1, 1)).eval(), "0", lambda net, images: net(torch.cat(images, 1))
+).eval()
 
 
 @dataclasses.dataclass
@@ -248,6 +253,15 @@ def with_lora(rank: Any) -> Any:
     lora.training_mode(model)
     lora.merge_lora(model)
     return count
+
+
+def dropped(
+    images: Any, indices: Any, epoch: Any, available: Any, loss: Any, **arguments: Any
+) -> Any:
+    dropout = ScenarioDropout(**arguments)
+    _, present = dropout(images, indices, epoch, available)
+    dropout.observe(loss)
+    return present
 
 
 def total(function: Any, **arguments: Any) -> Any:
@@ -449,6 +463,20 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         .latent(images, available).detach(),
         {"module": "encoder", "calls": 1, "images": IMAGES, "available": AVAILABLE},
         lambda latent: finite(latent.shape),
+    ),
+    "AdaptedBackbone": (
+        lambda images, available, **arguments: AdaptedBackbone(**arguments)
+        .eval()(images, available).detach(),
+        {"network": STACKED, "bands": [2, 2, 2], "classes": 1,
+         "images": IMAGES, "available": AVAILABLE},
+        lambda logits: finite(logits.shape),
+    ),
+    "ScenarioDropout": (
+        dropped,
+        {"scenarios": SET, "sampler": P, "seed": 1, "stream": "order", "stage": "pretraining",
+         "images": IMAGES, "indices": torch.tensor([4, 1]), "epoch": 2, "available": AVAILABLE,
+         "loss": torch.tensor([0.5, 2])},
+        in_unit,
     ),
     "PredictionModel": (
         lambda images, available, **arguments: PredictionModel(**arguments)

@@ -75,11 +75,17 @@ class Block:
         if not {name.lower().replace("_", "-") for name in packages} & {*allowed, "lsgs-core"}
     } | {"study"}
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.blocked:
-            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Block())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in self.blocked:
+            return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Block, sys.meta_path)
 assert "pandas" in Block.blocked and "torch" not in Block.blocked
 for name in sys.argv[1:]:
     import_module(name)

@@ -321,22 +321,6 @@ def test_the_authors_split(tmp_path: Path, count: int) -> None:
         assert [(parts[1] == part).sum() for part in PARTS] == [4310, 478, 1197]
 
 
-@pytest.mark.parametrize(
-    ("numbers", "expected"),
-    [
-        ([0] * 12, "permutation of 0 … 11.* found 12 numbers, 1 different"),
-        (range(11), "found 11 numbers"),
-        (range(1, 13), "permutation of 0 … 11"),  # counted from 1
-        (["first"] * 12, "expected whole numbers, one per line"),
-    ],
-)
-def test_bad_index_files(layout_of: LayoutOf, tmp_path: Path, numbers: Any, expected: str) -> None:
-    layout = layout_of("dstl_patches")
-    raw.write_index_file(path := tmp_path / "index.txt", numbers)
-    with pytest.raises(InputError, match=f"index.txt: .*{expected}"):
-        make_patches(layout.dataset, layout.prepared, index_file=path, size=32)
-
-
 def painted(rows: pd.DataFrame, shape: tuple[int, int]) -> NDArray[np.int64]:
     """How many patches each pixel is in."""
     times = np.zeros(shape, dtype=np.int64)
@@ -518,90 +502,11 @@ def test_nodata_that_a_file_cannot_hold(copied: Copied, tmp_path: Path, nodata: 
         prepare(dataset, copied("pair"), tmp_path / "prepared")
 
 
-def swap_m_and_a(path: Path) -> None:
-    other = path.with_name(path.name.replace("_M", "_A"))
-    fine = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(fine)
-
-
-def describe(path: Path) -> None:
-    with rasterio.open(path, "r+") as raster:
-        raster.descriptions = ("VH",)
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9000])
 
 
-def edit(file: str, old: str, new: str) -> Damage:
-    return on(file, lambda path: path.write_text(path.read_text().replace(old, new, 1)))
-
-
-def mat(array: Any, name: str = "inputPatch") -> Damage:
-    return on(PATCH, lambda path: scipy.io.savemat(path, {name: array}))
-
-
-def twice(file: str) -> Damage:
-    def damage(folder: Path) -> None:
-        for place in "ab":
-            (folder / place / file).parent.mkdir(parents=True)
-            shutil.copy(folder / file, folder / place / file)
-        (folder / file).unlink()
-
-    return damage
-
-
-TABLE, SIZES, PATCH = "train_wkt_v4.csv", "grid_sizes.csv", "all20Ch/6010_5_patch11.mat"
-LOST, CONSTANT = {"crs": None, "transform": None}, rewrite("labels.tif", lambda p: p * 0 + 1)
-FAR = {"transform": rasterio.Affine(10, 0, 7e5, 0, -10, 3e6)}
-V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "expected"),
-    [
-        ("dstl", on("*_M.tif", swap_m_and_a), "6010_0_0_M.tif: expected pixels 4 times .* 25 × 25"),
-        ("dstl", edit(TABLE, "_0_0,2,", "_0_0,6,"), f"{TABLE}: class 6 of .* is listed twice"),
-        ("dstl", edit(TABLE, "_0_0,2,", "_0_0,11,"), f"{TABLE}: ClassType .'11'. is not in labels"),
-        ("dstl", edit(TABLE, 'EMPTY"', 'NO"'), f"{TABLE}: 6010_0_0: is not well-known text"),
-        ("dstl", edit(TABLE, "ClassType", "Class"), f"{TABLE}: expected the columns .'ClassType'"),
-        ("dstl", edit(SIZES, "_1_2,", "_1_3,"), f"{SIZES}: expected one row for 6010_1_2, found 0"),
-        ("dstl", edit(SIZES, "_0_0,0.0", "_0_0,x"), f"{SIZES}: 6010_0_0: expected numbers"),
-        ("dstl", edit(SIZES, "_0_0,0.0", "_0_0,-0.0"), f"{SIZES}: 6010_0_0: expected Xmax > 0"),
-        ("dstl", on(SIZES, Path.unlink), f"{SIZES}: the file is missing"),
-        ("potsdam", on("dsm_potsdam_07_12.tif", Path.unlink), "07_12.tif: the file is missing"),
-        ("potsdam", rewrite("*3_12_label*", lambda p: p[:, :90]), "3_12_label.*96 × 96 .* 96 × 90"),
-        ("hunan", twice("Hunan_Dataset/train/s2/s2_1.tif"), "train_1 exists twice: .*s2_1.tif"),
-        ("dstl_patches", on(PATCH, Path.unlink), f"{PATCH}: the file is missing"),
-        ("dstl_patches", on(PATCH, lambda path: path.write_bytes(b"no")), f"{PATCH}: cannot"),
-        ("dstl_patches", on(PATCH, lambda path: path.write_bytes(V7_3)), f"{PATCH}: .* v7.3 files"),
-        ("dstl_patches", mat(np.zeros(9), "patch"), f"{PATCH}: expected a variable inputPatch"),
-        ("dstl_patches", mat("text"), f"{PATCH}: expected a variable inputPatch of numbers"),
-        ("dstl_patches", mat(np.zeros((32, 32, 3))), f"{PATCH}: has no channel 10, only 3"),
-        ("dstl_patches", mat(np.zeros((32, 30, 20))), f"{PATCH}: expected 32 × 32 .* 30 × 32"),
-        ("pair", on("optical.tif", cut), "optical.tif: is damaged, truncated or not a raster"),
-        ("pair", on("radar.tif", lambda p: p.write_bytes(b"II*")), "radar.tif: is damaged, tru"),
-        ("pair", on("clouds.tif", Path.unlink), "clouds.tif: the file is missing"),
-        ("pair", twice("radar.tif"), "radar.tif exists more than once: .*a/radar.tif"),
-        ("pair", rewrite("optical.tif", lambda p: p[:1]), "optical.tif: has no channel 2, only 1"),
-        ("pair", rewrite("opt*", lambda p: p[[0, 1, 1]]), "optical.tif: expected 2 channels, fo"),
-        ("pair", on("radar.tif", describe), "expected 'VV' as channel 1, found 'VH': are bands"),
-        ("pair", rewrite("labels.tif", lambda p: p + 6), r"labels.tif: holds \[7, 8\], not listed"),
-        ("pair", rewrite("labels.tif", lambda p: p / 2), "labels.tif: expected whole numbers"),
-        ("pair", CONSTANT, "labels.values: .'high'. occur in no scene"),
-        ("pair", rewrite("clouds.tif", **LOST), "clouds.tif: .*give `crs`, or .* `placement"),
-        ("pair", rewrite("radar.tif", **LOST), "radar.tif: .*give `crs`, or .* `placement"),
-        ("pair", rewrite("optical.tif", **FAR), "optical.tif: does not overlap the reference"),
-    ],
-)
-def test_bad_files_are_named_and_nothing_is_written(
-    copied: Copied, tmp_path: Path, name: str, damage: Damage, expected: str
-) -> None:
-    damage(copied(name))
-    with pytest.raises(InputError, match=expected):
-        prepare(raw.dataset(name), tmp_path / "raw", tmp_path / "prepared")
-    assert not (tmp_path / "prepared").exists()
+CONSTANT = rewrite("labels.tif", lambda p: p * 0 + 1)
 
 
 def test_colours_that_are_not_listed(layout_of: LayoutOf, tmp_path: Path) -> None:

@@ -117,15 +117,6 @@ def test_weights_of_something_else_are_named(copy, wanted, message):
     refused(copy, message, wanted)
 
 
-def test_a_format_that_could_run_code_is_not_listed(copy):
-    content = yaml.safe_load(copy[2]().read_text())
-    content["networks"][0]["weights"] = "results/networks/w.pth"
-    path = copy[2]()
-    path.write_text(yaml.safe_dump(content))
-    with pytest.raises(InputError, match=r"networks.0.weights"):
-        load_manifest(path)
-
-
 def test_a_pickle_under_another_name_is_never_read(copy):
     path = copy[1]
     content = record_of(path)

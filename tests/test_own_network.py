@@ -1,15 +1,19 @@
 """A network of one's own in the whole study, where the command line names its file alone."""
 
 import json
-import os
 import re
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
 from checkout import copy_checkout, printed
+from study import networks
 from study.artifacts import Record, save_weights, sidecar_path
 from study.checkpoints import load_network
 from study.networks import NETWORKS, build_own, own_code
@@ -26,7 +30,6 @@ ROOT = Path(__file__).parent.parent
 NAME = "my_networks:good"
 OWN = """
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,37 +49,11 @@ def good(bands, classes, call=joined, stride=1):
     return HookedModel(nn.Sequential(*layers), "1", call, low_rank=["0", "2"])
 
 
-def small(bands, classes):
-    return good(bands, classes, stride=2)
-
-
-def halves(bands, classes):
-    return good(bands, classes, lambda network, images: joined(network, images).round().long())
-
-
-def other_type(bands, classes):
-    return good(bands, classes, lambda network, images: {"logits": joined(network, images)})
-
-
-def fails(bands, classes):
-    return good(bands, classes, lambda network, images: network(images[0]))
-
-
-def no_latent(bands, classes):
-    return nn.Conv2d(sum(bands), classes, 1)
-
-
-def cannot_be_built(bands, classes):
-    raise ZeroDivisionError("division by zero")
-
-
 class looks_at_the_absent(nn.Module):
     def __init__(self, bands, classes):
         super().__init__()
         self.inner = good(bands, classes)
-
-    def latent(self, images, available):
-        return self.inner.latent(images, available)
+        self.latent = self.inner.latent
 
     def forward(self, images, available):
         return self.inner(images, available) + images[-1].mean(dim=1, keepdim=True)
@@ -84,8 +61,15 @@ class looks_at_the_absent(nn.Module):
 
 class mixes_samples(looks_at_the_absent):
     def forward(self, images, available):
-        logits = self.inner(images, available)
-        return logits + logits.mean(dim=0)
+        return self.inner(images, available).cumsum(dim=0)
+
+
+small = lambda bands, classes: good(bands, classes, stride=2)
+whole_numbers = lambda bands, classes: good(bands, classes, lambda *a: joined(*a).round().long())
+other_type = lambda bands, classes: good(bands, classes, lambda *a: {"logits": joined(*a)})
+fails = lambda bands, classes: good(bands, classes, lambda network, images: network(images[0]))
+no_latent = lambda bands, classes: nn.Conv2d(sum(bands), classes, 1)
+cannot_be_built = lambda bands, classes: 1 / 0
 """
 
 
@@ -95,11 +79,10 @@ def own(tmp_path, monkeypatch):
     path, mark = tmp_path / "my_networks.py", tmp_path / "imported"
     path.write_text(OWN)
     monkeypatch.setenv("IMPORTED", str(mark))
-    monkeypatch.delenv(NETWORKS, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     return SimpleNamespace(
-        path=path, mark=mark, name=lambda: monkeypatch.setenv(NETWORKS, str(path))
+        path=path, mark=mark, name=lambda file: monkeypatch.setenv(NETWORKS, str(file))
     )
 
 
@@ -115,37 +98,31 @@ def saved(folder: Path, model: torch.nn.Module) -> Path:
 
 def test_nothing_but_the_command_line_imports_it(own, tmp_path):
     """No tier, notebook, record or weights, though the file lies where Python finds it."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
     tier = {"grid": {"backbones": [NAME], "methods": ["lsgs"], "folds": 1, "seeds": 1}}
     tier["02_pretraining_check"] = {"weights": "train"}
-    for name in ("notebooks", "data_manifest.yaml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "notebooks").unlink()
-    (tmp_path / "notebooks" / "tiers").mkdir(parents=True)
-    for notebook in (ROOT / "notebooks").glob("0*.ipynb"):
-        (tmp_path / "notebooks" / notebook.name).symlink_to(notebook)
     (tmp_path / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
-    own.name()
-    weights = saved(tmp_path, build_own(NAME, [1, 1, 1], 1))
     parameters = notebook_parameters(ROOT / "notebooks" / "02_pretraining_check.ipynb")
     parameters |= {"backbone": NAME, "manifest": str(ROOT / "data_manifest.yaml")}
+    own.name(own.path)
+    weights = saved(tmp_path, build_own(NAME, [1, 1, 1], 1))
     doors = (
         lambda: load_tier("own", tmp_path),
         lambda: checked_parameters("02_pretraining_check", parameters),
         lambda: load_network(weights),
     )
-    for door in doors:
-        door()
-    own.mark.unlink()
-    os.environ[NETWORKS] = ""
-    for door in doors:
-        with pytest.raises(InputError, match="the command line names its file"):
-            door()
-    assert not own.mark.exists()
-    loaded = load_network(weights, lambda bands, classes: AdaptedBackbone(
-        HookedModel(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 1, 1), torch.nn.ReLU(),
-                                        torch.nn.Conv2d(4, classes, 1)), "1"), bands, classes,
-    ))  # fmt: skip
-    assert loaded.scenarios.modalities == ("A", "B", "C")
+    for file in ("", own.path):
+        own.name(file)
+        for door in doors:
+            networks._imported.cache_clear()
+            own.mark.unlink(missing_ok=True)
+            if file:
+                door()
+            else:
+                with pytest.raises(InputError, match="the command line names its file"):
+                    door()
+            assert own.mark.exists() == bool(file)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +135,7 @@ def test_nothing_but_the_command_line_imports_it(own, tmp_path):
         ("my_networks:no_latent", "no_latent: network: .*a method `latent`"),
         ("my_networks:cannot_be_built", "cannot_be_built: ZeroDivisionError: division by zero"),
         ("my_networks:small", r"small: logits .*expected shape \[3, 1, 32, 32\], found .*16, 16"),
-        ("my_networks:halves", r"forward: expected floating-point numbers .*torch\.int64"),
+        ("my_networks:whole_numbers", r"forward: expected floating-point numbers .*torch\.int64"),
         ("my_networks:other_type", "forward: expected a Tensor, found {'logits'"),
         ("my_networks:fails", "fails: RuntimeError: .*expected input.* to have 9 channels"),
         ("my_networks:looks_at_the_absent", "pixels of an absent modality: expected at most 0"),
@@ -167,7 +144,7 @@ def test_nothing_but_the_command_line_imports_it(own, tmp_path):
     ],
 )
 def test_what_is_wrong_is_one_sentence_before_long_work(own, name, message):
-    own.name()
+    own.name(own.path)
     patches = Blobs(4)
     training = SimpleNamespace(batches=lambda size: patches.batches(size, range(4)))
     settings = TrainingSettings(epochs=1)
@@ -184,7 +161,7 @@ def test_what_is_wrong_is_one_sentence_before_long_work(own, name, message):
 
 
 def test_a_file_that_is_no_python_is_named(own):
-    own.name()
+    own.name(own.path)
     own.path.write_text("def good(:")
     with pytest.raises(InputError, match=r"my_networks\.py: SyntaxError: invalid syntax"):
         own_code(NAME)
@@ -194,7 +171,7 @@ def test_a_file_that_is_no_python_is_named(own):
 
 
 def test_its_code_takes_part_in_freshness(own, tmp_path):
-    own.name()
+    own.name(own.path)
     before, model = own_code(NAME), build_own(NAME, [1, 1, 1], 1)
     weights = saved(tmp_path, model)
     assert json.loads(sidecar_path(weights).read_text())["parameters"]["model"]["code"] == before
@@ -210,7 +187,7 @@ def test_its_code_takes_part_in_freshness(own, tmp_path):
 
 
 def test_low_rank_updates_of_branches_and_tokens_are_trained(own, tmp_path):
-    own.name()
+    own.name(own.path)
     branches = [build_own(NAME, [1, 2], 1).networks[0] for _ in range(3)]
     for branch in branches:
         branch.call = lambda network, images: network(images[0])
@@ -233,26 +210,15 @@ def test_low_rank_updates_of_branches_and_tokens_are_trained(own, tmp_path):
 
 @pytest.mark.slow
 def test_segformer_goes_through_the_whole_study(tmp_path):
-    """The cells of notebook A3 in a file, as its last section says."""
+    """The cells and the tier of notebook A3 in files, as its last section says."""
     clone = copy_checkout(tmp_path)
-    text = (clone / "notebooks" / "A3_your_own_network.ipynb").read_text("utf-8")
-    cells = [c for c in json.loads(text)["cells"] if "SegformerConfig" in "".join(c["source"])]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    notebook = nbformat.read(clone / "notebooks" / "A3_your_own_network.ipynb", 4)
+    code = [c.source for c in notebook.cells if c.cell_type == "code" and "SegformerC" in c.source]
     (clone / "my_networks.py").write_text("\n\n\n".join(code), "utf-8")
-    [tier] = re.findall(r"```yaml\\n(.*?)```", text, re.S)
-    lines = json.loads(f'[{json.dumps("")}, "{tier}"]')[1]
-    (clone / "notebooks" / "tiers" / "own.yaml").write_text(lines)
-    command = [
-        "python",
-        "-m",
-        "study",
-        "run",
-        "own",
-        "--cores",
-        "2",
-        "--networks",
-        "my_networks.py",
-    ]
-    assert "did not finish" not in printed(*command, folder=clone)
-    summary = (clone / "results" / "own" / "evaluation" / "summary.csv").read_text()
-    assert {line.split(",")[2] for line in summary.splitlines()[1:]} >= {"uniform", "lsgs", "lora"}
+    [tier] = re.findall(r"```yaml\n(.*?)```", notebook.cells[-1].source, re.S)
+    (clone / "notebooks" / "tiers" / "own.yaml").write_text(tier)
+    command = [sys.executable, "-m", "study", "run", "own", "--cores", "2"]
+    printed(*command, "--networks", "my_networks.py", folder=clone)
+    summary = pd.read_csv(clone / "results" / "own" / "evaluation" / "summary.csv")
+    assert set(summary["method"]) == {"pretrained", "uniform", "lsgs", "lora"}
+    assert set(summary["backbone"]) == {"my_networks:segformer"}

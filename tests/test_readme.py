@@ -11,13 +11,14 @@ from checkout import ROOT, copy_checkout, printed
 RUN_HERE = {
     "make data-check": ("demo", None),
     "make study TIER=smoke": ("results/smoke", "results/smoke/evaluation/summary.csv"),
+    "make map": ("100.0% from RGB+NIR+SWIR", "work/maps/demo/T33UUU_20170216T102101/classes.tif"),
     "make study TIER=<name>": ("results/mine", "results/mine/evaluation/summary.csv"),
     "make study": ("pretrained IoU: equal", "results/demo/evaluation/summary.csv"),
 }
 # Their notebooks take hours, GPUs, a cluster, or this very test: what they would do is listed.
-LISTED_HERE = {
-    f"make study TIER={tier}" for tier in ("study", "starved", "paper", "reference", "scratch")
-}
+LISTED = ["study", "starved", "paper", "reference", "scratch", "pilot"]
+LISTED += ["study_demo", "study_landsat7", "study_flood", "study_landsat8"]
+LISTED_HERE = {f"make study TIER={tier}" for tier in LISTED}
 RUN_ELSEWHERE = {
     "make lab": "test_browser.py",
     "make study TIER=cluster PROFILE=profiles/slurm": "test_cluster.py",
@@ -27,8 +28,9 @@ RUN_ELSEWHERE = {
 
 
 def commands() -> set[str]:
-    """All commands that start with `make` in code blocks, tables and text of the README."""
-    text = (ROOT / "README.md").read_text()
+    """All commands that start with `make` in code blocks, tables and text for users."""
+    pages = ("README.md", "notebooks/README.md", "profiles/slurm/README.md")
+    text = "\n".join((ROOT / page).read_text() for page in pages)
     return set(re.findall(r"(?:`|^)(make [a-z-]+(?: [A-Z]+=[\w<>/]+)*)(?:`|$)", text, re.M))
 
 

@@ -325,49 +325,6 @@ def test_the_authors_file_needs_only_the_probabilities(published):
         find_method("lsgs_strong").sampler(evidence)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"final_probs": [0.5, 0.5]}, "one per scenario"),
-        ({"final_probs": [1.0] * 7}, "sum to 1"),
-        ({"final_probs": ["a"] * 7}, "final_probs"),
-        ({"mask_array": [[1, 1, 1]] * 7}, "mask_array"),
-        ({"D_sh": [1.0, 2.0]}, "D_sh: expected finite numbers for every scenario"),
-        ({"latent_shift": [[float("nan")]] * 7}, "latent_shift"),
-        ({"tau": "x"}, "probabilities.json: tau"),
-        ({"tau": True}, "tau"),
-        ({"tau": 10**400}, "tau"),
-        ({"tau": [0.5]}, "tau: expected a number"),
-        ({"final_probs": ["0.1"] * 7}, "final_probs"),
-        ({"final_probs": None}, "final_probs"),
-        ({"prior": [[1.0] * 7]}, "prior"),
-        ({"smooth": "false"}, "smooth: expected a bool, found 'false'"),
-        ({"descriptor": ["distortion"]}, "descriptor"),
-        ({"scenario_names": list(ScenarioSet.of(["C", "A", "B"]).names)}, "scenario_names: .*'A'"),
-        ({"scenario_names": list(ScenarioSet.of(["A", "C", "B"]).names)}, "scenario_names"),
-        ({"scenario_names": SCENARIOS.names[:3]}, "scenario_names"),
-        ({"scenario_names": None}, "scenario_names"),
-    ],
-)
-def test_foreign_probabilities_are_checked(published, change, message):
-    path, content, _ = published
-    path.write_text(json.dumps({**content, **change}))
-    with pytest.raises(InputError, match=message):
-        read_evidence(path, SCENARIOS)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[1, 2]", "{}", "no json", "[" * 100_000, '{"final_probs": ' + "9" * 5000 + "}", "\xff"],
-)
-def test_not_a_scoring(tmp_path, text):
-    path = tmp_path / "other.json"
-    path.write_bytes(text.encode("latin-1"))
-    for place in (path, str(path), tmp_path / "none.json", tmp_path):
-        with pytest.raises(InputError, match=f"{place}: expected the JSON of a scoring"):
-            read_evidence(place, SCENARIOS)
-
-
 def test_a_file_without_expected_scenarios_has_its_own(published):
     path, content, _ = published
     assert read_evidence(path).scenarios == SCENARIOS

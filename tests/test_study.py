@@ -28,6 +28,7 @@ from study.tiers import load_tier
 from lsgs_core import InputError
 
 ROOT = Path(__file__).parent.parent
+KILLS = 50
 
 
 def test_orphans_are_ended_and_others_are_not(tmp_path):
@@ -49,20 +50,6 @@ def test_one_study_per_folder(tmp_path):
         pass
     with _only_one(tmp_path):  # given up when the first one ended
         pass
-
-
-@pytest.mark.parametrize(
-    ("arguments", "answer"),
-    [
-        (["run", "dmeo"], "expected one of"),
-        (["publish", "nothing"], "expected one of"),
-        (["run", "smoke", "--cores", "0"], "--cores: expected 1 or more, found 0"),
-        (["run", "smoke", "--cores", "-1"], "--cores: expected 1 or more, found -1"),
-    ],
-)
-def test_a_wrong_command_fails_before_anything_runs(arguments, answer, capsys):
-    assert main(arguments) == 2
-    assert answer in capsys.readouterr().err
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
@@ -153,18 +140,6 @@ def test_a_name_that_a_shell_would_run_is_refused(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.rglob("pwned"))
     text = (ROOT / "Snakefile").read_text()
     assert not re.findall(r"\{(?:params|log|output|input)[^}:]*\}", text)  # all are quoted: `:q`
-
-
-@pytest.mark.parametrize("place", ["results", "results/smoke", "work", "work/smoke"])
-def test_a_file_where_a_folder_must_be(tmp_path, monkeypatch, capsys, place):
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
-    monkeypatch.setattr(commands, "ROOT", tmp_path)
-    (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / place).touch()
-    assert main(["run", "smoke", "--cores", "1"]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(f"error: .*{place}.*expected a folder.*\n", said)
 
 
 FAILED_CELL = {
@@ -279,24 +254,25 @@ def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
     shutil.copytree(clone, whole, dirs_exist_ok=True)
     printed(*command(), folder=whole)
     chance = random.Random()
+    kinds = ["launcher", "snakemake", "papermill", "ipykernel_launcher"]
     killed: Counter[str] = Counter()
-    while killed.total() < 50:
+    while killed.total() < KILLS:
         # Not through a pipe, which orphans would hold open.
         process = subprocess.Popen(
             command(), cwd=clone, env=environment(clone), stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        time.sleep(chance.uniform(5, 40))
+        kind, tree = chance.choice(kinds), {process.pid: "launcher"}
+        while kind not in tree.values() and process.poll() is None:
+            time.sleep(0.5)  # until one of this kind runs, however slow the machine is
+            tree |= _tree(clone)
+        time.sleep(chance.uniform(0, 20))
+        tree = {process.pid: "launcher"} | _tree(clone)
         if process.poll() is not None:
             # Finished already: the rest of the kills hits a study that starts anew.
             shutil.rmtree(clone / "work" / "smoke")
             continue
-        tree = {process.pid: "launcher"}
-        for found in psutil.process_iter():
-            if _is_marked(found, clone):
-                with suppress(psutil.Error):
-                    tree[found.pid] = _kind(found.cmdline())
-        kind = chance.choice(sorted(set(tree.values())))
+        kind = kind if kind in tree.values() else "launcher"
         with suppress(ProcessLookupError):
             os.kill(chance.choice([pid for pid in tree if tree[pid] == kind]), signal.SIGKILL)
             killed[kind] += 1
@@ -304,11 +280,11 @@ def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
             time.sleep(chance.uniform(0, 5))
             process.kill()
         process.wait()
-        if killed.total() == 25:
+        if killed.total() == KILLS // 2:
             written_tomorrow(clone / "work" / "smoke")
     print(f"killed: {dict(killed)}")
     printed(*command(), folder=clone)
-    assert {"launcher", "snakemake", "papermill", "ipykernel_launcher"} <= set(killed), killed
+    assert {*kinds} <= set(killed), killed
     assert not any(_is_marked(process, clone) for process in psutil.process_iter())
     assert not any((clone / ".snakemake" / "locks").iterdir())
     for path in (path for part in ("work", "results") for path in (clone / part).rglob("*")):
@@ -332,6 +308,16 @@ def written_tomorrow(folder: Path) -> None:
     """As if the clock had been a day ahead, and was set back."""
     for path in folder.rglob("*"):
         os.utime(path, (time.time() + 86_400,) * 2)
+
+
+def _tree(folder: Path) -> dict[int, str]:
+    """What the processes of a study are, by their number, but for the launcher."""
+    tree = {}
+    for found in psutil.process_iter():
+        if _is_marked(found, folder):
+            with suppress(psutil.Error):
+                tree[found.pid] = _kind(found.cmdline())
+    return tree
 
 
 def _kind(command: list[str]) -> str:

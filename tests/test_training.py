@@ -245,22 +245,6 @@ def test_paper_loss_and_sgd_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"epochs": -1}, "epochs"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"rate_decay": 1.5}, "rate_decay"),
-        ({"optimiser": "adamw"}, "optimiser"),
-        ({"protocol": "dice"}, "protocol"),
-    ],
-)
-def test_bad_settings(change, field):
-    with pytest.raises(InputError, match=field):
-        replace(SETTINGS, **change)
-
-
-@pytest.mark.parametrize(
     ("patches", "size", "sizes"),
     [(8, 4, [4, 4]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (1, 4, [1]), (3, 1, [1, 1, 1])],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, real_numbers
 from study.data.schema import read_json
 from study.tiers import NOTEBOOKS, StudyFolder, Tier
 
@@ -48,8 +48,9 @@ def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
     counts = [content["meta_info"].get("num_scored") for content in (first, second)]
     if counts[0] != counts[1]:
         raise InputError(f"{here}: {counts[0]} patches were scored, {counts[1]} committed")
+    shape = [len(second["D_sh"])]
     d, p = (
-        np.array([content[name] for content in (first, second)], dtype=np.float64)
+        [real_numbers(f"{here}: {name}", content[name], shape) for content in (first, second)]
         for name in ("D_sh", "final_probs")
     )
     measured = d[1] > 0  # D of the full scenario is 0
@@ -149,8 +150,10 @@ def compared_with_committed(
 def _scoring(path: Path) -> dict[str, Any]:
     """Return the content of a probabilities.json of this study."""
     content = read_json(path)
-    if isinstance(content, dict) and {"D_sh", "final_probs", "meta_info"} <= content.keys():
-        return content
+    fields = content if isinstance(content, dict) else {}
+    found = [type(fields.get(name)) for name in ("D_sh", "final_probs", "meta_info")]
+    if found == [list, list, dict]:
+        return fields
     raise InputError(f"{path}: expected a scoring with D_sh, final_probs and meta_info")
 
 

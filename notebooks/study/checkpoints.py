@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_type
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
@@ -137,10 +137,19 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
             f"{path}: a checkpoint of another model: {len(wrong)} entries differ, the first is "
             f"{wrong[0]}: expected {wanted.get(wrong[0])}, found {found.get(wrong[0])}"
         )
-    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
-        raise InputError(f"{path}: {len(bad)} entries are not finite, the first is {bad[0]}")
+    targets = model.state_dict()
+    if bad := [name for name, value in weights.items() if not _fits(value, targets[name])]:
+        raise InputError(
+            f"{path}: {len(bad)} entries are not finite or of another kind, the first is {bad[0]}"
+        )
     model.load_state_dict(weights)
     return "ours"
+
+
+def _fits(value: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether a weight stays what it is in the type of the model."""
+    same = value.is_floating_point() == target.is_floating_point() and not value.is_complex()
+    return same and bool(value.to(target.dtype).isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,7 @@ def load_network(
     if "description" not in made_with:
         raise InputError(f"{path}: its record has no normalisation; run notebook 02 with it")
     where = f"{sidecar_path(path)}: description"
+    check_type(f"{sidecar_path(path)}: model", made_with.get("model", {}), dict)
     description = validated(Description, made_with["description"], where)
     bands, classes = [*map(len, description.bands.values())], len(description.classes)
     sizes = {"bands": bands, "classes": classes}

@@ -9,7 +9,8 @@ hold the name at most, which imports nothing by itself.
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -44,16 +45,14 @@ def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
     path = ROOT / os.environ.get(NETWORKS, "")
     if path == ROOT or not stem.isidentifier():
         raise InputError(
-            f"backbone: {name!r} is code, which runs only where the command line names its file, as "
-            "in make study NETWORKS=my_networks.py"
+            f"backbone: {name!r} is code, which runs only where the command line names its file, "
+            "as in make study NETWORKS=my_networks.py"
         )
     if path.name != f"{stem}.py" or not path.is_file():
         raise InputError(f"NETWORKS: expected a file {stem}.py for {name!r}, found {path}")
-    try:
+    with errors_named(str(path)):
         code = hashlib.sha256(code_without_prose(path).encode()).hexdigest()
         module = _imported(path, code)
-    except Exception as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found) or getattr(found, "__module__", None) != module.__name__:
         raise InputError(f"backbone: expected a function {function!r} in {path}, found none")
@@ -71,17 +70,24 @@ def own_configuration(name: str, bands: Sequence[int], classes: int) -> dict[str
 
 
 def build_own(name: str, bands: Sequence[int], classes: int) -> Backbone:
-    """Return a network of one's own with fresh weights; errors also name what its code raises."""
-    try:
-        network = own_network(name)[0]([*bands], classes)
+    """Return a network of one's own with fresh weights."""
+    build, _ = own_network(name)
+    with errors_named(f"backbone {name}"):
+        network = build([*bands], classes)
         fits = isinstance(network, Backbone)
         model = network if fits else AdaptedBackbone(network, bands, classes)
-    except InputError as error:
-        raise InputError(f"backbone {name}: {error}") from error
-    except Exception as error:
-        raise InputError(f"backbone {name}: {type(error).__name__}: {error}") from error
     model.configuration = own_configuration(name, bands, classes)
     return model
+
+
+@contextmanager
+def errors_named(place: str) -> Iterator[None]:
+    """Turn whatever code of one's own raises into an `InputError` that says where it was."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{place}: {kind}{' '.join(str(error).split())}") from error
 
 
 @lru_cache

@@ -12,17 +12,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from lsgs_core.distributions import read_failure_rates
 from lsgs_core.errors import InputError
-from lsgs_core.methods import find_method, without_evidence
+from lsgs_core.methods import Evidence, find_method, without_evidence
 from lsgs_core.models import BACKBONES
 from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT, ScenarioSet
 from study import settings
 from study.data.folds import default_split
-from study.data.manifest import Dataset, Name, load_manifest
+from study.data.manifest import Dataset, DiagonalBlocks, Name, load_manifest
 from study.data.patches import Normalisation
 from study.data.schema import Strict, read_json, validated
 from study.networks import is_own, own_network
@@ -30,6 +31,12 @@ from study.settings import Positive, Rate
 from study.statistics import METRICS, planned_pairs
 
 NOTEBOOK_FOLDER = Path(__file__).parents[1]
+# A scoring of two modalities, from which every method can be made, to look at its settings.
+_D, _P = np.array([1.0, 0.5, 0.0]), np.full(3, 1 / 3)
+EXAMPLE = Evidence(
+    ScenarioSet.of(["A", "B"]), _P, _D, _D[:, None], steps=10**6, measure=lambda: _P,
+    prediction_distortion=_D,
+)  # fmt: skip
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=10**6)]
 OrDefault = Annotated[int, Field(ge=-1, le=10**6)]  # -1 is the manifest's value
@@ -61,7 +68,7 @@ def _contrasts(text: str) -> str:
 
 
 def _method(name: str) -> str:
-    find_method(name)
+    find_method(name).sampler(EXAMPLE)  # which looks at the settings
     return name
 
 
@@ -103,6 +110,7 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("paper_work", "scorings", "raw", "explored", "reference"), Folder),
     **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
     "tiers": Annotated[Text, Field(min_length=1)],
+    **dict.fromkeys(("scenes", "missing"), Text),
     **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
     "dataset": Name,
     "task": Name,
@@ -170,7 +178,7 @@ def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any
             data set does not allow.
     """
     model = notebook_model(notebook, NOTEBOOK_FOLDER)
-    parameters = {name: names[name] for name in model.model_fields}
+    parameters: dict[str, Any] = {name: names.get(name) for name in model.model_fields}
     validated(model, parameters, notebook)
     if {"dataset", "task"} <= parameters.keys():
         manifest = load_manifest(Path(parameters["manifest"]))
@@ -207,6 +215,13 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
     if {"split", "shown_fold"} & parameters.keys():
         split = get("split") or default_split(get("protocol", "strict"))
         folds = [dataset.fold_definition(split)]
+    if "block_size" in parameters and isinstance(folds[0], DiagonalBlocks):
+        given = {name: parameters[name] for name in ("margin", "validation_blocks")}
+        given |= {"block_size": parameters["block_size"] or -1}
+        changes = {name: value for name, value in given.items() if value >= 0}
+        folds[0].model_copy(update=changes).check_fit(
+            parameters["patch_size"] or dataset.patches.size
+        )
     count = max(getattr(kind, "count", 1) for kind in folds)  # an official split is one fold
     for name in ("fold", "shown_fold"):
         if get(name, 0) >= count:
@@ -225,18 +240,24 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
         InputError: No such cell, or a line in it that is something else.
     """
     # Plain JSON: importing nbformat takes as long as importing torch, in every notebook.
-    cells = read_json(path)["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    try:
+        cells = read_json(path)["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        lines: list[Any] = [
+            line for cell in tagged for line in ast.parse("".join(cell["source"])).body
+        ]
+    except (KeyError, TypeError, AttributeError, SyntaxError) as error:
+        raise InputError(f"{path.name}: expected a notebook of Python: {error!r}") from error
     if len(tagged) != 1:
         raise InputError(f"{path.name}: expected one cell tagged 'parameters', found {len(tagged)}")
     defaults = {}
-    for line in ast.parse("".join(tagged[0]["source"])).body:
-        if not (
-            isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value
-        ):
+    for line in lines:
+        try:
+            name, _ = line.target.id, line.annotation
+            defaults[name] = ast.literal_eval(line.value)
+        except (AttributeError, ValueError) as error:
             raise InputError(
                 f"{path.name}: expected 'name: type = value' in the parameters cell, "
                 f"found {ast.unparse(line)!r}"
-            )
-        defaults[line.target.id] = ast.literal_eval(line.value)
+            ) from error
     return defaults

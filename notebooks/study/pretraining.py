@@ -19,7 +19,7 @@ from study.checkpoints import load_checkpoint, load_pretrained
 from study.devices import in_processes, seed_weights
 from study.evaluation import validation_scores
 from study.files import file_sha256
-from study.networks import is_own
+from study.networks import errors_named, is_own
 from study.training import train
 
 if TYPE_CHECKING:
@@ -81,13 +81,9 @@ def expect_fit(name: str, run: "NetworkRun") -> None:
     Raises:
         InputError: Its code fails, or it is not what training and scoring take for granted.
     """
-    try:
-        batches = run.training.batches(run.settings.batch_size)
-        checks = check_network(run.build("cpu"), batches, run.scenarios)
-    except InputError as error:
-        raise InputError(f"backbone {name}: {error}") from error
-    except Exception as error:
-        raise InputError(f"backbone {name}: {type(error).__name__}: {error}") from error
+    model, batches = run.build("cpu"), run.training.batches(run.settings.batch_size)
+    with errors_named(f"backbone {name}"):
+        checks = check_network(model, batches, run.scenarios)
     for row in checks[~checks["passed"]].itertuples():
         raise InputError(
             f"backbone {name}: {row.check}: expected at most {row.allowed:g}, found {row.found:.3g}"

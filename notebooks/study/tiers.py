@@ -27,7 +27,7 @@ from study.data.folds import default_split
 from study.data.manifest import NAME, Manifest, load_manifest
 from study.data.schema import Strict, read_json, read_yaml, validated
 from study.files import file_sha256, make_folder, written_beside
-from study.parameters import Backbone, Method, check_against, notebook_model
+from study.parameters import Backbone, Index, Method, check_against, notebook_model
 from study.statistics import UNIFORM_ARMS, planned_pairs
 
 NOTEBOOKS = {
@@ -66,9 +66,7 @@ def _counted(value: Any) -> Any:
 
 
 Entries = Field(min_length=1), AfterValidator(_different)
-Indices = Annotated[
-    list[Annotated[int, Field(ge=0)]], *Entries, BeforeValidator(_counted)
-]  # or their number
+Indices = Annotated[list[Index], *Entries, BeforeValidator(_counted)]  # or their number
 
 
 class Runs(Strict):

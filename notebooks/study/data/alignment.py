@@ -34,6 +34,8 @@ STEP = 1024  # side in pixels of the windows that are processed: it bounds the m
 # is kept inside the GeoTIFF, so that a scene is one file per modality. The cache is bounded, since
 # GDAL's own default grows with the machine.
 ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256}
+# Formats that say where pixels are: in files that no hash covers, or at addresses.
+INDIRECT = {"VRT", "DERIVED", "GTI", "STACIT", "STACTA", "WMS", "WMTS", "WCS", "DAAS", "MRF"}
 MAT_VARIABLE = "inputPatch"  # the array in the .mat patches of the paper's authors
 PLANE = "EPSG:3857"  # to compare two grids without georeference, any metric system serves
 SCALE_TOLERANCE = 0.02
@@ -119,6 +121,8 @@ def open_raster(path: Path) -> Iterator[Any]:
                 with memory.open(driver="GTiff", dtype=array.dtype, **shape) as written:
                     written.write(array)
                 raster = stack.enter_context(memory.open())
+        if raster.driver in INDIRECT:
+            raise InputError(f"{path}: expected pixels, found where they are ({raster.driver})")
         if not np.isfinite(raster.transform[:6]).all() or raster.transform.determinant == 0:
             raise InputError(f"{path}: expected a transform of finite numbers that keeps the area")
         if raster.width * raster.height > MOST_PIXELS:

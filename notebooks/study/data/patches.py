@@ -375,7 +375,10 @@ class PatchDataset:
         raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
         window = Window(column, row, self.size, self.size)
         with naming(self.folder / file):
-            return raster.read(window=window), raster.read_masks(1, window=window) > 0
+            pixels, masks = raster.read(window=window), raster.read_masks(1, window=window)
+        if masks.shape != shape:
+            raise InputError(f"{self.folder / file}: not the raster that was prepared; do it again")
+        return pixels, masks > 0
 
     def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
         """Write the normalised bands of a patch, and return the pixels with data [H, W]."""

@@ -202,6 +202,8 @@ def check_scene(scene: Scene) -> set[str]:
         occurs = np.zeros(member.shape[1], dtype=bool)
         for window in windows(grid.height, grid.width):
             occurs |= member[np.unique(draw(window))].any(axis=0)
+            for modality in modalities.values():
+                modality.hidden(window)
     return set(np.array(scene.labels.names)[occurs].tolist())
 
 
@@ -268,16 +270,23 @@ class AlignedModality:
             mask = AlignedRaster(modality.mask_file, modality.mask, grid, [modality.mask.channel])
             self.rasters.append(stack.enter_context(mask))
 
+    def hidden(self, window: Window) -> np.ndarray:
+        """Return which pixels the mask hides, bool [h, w]. Raises `InputError`."""
+        if not self._unseen:
+            return np.zeros((window.height, window.width), dtype=bool)
+        (mask,), with_data = self.rasters[-1].read(window)
+        if (mask != np.round(mask))[with_data].any():
+            raise InputError(f"{self.rasters[-1].path}: expected whole numbers as a mask")
+        return np.isin(mask, self._unseen)
+
     def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Return the bands [D, h, w], 0 where not seen, and where all are seen [h, w]."""
         wide, inner = _widened(window, self._halo, self.grid)
         parts = [raster.read(wide) for raster in self.rasters]
         seen = np.logical_and.reduce([with_data for _, with_data in parts])
         if self._unseen:
-            (mask,), with_data = parts.pop()
-            if (mask != np.round(mask))[with_data].any():
-                raise InputError(f"{self.rasters[-1].path}: expected whole numbers as a mask")
-            seen &= ~np.isin(mask, self._unseen)
+            seen &= ~self.hidden(wide)
+            parts.pop()
         channels = [channel for pixels, _ in parts for channel in pixels]
         pixels = dict(zip(self._sources, channels, strict=True))
         bands = []

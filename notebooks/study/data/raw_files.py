@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import pooch
@@ -75,12 +76,14 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
         # Resolving also follows links that lie in the folder.
         if not (folder / member.path).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"member {member.path}: would be written outside {folder}")
+        if (folder / member.path).is_dir():
+            raise InputError(f"member {member.path}: a folder of this name is in {folder}")
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
     make_folder(folder)
     if isinstance(source, DownloadSource):
         for member in tqdm(wanted, desc="download", unit="file"):
-            _download_file(source.url + member.path, member, folder)
+            _download_file(source.url + quote(member.path), member, folder)
         return folder
     with (
         tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
@@ -109,6 +112,9 @@ def _download_file(url: str, member: Member, folder: Path) -> None:
         pooch.retrieve(url, f"sha256:{member.sha256}", target.name, target.parent)
     except (OSError, ValueError) as error:  # an address without an answer; another hash
         raise InputError(f"{url}: could not be downloaded: {error}") from error
+    if problem := member_problem(member, folder):
+        target.unlink()
+        raise InputError(problem)
 
 
 def _download(source: PackageSource, folder: Path) -> Path:

@@ -7,9 +7,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import rasterio
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
@@ -95,14 +97,17 @@ def first_scene(
     ]
     for panel in empty:
         panel.axis("off")
-    for handles, title, left in zip(
-        legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
-    ):
-        empty[0].add_artist(
-            empty[0].legend(
-                handles=handles, title=title, loc="upper left", bbox_to_anchor=(left, 1)
-            )
+    of_classes, of_parts = (
+        Legend(
+            empty[0], handles, [str(handle.get_label()) for handle in handles], title=title,
+            loc="upper left", bbox_to_anchor=(left, 1), bbox_transform=empty[0].transAxes,
         )
+        for handles, title, left in zip(
+            legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
+        )
+    )  # fmt: skip
+    empty[0].add_artist(of_classes)
+    empty[0].add_artist(of_parts)
     for panel in panels[::3]:
         panel.set_ylabel(unit)
     for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
@@ -122,6 +127,38 @@ def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         shape = tuple(max(1, round(length / factor)) for length in raster.shape)
         bands = raster.read(out_shape=(raster.count, *shape))
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
+
+
+def class_maps(paths: Mapping[str, Path]) -> Figure:
+    """Draw maps of one scene beside each other, in the colours that they carry.
+
+    Args:
+        paths: GeoTIFFs of classes with a colour table and tags `id_<value>` (see
+            `study.mapping`), by the titles of their panels.
+    """
+    shown: dict[int, Patch] = {}
+    columns = min(2, len(paths))
+    rows = -(-len(paths) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(13, 0.6), squeeze=False)
+    for panel in axes.flat[len(paths) :]:
+        panel.axis("off")
+    for panel, (title, path) in zip(axes.flat, paths.items(), strict=False):
+        with rasterio.open(path) as raster:
+            factor = max(1.0, max(raster.shape) / LARGEST)
+            shape = tuple(max(1, round(length / factor)) for length in raster.shape)
+            values = raster.read(1, out_shape=shape)
+            names, colours, nodata = raster.tags(), raster.colormap(1), raster.nodata
+            figure.set_figheight(rows * (13 / columns * raster.height / raster.width + 0.4) + 0.5)
+        table = np.full((int(values.max()) + 1, 4), 255)
+        for value in set(np.unique(values)) - {nodata}:
+            table[value] = colours[value]
+            shown[value] = Patch(color=table[value] / 255, label=names[f"id_{value}"])
+        panel.imshow(table[values])
+        panel.set(title=title, xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    handles = [shown[value] for value in sorted(shown)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    return figure
 
 
 def prediction_maps(predictions: Predictions, patch: int) -> Figure:

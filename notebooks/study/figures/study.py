@@ -92,25 +92,26 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
 def score_agreement(table: pd.DataFrame) -> Figure:
     """Draw what networks have in common, a panel per case: result of `study.stability`."""
     shown = {
-        "within": "p of two networks,\nwithin a number missing",
-        "rank_others": "score and IoU lost\nby other networks (rank)",
-        "within_others": "the same within\na number missing",
+        "within": "p agrees between two networks,\nwithin a number missing",
+        "rank_others": "the score orders the IoU\nthat other networks lost",
+        "within_others": "the same, within\na number missing",
     }
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        width = 0.8 / len(rows)
+        height = 0.8 / len(rows)
         for position, (colour, row) in enumerate(
             zip(PALETTE, rows.to_dict("records"), strict=False)
         ):
-            places = np.arange(len(shown)) + (position - (len(rows) - 1) / 2) * width
-            heights = [row[name] for name in shown]
-            axes.bar(places, heights, width, color=colour, label=SCORES[row["score"]])
-        axes.set_xticks(range(len(shown)), shown.values(), fontsize=7)
-        axes.set_ylim(-0.5, 1)
-        axes.axhline(0, color="#333333", linewidth=1)
-        axes.set_ylabel("correlation")
+            places = np.arange(len(shown)) + (position - (len(rows) - 1) / 2) * height
+            lengths = [row[name] for name in shown]
+            axes.barh(places, lengths, height, color=colour, label=SCORES[row["score"]])
+        axes.set_yticks(range(len(shown)), shown.values())
+        axes.set(xlim=(-0.5, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="correlation")
+        axes.axvline(0, color="#333333", linewidth=1)
 
-    return _panels(table, draw, width=4, height=2.8, legend=True)
+    figure = _panels(table, draw, width=3.4, height=2.6, sharey=True, legend=True)
+    figure.suptitle("How much of a score do two networks have in common?")
+    return figure
 
 
 def sensor_bars(table: pd.DataFrame) -> Figure:
