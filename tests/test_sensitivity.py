@@ -154,7 +154,7 @@ def test_what_is_said_of_the_precision():
     def said(patches, tolerance):
         return precision_sentence(scores, patches, tolerance, to_probabilities, scene)
 
-    assert said(40, 0.0).startswith("40 of 40 patches scored; 40 blocks of another place")
+    assert said(40, 0.0).startswith("40 of 40 patches scored; 40 blocks of another place would")
     assert "too few to stop before the end" in said(40, 0.01)
     assert "more than the tolerance" in said(40, 0.01)
     error = stopping_error(scores.patch_distortion, to_probabilities, 90).max()

@@ -49,13 +49,13 @@ def train_score_evaluate(folder: Path) -> dict:
         ),
     )  # fmt: skip
     run = SimpleNamespace(
-        parameters={"batch_size": 3, "pretraining_seed": 0},
+        parameters={"batch_size": 3, "pretraining_seed": 0, "scenario_budget": 0},
         pretrained=lambda: model,
         scenarios=SCENARIOS,
         training=patches,
         device=torch.device("cpu"),
     )
-    scores = score(run, None)
+    scores = score(run, "latent", None)
     batches = list(patches.batches(3, range(10)))
     return {
         "history": history.to_csv(index=False),

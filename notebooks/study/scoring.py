@@ -118,7 +118,7 @@ def precision_sentence(
         text += f"; every p is known to {error:.4f}, against the whole pass"
     elif tolerance:
         text += f": too few to stop before the end for a standard error of {tolerance}"
-    text += f"; {blocks} blocks of another place would give another p by {scene_error.max():.4f}"
+    text += f"; {blocks} blocks of another place would change p by {scene_error.max():.4f}"
     if tolerance and scene_error.max() > tolerance:
         text += ", more than the tolerance: more patches of this scene do not help"
     return text
