@@ -3,7 +3,9 @@
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from study.book import LARGEST, executed_notebooks, write_notebooks
+from playwright.sync_api import sync_playwright
+from study.book import LARGEST, executed_notebooks, write_notebooks, write_site
+from test_browser import CHROMIUM, QUIET
 
 from lsgs_core import InputError
 
@@ -59,3 +61,28 @@ def test_what_is_no_book_is_refused(tmp_path):
     write(tmp_path, "01_a", new_output("error", ename="E", evalue="it broke", traceback=[]))
     with pytest.raises(InputError, match="it broke"):
         executed_notebooks(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1300, 390])
+def test_the_site_is_read_offline(tmp_path, width):
+    picture = "R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+    write(tmp_path, "04_a", new_output("display_data", {"image/png": picture}))
+    write_site(executed_notebooks(tmp_path), tmp_path / "site")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        for name in ("index", "04_a", "api/lsgs_core"):
+            page.goto((tmp_path / "site" / f"{name}.html").as_uri())
+            if name == "04_a":
+                page.locator(".MathJax").first.wait_for()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("[...document.images].every(i => i.naturalWidth && i.alt)")
+            for link in page.evaluate("[...document.links].map(link => link.href)"):
+                target = link.partition("#")[0].removeprefix("file://")
+                assert target.startswith("http") or (tmp_path / "site" / target).is_file(), link
+        assert not [address for address in asked if address.startswith("http")]
+        browser.close()
