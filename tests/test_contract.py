@@ -493,7 +493,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
 }  # fmt: skip
 # Results of functions in the table, what they call with them, and parts of networks.
 ELSEWHERE = {
-    "ScenarioScores", "BatchScores", "ScenarioProbabilities", "Method", "LowRankUpdate",
+    "ScenarioScores", "BatchScores", "ScenarioProbabilities", "ScenarioRegression", "Method", "LowRankUpdate",
     "merge_lora", "training_mode",
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_package import OWN_NETWORK, example_of_the_readme
+from test_package import example_of_the_readme
 from torch import nn
 
 from lsgs_core import HookedModel, InputError, ScenarioSet, build_backbone, score_scenarios
@@ -97,7 +97,7 @@ assert abs(sum(result.probabilities) - 1) < 1e-9 and available.shape == (3, 3)
 def test_the_core_and_the_readmes_example_need_no_other_package():
     """All modules and the example run where every other installed package cannot be imported."""
     names = [name.removesuffix(".__init__") for name in MODULES]
-    code = OWN_NETWORK + example_of_the_readme()
+    code = example_of_the_readme()
     done = subprocess.run(
         [sys.executable, "-c", ALONE, *names], input=code, cwd=ROOT, capture_output=True, text=True
     )

@@ -12,12 +12,6 @@ from checkout import ROOT, copy_checkout
 ASKED = {"torch", "numpy", "scipy", "safetensors", "tqdm"}
 BROUGHT = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools"}
 BROUGHT |= {"sympy", "typing-extensions"}
-OWN_NETWORK = """
-import torch
-network = torch.nn.Sequential()
-network.encoder = torch.nn.Conv2d(9, 4, 3)
-loader = [([torch.randn(2, 3, 8, 8) for _ in range(3)], None) for _ in range(2)]
-"""
 
 
 def example_of_the_readme() -> str:
@@ -51,7 +45,7 @@ def test_it_installs_and_works_alone(built, tmp_path, kind):
     assert names - cuda - {"pip", "lsgs-core"} <= ASKED | BROUGHT
     assert names >= ASKED
     done = subprocess.run(
-        [python, "-c", OWN_NETWORK + example_of_the_readme()],
+        [python, "-c", example_of_the_readme()],
         capture_output=True,
         text=True,
         cwd=tmp_path,
