@@ -213,8 +213,8 @@ def test_folders_that_are_links(pair: Path, tmp_path: Path) -> None:
 def test_the_unit_of_maps(crs: str | None, pixel: float, size: float, unit: str) -> None:
     scene = PreparedScene.model_construct(
         crs=rasterio.crs.CRS.from_string(crs).to_wkt() if crs else None,
-        transform=(pixel, 0, 0, 0, -pixel, 0),
-    )
+        transform=(pixel, 0, 0, 0, -pixel, 0), width=1, height=1,
+    )  # fmt: skip
     found, name = scene.pixel_size
     assert name == unit
     assert found == pytest.approx(size, rel=1e-4)

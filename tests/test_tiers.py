@@ -128,7 +128,8 @@ def test_notebooks_check_their_parameters(notebook, monkeypatch, tmp_path):
             with pytest.raises(InputError, match=name.replace("dataset", "data set") + "|nowhere"):
                 checked_parameters(notebook, defaults | {name: wrong})
     source = path.read_text("utf-8")
-    assert f'checked_parameters(\\"{notebook}\\", globals())' in source or "open_run(" in source
+    opened = "open_run(" in source or "open_grid(" in source
+    assert opened or f'checked_parameters(\\"{notebook}\\", globals())' in source
 
 
 def test_parameter_files_keep_their_date(project, tmp_path, monkeypatch):

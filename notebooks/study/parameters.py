@@ -180,9 +180,10 @@ def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any
     model = notebook_model(notebook, NOTEBOOK_FOLDER)
     parameters: dict[str, Any] = {name: names.get(name) for name in model.model_fields}
     validated(model, parameters, notebook)
-    if {"dataset", "task"} <= parameters.keys():
-        manifest = load_manifest(Path(parameters["manifest"]))
-        check_against(manifest.dataset(parameters["dataset"]), parameters)
+    if "dataset" in parameters:
+        dataset = load_manifest(Path(parameters["manifest"])).dataset(parameters["dataset"])
+        if "task" in parameters:
+            check_against(dataset, parameters)
     return parameters
 
 
