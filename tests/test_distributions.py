@@ -151,7 +151,7 @@ def test_state_goes_on(name: str) -> None:
         step(second, k, loss)
         np.testing.assert_array_equal(first.probabilities(1), second.probabilities(1))
     for wrong in ({}, {"log_weights": [0.0], "average": [0.0], "count": [0.0]}):
-        with pytest.raises(InputError, match="training state: expected"):
+        with pytest.raises(InputError, match="state: expected"):
             second.load_state_dict(wrong)
 
 
