@@ -76,7 +76,7 @@ def test_scorings(tmp_path, here, said):
     assert re.search(said, scoring_sentence(*paths))
     assert "no such scoring" in scoring_sentence(paths[0], tmp_path / "nothing.json")
     paths[1].write_text("[]")
-    with pytest.raises(InputError, match=r"committed.json: expected the JSON of a scoring"):
+    with pytest.raises(InputError, match=r"committed.json: expected a scoring with D_sh"):
         scoring_sentence(*paths)
 
 

@@ -493,8 +493,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
 }  # fmt: skip
 # Results of functions in the table, what they call with them, and parts of networks.
 ELSEWHERE = {
-    "ScenarioScores", "BatchScores", "ScenarioProbabilities", "ScenarioRegression", "Method", "LowRankUpdate",
-    "merge_lora", "training_mode",
+    "ScenarioScores", "BatchScores", "ScenarioProbabilities", "ScenarioRegression", "Method",
+    "LowRankUpdate", "merge_lora", "training_mode",
 }  # fmt: skip
 
 

@@ -51,7 +51,13 @@ def start():
     return Start(
         build=build,
         evidence=Evidence(
-            SCENARIOS, np.full(7, 1 / 7), distortion, rng.normal(size=(7, 4)), None, settings
+            SCENARIOS,
+            np.full(7, 1 / 7),
+            distortion,
+            rng.normal(size=(7, 4)),
+            None,
+            settings,
+            prediction_distortion=distortion**2,
         ),
         training=Patches(10),
         validation=Patches(4),

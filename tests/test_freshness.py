@@ -48,8 +48,8 @@ OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
         ("study/training.py", "momentum=0.9", "momentum=0.8", TRAINS),
         ("study/training.py", '"""Train a model in place.', '"""Fit a model in place.', set()),
         ("lsgs_core/models/cmx.py", "from ", "# Why.\nfrom ", set()),
-        ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring", "evaluation"}),
-        ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring", "evaluation"}),
+        ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring", "evaluation", "mapping"}),
+        ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring", "evaluation", "mapping"}),
         ("study/figures/scoring.py", *OTHER, set()),
         ("study/tiers.py", "10_000", "20_000", {"evaluation"}),
         ("study/statistics.py", *OTHER, {"evaluation"}),
@@ -63,7 +63,7 @@ def test_what_an_edit_makes_run_again(changed, file, old, new, stages):
 
 def test_scenarios_matter_everywhere(changed):
     edit = "lsgs_core/scenarios.py", *OTHER
-    assert TRAINS | {"scoring", "evaluation"} <= changed(*edit)
+    assert TRAINS | {"scoring", "evaluation", "mapping"} <= changed(*edit)
 
 
 def test_cells_of_a_notebook(tmp_path):

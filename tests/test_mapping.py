@@ -14,12 +14,13 @@ import yaml
 from rio_cogeo.cogeo import cog_validate
 from study import mapping
 from study.artifacts import Record, save_weights
+from study.cases import worth_to_network
 from study.checkpoints import build_network
 from study.data import alignment
 from study.data.patches import PatchDataset
 from study.devices import seed_weights
-from study.figures.maps import class_maps
-from study.mapping import make_map, plan_maps, sentence, worth_of_sensors
+from study.figures.maps import class_maps, scene_pictures
+from study.mapping import make_map, plan_maps, sentence
 
 from lsgs_core import InputError
 
@@ -63,7 +64,7 @@ def test_a_map_carries_what_a_reader_needs(parameters):
     table = make_map(plan)
     assert table[["scenario", "share"]].to_numpy().tolist() == [["RGB+NIR+SWIR", 1.0]]
     assert "100.0% from RGB+NIR+SWIR" in sentence(table)
-    assert worth_of_sensors(plan).empty  # there are no records
+    assert worth_to_network(plan.network).empty  # there are no records
     for layer in plan.layers:
         assert cog_validate(plan.path(layer), strict=True, quiet=True)[0], layer.name
     with rasterio.open(plan.path(plan.layers[0])) as raster:
@@ -78,7 +79,8 @@ def test_a_map_carries_what_a_reader_needs(parameters):
     likeliest = probabilities.argmax(axis=0) + 1
     np.testing.assert_array_equal(classes, likeliest * (probabilities >= 0.5).any(axis=0))
     np.testing.assert_array_equal(bits & 1, probabilities[0] >= 0.5)
-    assert len(class_maps({"whole": plan.path(plan.layers[0])}).axes) == 1
+    figure = class_maps({"whole": plan.path(plan.layers[0])}, scene_pictures(plan.scene, plan.grid))
+    assert [panel.get_title() for panel in figure.axes[:4]] == ["RGB", "NIR", "SWIR", "whole"]
 
 
 def test_a_missing_file_is_a_missing_sensor(parameters, raw, tmp_path):

@@ -18,6 +18,7 @@ RUN_HERE = {
 # Their notebooks take hours, GPUs, a cluster, or this very test: what they would do is listed.
 LISTED = ["study", "starved", "paper", "reference", "scratch", "pilot"]
 LISTED += ["study_demo", "study_landsat7", "study_flood", "study_landsat8"]
+QUICK = ("paper", "scratch", "study_demo")  # half a minute each
 LISTED_HERE = {f"make study TIER={tier}" for tier in LISTED}
 RUN_ELSEWHERE = {
     "make lab": "test_browser.py",
@@ -48,7 +49,13 @@ def test_every_command_has_its_test():
         assert command.split()[1] in (ROOT / "tests" / place).read_text(), place
 
 
-@pytest.mark.parametrize("command", sorted(LISTED_HERE))
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] * (command.split("=")[1] not in QUICK))
+        for command in sorted(LISTED_HERE)
+    ],
+)
 def test_long_commands_are_listed(command):
     tier = command.split("=")[1]
     said = printed(sys.executable, "-m", "study", "run", tier, "--dry-run")

@@ -8,6 +8,8 @@ import pandas as pd
 
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
+from study.artifacts import load_table, sidecar_path
+from study.checkpoints import TrainedNetwork
 from study.statistics import UNIFORM_ARMS, differences, pooled, sensor_values
 
 
@@ -95,3 +97,16 @@ def worth_of_sensors(cases: Sequence[Case], resamples: int) -> pd.DataFrame:
         for case in cases
     ]
     return pd.concat(tables, ignore_index=True)
+
+
+def worth_to_network(network: TrainedNetwork) -> pd.DataFrame:
+    """Return what each sensor is worth to one network, from the records of its evaluation.
+
+    The table is that of `study.statistics.sensor_values`, where no map at all has an IoU of 0; it
+    is empty where no records lie beside the weights.
+    """
+    path = network.weights.with_name("records.csv")
+    if not sidecar_path(path).is_file():
+        return pd.DataFrame()
+    records = load_table(path).assign(method="network", seed=0)
+    return sensor_values(records, network.scenarios, "network", empty=0.0)

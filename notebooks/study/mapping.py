@@ -42,10 +42,7 @@ from study.evaluation import THRESHOLD, scenario_scores
 from study.figures import GREY, category_colours, class_colours
 from study.files import explaining_a_full_disk, file_sha256, make_folder
 from study.freshness import fingerprint
-from study.predictions import composite
-from study.statistics import sensor_values
 
-LARGEST_PICTURE = 4_000_000  # pixels
 # A raster, its COG with overviews, and the overviews alone, which GDAL writes first.
 DISK_FACTOR = 1 + 4 / 3 + 1 / 3
 
@@ -243,29 +240,6 @@ def make_map(plan: MapPlan) -> pd.DataFrame:
     save_table(plan.folder / "served.csv", table, plan.record)
     save(plan.folder / "served.txt", lambda to: to.write_text(sentence(table) + "\n"), plan.record)
     return table
-
-
-def pictures(plan: MapPlan) -> dict[str, NDArray[np.float64]]:
-    """Return a colour picture [H, W, 3] of what each sensor sees, if the scene is a small one."""
-    height, width = plan.grid.height, plan.grid.width
-    if height * width > LARGEST_PICTURE:
-        return {}
-    whole = Window(0, 0, width, height)
-    with rasterio.Env(**ENVIRONMENT), open_modalities(plan.scene, plan.grid) as modalities:
-        return {name: composite(*modality.read(whole)) for name, modality in modalities.items()}
-
-
-def worth_of_sensors(plan: MapPlan) -> pd.DataFrame:
-    """Return what each sensor is worth to the network, from the records of its evaluation.
-
-    The table is that of `study.statistics.sensor_values`, where no map at all has an IoU of 0; it
-    is empty where no records lie beside the weights.
-    """
-    path = plan.network.weights.with_name("records.csv")
-    if not sidecar_path(path).is_file():
-        return pd.DataFrame()
-    records = load_table(path).assign(method="network", seed=0)
-    return sensor_values(records, plan.network.scenarios, "network", empty=0.0)
 
 
 def sentence(table: pd.DataFrame) -> str:

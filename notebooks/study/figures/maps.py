@@ -14,16 +14,20 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
+from rasterio.windows import Window
 
+from study.data.alignment import ENVIRONMENT, Grid
 from study.data.folds import split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
-from study.data.preparation import LABELS, matching_record, open_prepared
+from study.data.preparation import LABELS, matching_record, open_modalities, open_prepared
+from study.data.raw_files import Scene
 from study.figures import GREY, PALETTE, class_colours
 from study.predictions import NOTHING, UNKNOWN, Predictions, composite
 from study.statistics import method_title
 
 LARGEST = 1000  # height or width of a picture, pixels
+LARGEST_PICTURE = 4_000_000  # pixels of a scene that is read as a whole
 Extent = tuple[float, float, float, float]  # left, right, bottom, top
 
 
@@ -127,6 +131,15 @@ def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         shape = tuple(max(1, round(length / factor)) for length in raster.shape)
         bands = raster.read(out_shape=(raster.count, *shape))
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
+
+
+def scene_pictures(scene: Scene, grid: Grid) -> dict[str, NDArray[np.float64]]:
+    """Return a colour picture [H, W, 3] of what each sensor sees, if the scene is a small one."""
+    if grid.height * grid.width > LARGEST_PICTURE:
+        return {}
+    whole = Window(0, 0, grid.width, grid.height)
+    with rasterio.Env(**ENVIRONMENT), open_modalities(scene, grid) as modalities:
+        return {name: composite(*modality.read(whole)) for name, modality in modalities.items()}
 
 
 def class_maps(
