@@ -22,6 +22,7 @@ QUICK = ("paper", "scratch", "study_demo")  # half a minute each
 LISTED_HERE = {f"make study TIER={tier}" for tier in LISTED}
 RUN_ELSEWHERE = {
     "make lab": "test_browser.py",
+    "make book": "test_book.py",
     "make study TIER=cluster PROFILE=profiles/slurm": "test_cluster.py",
     "make test": "../.ci/run",
     "make test-slow": "../Makefile",
