@@ -198,11 +198,6 @@ class KernelGroupDRO(LossProportional):
         self.log_weights = self.log_weights + self.step * smoothed / len(smoothed)
         self.log_weights -= self.log_weights.max()
 
-    def report(self) -> dict[str, float]:
-        """Return the ridge in use and its degrees of freedom, the trace of K (K + ridge I)^-1."""
-        shrunk = self.eigen[0] / (self.eigen[0] + self.ridge)
-        return {"ridge": self.ridge, "degrees_of_freedom": float(shrunk.sum())}
-
 
 class Exp3S(ScenarioSampler):
     """Exp3.S, a bandit whose rewards change over time, as in automated curriculum learning.
