@@ -48,7 +48,7 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     Args:
         tier: Checked already, so that a wrong parameter fails before anything runs.
         cores: CPU cores to share out among notebook runs on this machine.
-        dry_run: Only list what would run.
+        dry_run: Only list what would run; changes nothing, so that it may stand beside a run.
         profile: Folder of a workflow profile, such as profiles/slurm, which says how to run jobs
             elsewhere.
 
@@ -60,24 +60,24 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
+    if dry_run:
+        print(estimate(tier, cores, ROOT), flush=True)
+        return _snakemake(tier, ["--cores", str(cores), "--dry-run", "--nolock"])
     _expect_folders(tier)
     with _only_one(ROOT):
         _clear_up(tier, elsewhere=bool(profile))
         print(estimate(tier, cores, ROOT), flush=True)
         before = executed(tier, ROOT)
-        if dry_run:
-            options = ["--cores", str(cores), "--dry-run"]
-        elif profile:
+        if profile:
             options = ["--workflow-profile", profile, "--keep-going"]
         else:
             options = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}", "--keep-going"]
         status = _snakemake(tier, options)
-    if not dry_run:
-        for line in durations(before, executed(tier, ROOT)):
-            print(line, flush=True)
+    for line in durations(before, executed(tier, ROOT)):
+        print(line, flush=True)
     if status:
         _say_what_failed(tier)
-    elif not dry_run:
+    else:
         print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
         print((ROOT / tier.folder.evaluation / AGREEMENT).read_text().strip())
     return status
@@ -236,8 +236,8 @@ def _snakemake(
         *("--config", f"tier={tier.name}", f"work={tier.folder.root.parent}", *config),
         *(("--", *targets) if targets else ()),
     ]
-    marked = {**os.environ, MARK: str(ROOT)}
-    return subprocess.run(command, env=marked, check=False).returncode
+    mark = {} if "--dry-run" in options else {MARK: str(ROOT)}
+    return subprocess.run(command, env={**os.environ, **mark}, check=False).returncode
 
 
 def publish(tier: Tier) -> list[Path]:
