@@ -6,6 +6,7 @@ the edge of a window. A scene is mapped in blocks of `STEP` pixels, each with al
 touch it; windows on the edge between blocks are predicted for each of them.
 """
 
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -350,15 +351,22 @@ def _bits(masks: Tensor) -> Tensor:
 
 
 def _create(path: Path, grid: Grid, layer: Layer) -> None:
-    """Make an empty raster of a map, with names and colours of its values."""
-    with create_raster(
-        path, grid, layer.bands, np.dtype(layer.kind), nodata=layer.nodata
-    ) as raster:
+    """Make an empty raster of a map, with names and colours of its values.
+
+    All its bytes are written now: what comes later is written over them, needs no more room, and
+    leaves a readable file wherever it is interrupted.
+    """
+    plain = {"nodata": layer.nodata, "compress": "NONE", "predictor": 1, "sparse_ok": False}
+    with create_raster(path, grid, layer.bands, np.dtype(layer.kind), **plain) as raster:
         raster.update_tags(**{f"id_{value}": name for value, (name, _) in layer.categories.items()})
         colours = {value: to_rgba(colour) for value, (_, colour) in layer.categories.items()}
         if colours:
             table = {value: tuple(round(255 * c) for c in rgba) for value, rgba in colours.items()}
             raster.write_colormap(1, {**table, int(layer.nodata): (0, 0, 0, 0)})
+    with path.open("rb+") as file:  # GDAL leaves holes where all is zero
+        while part := file.read(1 << 20):
+            file.seek(-len(part), os.SEEK_CUR)
+            file.write(part)
 
 
 def _copy(plan: MapPlan, layer: Layer, target: Path) -> None:

@@ -371,12 +371,12 @@ def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
 def create_raster(
     path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any
 ) -> Any:
-    """Open a tiled, compressed GeoTIFF on the grid for writing, with named bands."""
+    """Open a tiled GeoTIFF on the grid for writing, with named bands; compressed by default."""
     place: Mapping[str, Any] = {"width": grid.width, "height": grid.height}
     if grid.georeferenced:
         place = {**place, "transform": grid.transform, "crs": grid.crs}
     predictor = 3 if np.issubdtype(kind, np.floating) else 2
-    options |= {"count": len(bands), "dtype": kind, "predictor": predictor} | PROFILE
-    raster = rasterio.open(path, "w", **place, **options)
+    profile = {"count": len(bands), "dtype": kind, "predictor": predictor, **PROFILE, **options}
+    raster = rasterio.open(path, "w", **place, **profile)
     raster.descriptions = tuple(bands)
     return raster
