@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
+from lsgs_core.models import BACKBONES
 from study.artifacts import Record, save
 
 # Okabe and Ito's colours, which readers of every colour vision can tell apart.
@@ -47,6 +48,11 @@ def class_colours(classes: Sequence[str], colours: Mapping[str, str]) -> list[st
     rest = [colour for colour in category_colours(len(classes)) if colour not in colours.values()]
     left = iter([*rest, *sns.husl_palette(len(classes)).as_hex()])
     return [colours.get(name) or next(left) for name in classes]
+
+
+def backbone_title(backbone: str) -> str:
+    """Return the name of a backbone in figures: "CBC-SLP" of "cbc_slp"; others keep theirs."""
+    return backbone.upper().replace("_", "-") if backbone in BACKBONES else backbone
 
 
 def family_members(method: str) -> list[str]:
