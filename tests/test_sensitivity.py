@@ -152,7 +152,7 @@ def test_what_is_said_of_the_precision():
     scene = np.full(7, 0.02)
 
     def said(patches, tolerance):
-        return precision_sentence(scores, patches, tolerance, to_probabilities, scene)
+        return precision_sentence(scores, patches, tolerance, {}, scene)
 
     assert said(40, 0.0).startswith("40 of 40 patches scored; 40 blocks of another place would")
     assert "too few to stop before the end" in said(40, 0.01)
