@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import seaborn as sns
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
@@ -78,23 +76,3 @@ def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list
         save(folder / f"{name}.{suffix}", partial(figure.savefig, metadata=without), record)
         for suffix, without in metadata.items()
     ]
-
-
-def training_curves(history: pd.DataFrame, title: str) -> Figure:
-    """Draw the training loss, and the validation IoU where the history has it, per epoch."""
-    labels = {"validation_full_iou": "all modalities", "validation_mean_iou": "mean over scenarios"}
-    shown = [name for name in labels if name in history]
-    figure, axes = plt.subplots(1, 2 if shown else 1, figsize=(9, 3), squeeze=False)
-    marker = "o" if len(history) < 3 else None
-    epochs = history["epoch"] + 1
-    axes[0, 0].plot(epochs, history["loss"], color=PALETTE[0], marker=marker)
-    axes[0, 0].set(xlabel="epochs", ylabel="training loss")
-    for colour, name in zip(PALETTE, shown, strict=False):
-        axes[0, 1].plot(epochs, history[name], color=colour, marker=marker, label=labels[name])
-    if shown:
-        axes[0, 1].set(xlabel="epochs", ylabel="validation IoU")
-        axes[0, 1].legend()
-    for panel in axes.flat:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    return figure
