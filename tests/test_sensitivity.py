@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from study.scoring import precision_sentence
-from study.sensitivity import VARIED, sensitivity
+from study.scoring import VARIED, precision_sentence, sensitivity
 
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
@@ -152,7 +151,7 @@ def test_what_is_said_of_the_precision():
     scene = np.full(7, 0.02)
 
     def said(patches, tolerance):
-        return precision_sentence(scores, patches, tolerance, {}, scene)
+        return precision_sentence(scores, patches, tolerance, to_probabilities, scene)
 
     assert said(40, 0.0).startswith("40 of 40 patches scored; 40 blocks of another place would")
     assert "too few to stop before the end" in said(40, 0.01)

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,10 @@ from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
 from study.figures import class_colours
-from study.tiers import StudyFolder, network_seed
+from study.tiers import network_seed
+
+if TYPE_CHECKING:
+    from study.collection import Collected
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
 NAMES = ("modalities", "bands", "classes", "colours")
@@ -181,40 +184,23 @@ def predict_patches(
     return np.array(predicted).astype(np.uint8)
 
 
-def predictions_of_runs(
-    study: StudyFolder,
-    points: Mapping[tuple[str, str, int, int], Sequence[str]],
-    tests: Mapping[tuple[str, int], PatchDataset],
-    preset: str,
-    pretraining_seed: int,
-    count: int,
-    device: torch.device | str = "cpu",
-) -> dict[str, Predictions]:
+def predictions_of_runs(grid: "Collected") -> dict[str, Predictions]:
     """Predict the richest patches of every data set with the runs of its first fold and seed.
 
-    Args:
-        study: Folder of the runs and their weights.
-        points: Methods of every (dataset, backbone, fold, seed).
-        tests: Test patches of every (dataset, fold).
-        preset: Size of the backbones.
-        pretraining_seed: Seed of the networks before fine-tuning, which are method "pretrained".
-        count: Number of patches per data set.
-        device: Where to compute.
-
-    Raises:
-        InputError: A checkpoint is missing, or was made with other parameters.
+    The networks before fine-tuning are method "pretrained". A checkpoint that is missing, or was
+    made with other parameters, raises `InputError`.
     """
-    first: dict[str, tuple[int, int]] = {}
+    asked, first = grid.parameters, dict[str, tuple[int, int]]()
     by_dataset: dict[str, Predictions] = {}
-    for (dataset, backbone, fold, seed), methods in points.items():
+    for (dataset, backbone, fold, seed), methods in grid.points.items():
         if first.setdefault(dataset, (fold, seed)) != (fold, seed):
             continue
-        test = tests[dataset, fold]
-        indices = richest_patches(test, count)
-        model = build_network(backbone, preset, test, device)
-        network = network_seed(pretraining_seed, seed)
-        folders = {"pretrained": study.pretrained(dataset, backbone, fold, network)}
-        folders |= {name: study.runs(dataset, backbone, fold, seed) / name for name in methods}
+        test = grid.tests[dataset, fold]
+        indices = richest_patches(test, asked["shown_patches"])
+        model = build_network(backbone, asked["preset"], test, grid.device)
+        network = network_seed(asked["pretraining_seed"], seed)
+        folders = {"pretrained": grid.study.pretrained(dataset, backbone, fold, network)}
+        folders |= {n: grid.study.runs(dataset, backbone, fold, seed) / n for n in methods}
         maps = {}
         for method, folder in folders.items():
             made_with = {"model": model.configuration, "dataset": dataset, "fold": fold}

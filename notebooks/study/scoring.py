@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -18,12 +19,11 @@ from lsgs_core.distortion import (
 )
 from lsgs_core.distributions import read_failure_rates
 from lsgs_core.models.adapter import PredictionModel
-from lsgs_core.probabilities import scenario_descriptors, scenario_probabilities
+from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.randomness import generator
 from lsgs_core.scoring_file import published_scoring
 from lsgs_core.uncertainty import (
     ToProbabilities,
-    bootstrap_probabilities,
     stop_when_precise,
     stopping_error,
 )
@@ -37,6 +37,14 @@ Measured = Literal["latent", "prediction"]
 SCORES: Mapping[Measured, str] = {
     "latent": "scores.safetensors",
     "prediction": "prediction_scores.safetensors",
+}
+# The values of each setting, varied one at a time. Lengthscales are multiples of the median
+# distance between scenarios, since distortions of two backbones differ by orders of magnitude.
+VARIED: dict[str, tuple[float, ...]] = {
+    "inverse_temperature": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+    "mixing": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "ridge": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    "lengthscale": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0),
 }
 SETTINGS = ("direction", "ridge", "inverse_temperature", "mixing", "lengthscale", "smooth")
 SCORED_BY = ("training_patches", "scenario_budget")  # parameters that decide D
@@ -91,16 +99,6 @@ def method_settings(run: "NetworkRun", scores: ScenarioScores | None = None) -> 
 def to_probabilities(settings: Mapping[str, Any]) -> ToProbabilities:
     """Return the function from D to p that has these settings."""
     return lambda distortion: scenario_probabilities(distortion, **settings).probabilities
-
-
-def resampled_probabilities(
-    scores: ScenarioScores, settings: Mapping[str, Any]
-) -> NDArray[np.float64]:
-    """Return p of R resampled scorings, [R, K]; fewer of many scenarios, which take 0.1 s each."""
-    return bootstrap_probabilities(
-        scores.patch_distortion, scores.block_ids, to_probabilities(settings),
-        1000 if len(scores.scenarios) < 128 else 100, predictive_error=scores.predictive_error,
-    )  # fmt: skip
 
 
 def published(
@@ -164,7 +162,7 @@ def precision_sentence(
     scores: ScenarioScores,
     patches: int,
     tolerance: float,
-    settings: Mapping[str, Any],
+    to_probabilities: ToProbabilities,
     scene_error: NDArray[np.float64],
 ) -> str:
     """Say how precisely p is known: against the whole pass, and beyond this scene's blocks.
@@ -173,14 +171,13 @@ def precision_sentence(
         scores: The scoring, of patches in random order where it was stopped.
         patches: Number of patches of the whole pass.
         tolerance: Standard error of p at which it was to stop; 0 where it was not.
-        settings: Arguments of `scenario_probabilities`.
+        to_probabilities: Function from D to p.
         scene_error: Standard error of p over resampled blocks, [K].
     """
     count, blocks = len(scores.patch_ids), len(np.unique(scores.block_ids))
     text = f"{count} of {patches} patches scored"
     if 2 <= count < patches and tolerance:
-        known = to_probabilities(settings)
-        error = stopping_error(scores.patch_distortion, known, patches).max()
+        error = stopping_error(scores.patch_distortion, to_probabilities, patches).max()
         text += f"; every p is known to {error:.4f}, against the whole pass"
     elif tolerance:
         text += f": too few to stop before the end for a standard error of {tolerance}"
@@ -188,3 +185,25 @@ def precision_sentence(
     if tolerance and scene_error.max() > tolerance:
         text += ", more than the tolerance: more patches of this scene do not help"
     return text
+
+
+def sensitivity(distortion: NDArray[np.float64], settings: Mapping[str, Any]) -> pd.DataFrame:
+    """Compute p with one setting varied and the others kept, from the same distortions.
+
+    Args:
+        distortion: D, [K].
+        settings: Keyword arguments of `scenario_probabilities`.
+
+    Returns:
+        The columns setting, value, scenario (its index) and probability. Lengthscales are given as
+        multiples of the median distance between scenarios.
+    """
+    descriptors = settings.get("descriptors")
+    _, median = rbf_kernel(distortion if descriptors is None else descriptors, "median")
+    rows = []
+    for setting, values in VARIED.items():
+        for value in values:
+            used = value * median if setting == "lengthscale" else value
+            result = scenario_probabilities(distortion, **{**settings, setting: used})
+            rows += [(setting, value, k, p) for k, p in enumerate(result.probabilities)]
+    return pd.DataFrame(rows, columns=["setting", "value", "scenario", "probability"])

@@ -11,7 +11,6 @@ import rasterio
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.patches import Patch
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from numpy.typing import NDArray
@@ -91,30 +90,23 @@ def first_scene(
     label_panel, part_panel, *empty = panels[len(pictures) :]
     colours = [*class_colours(names, dataset.colours), GREY]
     titles = dict(enumerate([*names, "none of these"]))
-    legends = [
-        category_map(label_panel, classes, titles, f"Labels for {task}", colours, extent),
-        category_map(
-            part_panel,
-            roles,
-            role_names,
-            f"Parts of fold {fold}",
-            ("#56B4E9", "#E69F00", "#D55E00"),
-            extent,
+    parts = (
+        part_panel,
+        roles,
+        role_names,
+        f"Parts of fold {fold}",
+        (PALETTE[4], PALETTE[1], PALETTE[5]),
+    )
+    legends = {
+        "classes (white: unknown)": category_map(
+            label_panel, classes, titles, f"Labels for {task}", colours, extent
         ),
-    ]
+        "parts": category_map(*parts, extent),
+    }
     for panel in empty:
         panel.axis("off")
-    of_classes, of_parts = (
-        Legend(
-            empty[0], handles, [str(handle.get_label()) for handle in handles], title=title,
-            loc="upper left", bbox_to_anchor=(left, 1), bbox_transform=empty[0].transAxes,
-        )
-        for handles, title, left in zip(
-            legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
-        )
-    )  # fmt: skip
-    empty[0].add_artist(of_classes)
-    empty[0].add_artist(of_parts)
+    for place, (title, handles) in zip(("left", "right"), legends.items(), strict=True):
+        empty[0].add_artist(empty[0].legend(handles=handles, title=title, loc=f"upper {place}"))
     for panel in panels[::3]:
         panel.set_ylabel(unit)
     for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
