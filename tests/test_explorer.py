@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from study.artifacts import Record
 from study.data.patches import PatchDataset
 from study.figures import explorer
@@ -25,7 +26,9 @@ from study.predictions import (
     save_predictions,
     shown_patches,
 )
+from study.tiers import StudyFolder
 from test_scoring import published  # noqa: F401 - a fixture
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, scenario_probabilities
 from lsgs_core.distributions import deployment_prior
@@ -42,7 +45,7 @@ def closed():
 
 
 def drawn_probabilities(figure) -> np.ndarray:
-    return np.array([bar.get_height() for bar in figure.axes[2].patches])
+    return np.array([bar.get_width() for bar in figure.axes[2].patches])
 
 
 def test_settings_beyond_the_usual_are_shown_as_they_are():
@@ -100,9 +103,12 @@ def test_a_control_draws_the_figure_again_and_bad_input_says_so(capsys):
 
 def test_a_static_version_shows_the_own_run_alone(published, tmp_path, monkeypatch, capsys):  # noqa: F811
     path, content, _ = published
+    folder = StudyFolder(tmp_path).scores("demo", "cbc_slp", 0, 0)
+    folder.mkdir(parents=True)
+    path = path.rename(folder / path.name)
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert show_probabilities([tmp_path / "absent.json", path], []) is None
-    assert "probabilities.json" in capsys.readouterr().out
+    assert "shown: demo, CBC-SLP, fold 0" in capsys.readouterr().out
     np.testing.assert_allclose(drawn_probabilities(plt.gcf()), content["final_probs"], atol=2e-3)
     plt.close("all")
     assert show_probabilities([], [path]) is None
@@ -154,6 +160,7 @@ def test_stored_predictions_are_read_back(stored, tmp_path):
     again = load_predictions(path)
     assert again.classes == predictions.classes
     assert again.modalities == predictions.modalities
+    assert (again.bands, again.pixel_size) == (predictions.bands, 10)
     np.testing.assert_array_equal(again.maps["cmx/lsgs"], predictions.maps["cmx/lsgs"])
     np.testing.assert_array_equal(again.pictures, predictions.pictures)
     before = path.read_bytes()
@@ -174,14 +181,22 @@ def test_modalities_are_switched_off(stored):
     _, _, predictions = stored
     view = prediction_explorer(predictions)
     titles = [axes.get_title() for axes in view.draw(**view.values()).axes]
-    assert "prediction from RGB+NIR+SWIR" in titles
+    assert titles.count("from RGB+NIR+SWIR") == 2
+    assert "NIR: B06, B08, B8A" in titles
     view.controls["has:NIR"].value = False
-    titles = [axes.get_title() for axes in view.draw(**view.values()).axes]
-    assert {"NIR: missing", "prediction from RGB+SWIR"} <= set(titles)
+    figure = view.draw(**view.values())
+    titles = [axes.get_title() for axes in figure.axes]
+    assert {"NIR: missing", "from RGB+NIR+SWIR", "from RGB+SWIR"} <= set(titles)
     predicted = predictions.maps["cmx/lsgs"][0, predictions.scenarios.index([True, False, True])]
     compared = (predictions.truth[0] != UNKNOWN) & (predicted != UNKNOWN)
-    share = (predicted == predictions.truth[0])[compared].mean()
-    assert any(title.startswith(f"{share:.0%} right") for title in titles)
+    pair = [torch.from_numpy(ids[compared]).long() for ids in (predicted, predictions.truth[0])]
+    present = [c for c in torch.cat(pair).unique().tolist() if c != NOTHING]
+    iou = multiclass_jaccard_index(*pair, num_classes=256, average="none")[present].mean()
+    assert f"{(pair[0] == pair[1]).float().mean():.0%} right, IoU {iou:.2f}" in titles
+    without = replace(predictions, pixel_size=np.nan)
+    other = prediction_explorer(without).draw(**view.values())
+    for drawn, bars in ((figure, 1), (other, 0)):
+        assert [text.get_text() for text in drawn.findobj(Text)].count("100 m") == bars
 
 
 def test_every_file_has_controls_of_its_own(stored, tmp_path, monkeypatch, capsys):

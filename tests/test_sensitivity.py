@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from study.scoring import precision_sentence
-from study.sensitivity import VARIED, sensitivity
+from study.scoring import VARIED, precision_sentence, sensitivity
 
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error

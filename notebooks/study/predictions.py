@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,9 +22,13 @@ from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
 from study.evaluation import class_map
 from study.figures import class_colours
-from study.tiers import StudyFolder, network_seed
+from study.tiers import network_seed
+
+if TYPE_CHECKING:
+    from study.collection import Collected
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
+NAMES = ("modalities", "bands", "classes", "colours")
 MAP = "map/"  # prefix of the predictions in a file
 
 
@@ -34,8 +38,10 @@ class Predictions:
 
     Attributes:
         modalities: Names of the M modalities.
+        bands: What their pictures show, such as "B04, B03, B02".
         classes: Names of the C classes, at most 254.
         colours: Their colours, "#RRGGBB".
+        pixel_size: Side of a pixel in metres; NaN where that is not known.
         patch_ids: int64 [P].
         pictures: Colour picture of every modality, uint8 [P, M, H, W, 3].
         truth: Class of every pixel, `NOTHING` or `UNKNOWN`, uint8 [P, H, W].
@@ -44,8 +50,10 @@ class Predictions:
     """
 
     modalities: tuple[str, ...]
+    bands: tuple[str, ...]
     classes: tuple[str, ...]
     colours: tuple[str, ...]
+    pixel_size: float
     patch_ids: NDArray[np.int64]
     pictures: NDArray[np.uint8]
     truth: NDArray[np.uint8]
@@ -58,7 +66,8 @@ class Predictions:
         found |= {name: array.shape for name, array in self.maps.items()}
         expected = {"patches": (count,), "pictures": (count, len(self.modalities), *size, 3)}
         expected |= {name: (count, len(self.scenarios), *size) for name in self.maps}
-        found["colours"], expected["colours"] = (len(self.colours),), (len(self.classes),)
+        found |= {"colours": (len(self.colours),), "bands": (len(self.bands),)}
+        expected |= {"colours": (len(self.classes),), "bands": (len(self.modalities),)}
         if len(size) != 2 or found != expected:
             raise InputError(f"predictions: expected shapes {expected}, found {found}")
 
@@ -73,6 +82,21 @@ class Predictions:
         if name not in self.maps:
             raise InputError(f"predictions: none of {name}; there are {list(self.maps)}")
         return self.maps[name]
+
+    def agreement(self, patch: int, predicted: NDArray[np.uint8]) -> tuple[float, float]:
+        """Return the share of a patch's pixels that are right, and the mean IoU of its classes."""
+        truth = self.truth[patch]
+        counted = (truth != UNKNOWN) & (predicted != UNKNOWN)
+        truth, predicted = truth[counted], predicted[counted]
+        present = np.union1d(truth, predicted)
+        pairs = [(truth == c, predicted == c) for c in present[present < NOTHING]]
+        ious = pd.Series([(true & said).sum() / (true | said).sum() for true, said in pairs])
+        return float(pd.Series(truth == predicted).mean()), float(ious.mean())
+
+
+def shown_bands(bands: Sequence[str]) -> str:
+    """Return the names of the bands that `composite` draws, as red, green and blue or in grey."""
+    return ", ".join(bands[: 3 if len(bands) > 2 else 1])
 
 
 def composite(bands: NDArray[Any], seen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
@@ -127,6 +151,8 @@ def shown_patches(dataset: PatchDataset, indices: Sequence[int]) -> Predictions:
         truth.append(torch.where(batch.valid[0], _coded(classes), UNKNOWN).numpy())
     return Predictions(
         modalities=tuple(dataset.modalities),
+        bands=tuple(map(shown_bands, dataset.description.bands.values())),
+        pixel_size=dataset.description.pixel_size or np.nan,
         classes=tuple(dataset.classes),
         colours=tuple(class_colours(dataset.classes, dataset.dataset.colours)),
         patch_ids=dataset.patch_ids[list(indices)],
@@ -158,40 +184,23 @@ def predict_patches(
     return np.array(predicted).astype(np.uint8)
 
 
-def predictions_of_runs(
-    study: StudyFolder,
-    points: Mapping[tuple[str, str, int, int], Sequence[str]],
-    tests: Mapping[tuple[str, int], PatchDataset],
-    preset: str,
-    pretraining_seed: int,
-    count: int,
-    device: torch.device | str = "cpu",
-) -> dict[str, Predictions]:
+def predictions_of_runs(grid: "Collected") -> dict[str, Predictions]:
     """Predict the richest patches of every data set with the runs of its first fold and seed.
 
-    Args:
-        study: Folder of the runs and their weights.
-        points: Methods of every (dataset, backbone, fold, seed).
-        tests: Test patches of every (dataset, fold).
-        preset: Size of the backbones.
-        pretraining_seed: Seed of the networks before fine-tuning, which are method "pretrained".
-        count: Number of patches per data set.
-        device: Where to compute.
-
-    Raises:
-        InputError: A checkpoint is missing, or was made with other parameters.
+    The networks before fine-tuning are method "pretrained". A checkpoint that is missing, or was
+    made with other parameters, raises `InputError`.
     """
-    first: dict[str, tuple[int, int]] = {}
+    asked, first = grid.parameters, dict[str, tuple[int, int]]()
     by_dataset: dict[str, Predictions] = {}
-    for (dataset, backbone, fold, seed), methods in points.items():
+    for (dataset, backbone, fold, seed), methods in grid.points.items():
         if first.setdefault(dataset, (fold, seed)) != (fold, seed):
             continue
-        test = tests[dataset, fold]
-        indices = richest_patches(test, count)
-        model = build_network(backbone, preset, test, device)
-        network = network_seed(pretraining_seed, seed)
-        folders = {"pretrained": study.pretrained(dataset, backbone, fold, network)}
-        folders |= {name: study.runs(dataset, backbone, fold, seed) / name for name in methods}
+        test = grid.tests[dataset, fold]
+        indices = richest_patches(test, asked["shown_patches"])
+        model = build_network(backbone, asked["preset"], test, grid.device)
+        network = network_seed(asked["pretraining_seed"], seed)
+        folders = {"pretrained": grid.study.pretrained(dataset, backbone, fold, network)}
+        folders |= {n: grid.study.runs(dataset, backbone, fold, seed) / n for n in methods}
         maps = {}
         for method, folder in folders.items():
             made_with = {"model": model.configuration, "dataset": dataset, "fold": fold}
@@ -221,9 +230,8 @@ def load_predictions(path: Path) -> Predictions:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         return Predictions(
-            modalities=tuple(arrays["modalities"].tolist()),
-            classes=tuple(arrays["classes"].tolist()),
-            colours=tuple(arrays["colours"].tolist()),
+            **{name: tuple(arrays[name].tolist()) for name in NAMES},
+            pixel_size=float(arrays["pixel_size"]),
             patch_ids=arrays["patch_ids"],
             pictures=arrays["pictures"].astype(np.uint8),
             truth=arrays["truth"].astype(np.uint8),

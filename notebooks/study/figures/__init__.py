@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import seaborn as sns
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
+from lsgs_core.models import BACKBONES
 from study.artifacts import Record, save
 
 # Okabe and Ito's colours, which readers of every colour vision can tell apart.
@@ -49,6 +48,11 @@ def class_colours(classes: Sequence[str], colours: Mapping[str, str]) -> list[st
     return [colours.get(name) or next(left) for name in classes]
 
 
+def backbone_title(backbone: str) -> str:
+    """Return the name of a backbone in figures: "CBC-SLP" of "cbc_slp"; others keep theirs."""
+    return backbone.upper().replace("_", "-") if backbone in BACKBONES else backbone
+
+
 def family_members(method: str) -> list[str]:
     """Return the methods of the same family, in order; none for a method outside of `METHODS`."""
     own = METHODS.get(method.partition("@")[0])
@@ -72,23 +76,3 @@ def save_figure(figure: Figure, folder: Path, name: str, record: Record) -> list
         save(folder / f"{name}.{suffix}", partial(figure.savefig, metadata=without), record)
         for suffix, without in metadata.items()
     ]
-
-
-def training_curves(history: pd.DataFrame, title: str) -> Figure:
-    """Draw the training loss, and the validation IoU where the history has it, per epoch."""
-    labels = {"validation_full_iou": "all modalities", "validation_mean_iou": "mean over scenarios"}
-    shown = [name for name in labels if name in history]
-    figure, axes = plt.subplots(1, 2 if shown else 1, figsize=(9, 3), squeeze=False)
-    marker = "o" if len(history) < 3 else None
-    epochs = history["epoch"] + 1
-    axes[0, 0].plot(epochs, history["loss"], color=PALETTE[0], marker=marker)
-    axes[0, 0].set(xlabel="epochs", ylabel="training loss")
-    for colour, name in zip(PALETTE, shown, strict=False):
-        axes[0, 1].plot(epochs, history[name], color=colour, marker=marker, label=labels[name])
-    if shown:
-        axes[0, 1].set(xlabel="epochs", ylabel="validation IoU")
-        axes[0, 1].legend()
-    for panel in axes.flat:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    return figure

@@ -5,8 +5,8 @@ draw them in the study.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.scoring_file import read_evidence
 from lsgs_core.uncertainty import smoothing_report
+from study.figures import backbone_title
 from study.figures.maps import prediction_view
 from study.figures.scoring import SETTING_TITLES, probability_steps
 from study.predictions import Predictions, load_predictions
@@ -37,6 +38,7 @@ class View:
 
     draw: Callable[..., Figure]  # for values of the controls, which are passed by name
     controls: dict[str, widgets.ValueWidget]  # by name
+    static: Mapping[str, Any] = field(default_factory=dict)  # values where there are no controls
 
     def values(self) -> dict[str, Any]:
         """Return the values of the controls, by name."""
@@ -144,10 +146,10 @@ def prediction_explorer(predictions: Predictions) -> View:
 
     controls: dict[str, widgets.ValueWidget] = {
         "patch": _choice("patch", patches, 0),
-        "backbone": _choice("backbone", backbones, backbones[0]),
+        "backbone": _choice("backbone", [(backbone_title(b), b) for b in backbones], backbones[0]),
         "method": _choice("method", titles, methods[-1]),
     }
-    return View(draw, controls | boxes)
+    return View(draw, controls | boxes, {next(iter(boxes)): False})
 
 
 def _show(
@@ -155,18 +157,19 @@ def _show(
 ) -> widgets.Widget | None:
     live = "JPY_SESSION_NAME" in os.environ  # an interactive Jupyter session
     # A static figure is part of the record of a run, so it never shows the results of others.
-    paths = [path for path in [*own, *(committed if live else [])] if path.is_file()]
-    views = {path.as_posix().replace("../", ""): view(path) for path in paths}
+    marks = dict.fromkeys(own, "") | (dict.fromkeys(committed, ", committed") if live else {})
+    views = {_title(path) + mark: view(path) for path, mark in marks.items() if path.is_file()}
     titles = list(views)
     if not titles:
         print("nothing to show: no such file was written, and none is committed")
         return None
+    first = views[titles[0]]
     if not live:
         print("shown:", titles[0])
-        views[titles[0]].draw(**views[titles[0]].values())
+        first.draw(**{**first.values(), **first.static})
         return None
     if len(titles) == 1:
-        return views[titles[0]].panel()
+        return first.panel()
 
     @cache
     def panel(title: str) -> widgets.Widget:
@@ -177,6 +180,15 @@ def _show(
     choice = widgets.Dropdown(options=titles, description="shown", style=STYLE, layout=layout)
     shown = widgets.interactive_output(lambda title: display(panel(title)), {"title": choice})
     return widgets.VBox([choice, shown])
+
+
+def _title(path: Path) -> str:
+    """Return what a scoring or predictions are of, such as "demo, CBC, fold 0", from the path."""
+    if path.suffix == ".npz":
+        return path.stem.removeprefix("predictions_")
+    dataset, backbone, fold, seed = path.resolve().parts[-5:-1]
+    network = "" if seed == "seed0" else f", network {seed.removeprefix('seed')}"
+    return f"{dataset}, {backbone_title(backbone)}, fold {fold.removeprefix('fold')}{network}"
 
 
 def _failure_rate(evidence: Evidence, modality: int) -> float:

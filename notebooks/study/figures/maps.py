@@ -11,8 +11,8 @@ import rasterio
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.patches import Patch
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
@@ -22,8 +22,8 @@ from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_modalities, open_prepared
 from study.data.raw_files import Scene
-from study.figures import GREY, PALETTE, class_colours
-from study.predictions import NOTHING, UNKNOWN, Predictions, composite
+from study.figures import GREY, PALETTE, backbone_title, class_colours
+from study.predictions import NOTHING, UNKNOWN, Predictions, composite, shown_bands
 from study.statistics import method_title
 
 LARGEST = 1000  # height or width of a picture, pixels
@@ -66,7 +66,9 @@ def first_scene(
     pictures = {}
     for modality in made.modalities:
         bands, seen, _ = read_overview(folder / f"{modality}.tif")
-        pictures[modality] = composite(bands, seen)
+        pictures[f"{modality}: {shown_bands(dataset.modalities[modality])}"] = composite(
+            bands, seen
+        )
     names = list(dataset.task(task).classes)
     member = class_membership(dataset, task)
     class_of = np.where(member.any(axis=0), member.argmax(axis=0), len(names))
@@ -84,34 +86,27 @@ def first_scene(
     panels = list(axes.flat)
     for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
         panel.imshow(picture, extent=extent)
-        panel.set_title(f"{name}, from its 2nd to 98th percentile")
+        panel.set_title(name)
     label_panel, part_panel, *empty = panels[len(pictures) :]
     colours = [*class_colours(names, dataset.colours), GREY]
     titles = dict(enumerate([*names, "none of these"]))
-    legends = [
-        category_map(label_panel, classes, titles, f"Labels for {task}", colours, extent),
-        category_map(
-            part_panel,
-            roles,
-            role_names,
-            f"Parts of fold {fold}",
-            ("#56B4E9", "#E69F00", "#D55E00"),
-            extent,
+    parts = (
+        part_panel,
+        roles,
+        role_names,
+        f"Parts of fold {fold}",
+        (PALETTE[4], PALETTE[1], PALETTE[5]),
+    )
+    legends = {
+        "classes (white: unknown)": category_map(
+            label_panel, classes, titles, f"Labels for {task}", colours, extent
         ),
-    ]
+        "parts": category_map(*parts, extent),
+    }
     for panel in empty:
         panel.axis("off")
-    of_classes, of_parts = (
-        Legend(
-            empty[0], handles, [str(handle.get_label()) for handle in handles], title=title,
-            loc="upper left", bbox_to_anchor=(left, 1), bbox_transform=empty[0].transAxes,
-        )
-        for handles, title, left in zip(
-            legends, ("classes (white: unknown)", "parts"), (0.0, 0.55), strict=True
-        )
-    )  # fmt: skip
-    empty[0].add_artist(of_classes)
-    empty[0].add_artist(of_parts)
+    for place, (title, handles) in zip(("left", "right"), legends.items(), strict=True):
+        empty[0].add_artist(empty[0].legend(handles=handles, title=title, loc=f"upper {place}"))
     for panel in panels[::3]:
         panel.set_ylabel(unit)
     for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
@@ -205,6 +200,7 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
         panel.set_title(name)
     _draw_classes(axes[0, len(predictions.modalities)], truth, predictions)
     axes[0, len(predictions.modalities)].set_title("truth")
+    _scale_bar(axes[0, 0], predictions)
     for row, method in zip(axes[1:], methods, strict=True):
         row[0].set_ylabel(method_title(method), rotation=0, ha="right", va="center")
         for column, (backbone, index) in enumerate(product(backbones, shown)):
@@ -213,7 +209,7 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
                 _draw_classes(row[column], predicted[patch, index], predictions, truth == UNKNOWN)
     for panel, (backbone, index) in zip(axes[1], product(backbones, shown), strict=False):
         sensors = "all" if index == scenarios.full else scenarios.names[index]
-        panel.set_title(f"{backbone}\n{sensors}")
+        panel.set_title(f"{backbone_title(backbone)}\n{sensors}")
     _finish(figure, predictions)
     return figure
 
@@ -221,7 +217,9 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
 def prediction_view(
     predictions: Predictions, patch: int, backbone: str, method: str, available: Sequence[bool]
 ) -> Figure:
-    """Draw one patch under one scenario: its modalities, truth, prediction, and the errors.
+    """Draw one patch: its modalities, the truth, and predictions from all and from some of them.
+
+    Below the title of a prediction stands how much of this patch is right, and its mean IoU.
 
     Args:
         predictions: The stored predictions.
@@ -230,30 +228,48 @@ def prediction_view(
         method: Method of the network.
         available: Whether each modality is available, [M]; at least one is.
     """
-    scenario = predictions.scenarios.index(available)
-    predicted = predictions.of(backbone, method)[patch, scenario]
-    truth, names = predictions.truth[patch], predictions.modalities
-    columns = max(3, len(names))
-    figure, axes = plt.subplots(2, columns, figsize=(3 * columns + 1, 6))
-    for panel, name, picture, is_available in zip(
-        axes[0], names, predictions.pictures[patch], available, strict=False
+    scenarios, names = predictions.scenarios, predictions.modalities
+    scenario, truth = scenarios.index(available), predictions.truth[patch]
+    every = predictions.of(backbone, method)[patch]
+    columns = max(4, len(names) + 1)
+    figure, axes = plt.subplots(2, columns, figsize=(2.8 * columns, 6.2))
+    for panel, name, bands, picture, is_available in zip(
+        axes[0], names, predictions.bands, predictions.pictures[patch], available, strict=False
     ):
-        panel.imshow(picture if is_available else np.full_like(picture, 225))
-        panel.set_title(name if is_available else f"{name}: missing")
-    _draw_classes(axes[1, 0], truth, predictions)
-    axes[1, 0].set_title("truth (white: no label)")
-    _draw_classes(axes[1, 1], predicted, predictions, truth == UNKNOWN)
-    axes[1, 1].set_title(f"prediction from {predictions.scenarios.names[scenario]}")
-    compared = (truth != UNKNOWN) & (predicted != UNKNOWN)
-    is_right = predicted == truth
-    share = is_right[compared].mean() if compared.any() else float("nan")
-    errors, titles = np.where(compared, is_right, -1), {0: "wrong", 1: "right"}
-    title, colours = f"{share:.0%} right (orange: wrong)", ("#D55E00", "#DDDDDD")
-    category_map(axes[1, 2], errors, titles, title, colours)
-    for panel in [*axes[0, len(names) :], *axes[1, 3:]]:
+        if is_available:
+            panel.imshow(picture)
+        panel.set(box_aspect=1, title=f"{name}: {bands if is_available else 'missing'}")
+        panel.patch.set(hatch="" if is_available else "//", edgecolor=GREY)
+    _draw_classes(axes[0, len(names)], truth, predictions)
+    axes[0, len(names)].set_title("truth (white: no label)")
+    _scale_bar(axes[0, len(names)], predictions)
+    handles = []
+    for panels, shown in ((axes[1, :2], scenarios.full), (axes[1, 2:4], scenario)):
+        _draw_classes(panels[0], every[shown], predictions, truth == UNKNOWN)
+        panels[0].set_title(f"from {scenarios.names[shown]}")
+        errors = np.where(every[shown] == truth, 1, 0)
+        errors[(truth == UNKNOWN) | (every[shown] == UNKNOWN)] = -1
+        right, iou = predictions.agreement(patch, every[shown])
+        title, colours = f"{right:.0%} right, IoU {iou:.2f}", (PALETTE[5], PALETTE[4])
+        handles = category_map(panels[1], errors, {0: "wrong", 1: "right"}, title, colours)
+    for panel in [*axes[0, len(names) + 1 :], *axes[1, 4:]]:
         panel.axis("off")
-    _finish(figure, predictions)
+    _finish(figure, predictions, handles)
     return figure
+
+
+def _scale_bar(panel: Axes, predictions: Predictions) -> None:
+    """Draw a bar of a round number of metres below a patch, if the size of its pixels is known."""
+    width = predictions.truth.shape[-1] * predictions.pixel_size
+    if np.isfinite(width):
+        decade = 10 ** np.floor(np.log10(width / 2))
+        metres = decade * max(n for n in (1, 2, 5) if n * decade <= width / 2)
+        length, below = metres / predictions.pixel_size, {"bbox_transform": panel.transAxes}
+        bar = AnchoredSizeBar(
+            panel.transData, length, f"{metres:g} m", "upper left", frameon=False, pad=0,
+            bbox_to_anchor=(0, -0.03), size_vertical=length / 20, **below,
+        )  # fmt: skip
+        panel.add_artist(bar)
 
 
 def _draw_classes(
@@ -275,11 +291,13 @@ def _patches(colours: Sequence[str], names: Iterable[str]) -> list[Patch]:
     return [Patch(color=c, label=name) for c, name in zip(colours, names, strict=True)]
 
 
-def _finish(figure: Figure, predictions: Predictions) -> None:
-    """Remove ticks and frames, and put a legend of the classes below."""
+def _finish(figure: Figure, predictions: Predictions, further: Sequence[Patch] = ()) -> None:
+    """Remove ticks and frames, and put a legend of the classes, and of what else, below."""
     for panel in figure.axes:
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     names, colours = [*predictions.classes, "none of these"], [*predictions.colours, GREY]
-    handles = _patches(colours, names)
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    handles = [*_patches(colours, names), *further]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=int(figure.get_figwidth() / 1.4)
+    )

@@ -82,27 +82,27 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
 
 
 def probability_steps(result: ScenarioProbabilities, names: Sequence[str]) -> Figure:
-    """Draw the kernel, the effect of the smoothing, and the probabilities beside the prior."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1.2))
-    labels = list(names) if len(names) <= READABLE else False
+    """Draw a row per scenario: its kernel, what the smoothing changes, and p beside the prior."""
     chosen, note = _shown(result)
-    sns.heatmap(
-        result.kernel[np.ix_(chosen, chosen)], ax=axes[0], xticklabels=labels, yticklabels=labels,
-        cmap="viridis", vmin=0, vmax=1, square=True, cbar_kws={"label": "similarity"},
-    )  # fmt: skip
-    plt.setp(axes[0].get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
-    axes[0].set_title(f"RBF kernel, lengthscale {result.lengthscale:.3g}")
-    axes[0].set_xlabel(note)
-    axes[1].scatter(result.utility, result.smoothed, color=PALETTE[0])
-    limits = [result.utility.min(), result.utility.max()]
-    axes[1].plot(limits, limits, color="#666666", linewidth=1, linestyle=":")
+    rows = np.arange(len(chosen))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    kernel = result.kernel[np.ix_(chosen, chosen)]
+    image = axes[0].imshow(kernel, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes[0], label="similarity")
+    axes[0].set(title=f"RBF kernel, lengthscale {result.lengthscale:.3g}", xticks=[])
+    axes[0].set_xlabel("the same scenarios, in this order")
+    before, after = result.utility[chosen], result.smoothed[chosen]
+    axes[1].hlines(rows, before, after, color=PALETTE[0])
+    axes[1].plot(before, rows, "o", color=PALETTE[0], clip_on=False)
+    axes[1].plot(after, rows, "o", color=PALETTE[5], markersize=9, fillstyle="none", clip_on=False)
     moved = np.abs(result.standardised - standardise(result.utility)).max()
-    title = f"Smoothing changes the standardised scores\nby at most {moved:.2g}"
+    title = f"Smoothing moves the standardised\nscores by up to {moved:.2g}"
     if moved < 0.01:
         title = "Smoothing changes nothing at this lengthscale"
-    sign = "" if result.utility.max() > 0 else "-"
-    axes[1].set(xlabel=f"distortion, {sign}D", ylabel="smoothed r", title=title)
-    _probability_bars(axes[2], result, names, "Scenario probabilities")
+    sign = "" if result.utility.max() > 0 else "−"
+    axes[1].set(xlabel=f"{sign}D, distortion (dots); r, smoothed (rings)", title=title)
+    _probability_bars(axes[2], result, names, "How often training draws it")
+    figure.suptitle(note)
     return figure
 
 
@@ -127,8 +127,8 @@ def sensitivity_panels(
     first, *panels = axes.flat
     chosen, note = _shown(result)
     low, high = np.percentile(resampled[:, chosen], [2.5, 97.5], axis=0)
-    first.vlines(np.arange(len(chosen)), low, high, color="#333333")
     _probability_bars(first, result, names, "95 % over resampled blocks")
+    first.hlines(np.arange(len(chosen)), low, high, color="#333333")
     sensors = [name.count("+") + 1 for name in names]
     few = len(names) < len(PALETTE)
     for panel, (setting, rows) in zip(panels, varied.groupby("setting", sort=False), strict=False):
@@ -155,17 +155,15 @@ def sensitivity_panels(
 def _probability_bars(
     axes: Axes, result: ScenarioProbabilities, names: Sequence[str], title: str
 ) -> None:
-    """Draw p as bars, and the prior as a dashed line."""
+    """Draw a row per scenario: p as a bar, and the prior as a dashed line."""
     chosen, note = _shown(result)
-    positions, label = np.arange(len(chosen)), _prior_title(result)
-    axes.bar(positions, result.probabilities[chosen], color=PALETTE[1])
-    axes.plot(positions, result.prior[chosen], color="#333333", linestyle="--", label=label)
-    if len(names) <= READABLE:
-        axes.set_xticks(positions, list(names), rotation=40, ha="right")
-    else:
-        axes.set_xlabel(note or "scenarios, from one modality to all")
-    axes.set(ylabel="probability p", title=title)
-    axes.legend()
+    rows, label = np.arange(len(chosen)), _prior_title(result)
+    axes.barh(rows, result.probabilities[chosen], color=PALETTE[1])
+    axes.plot(result.prior[chosen], rows, color="#333333", linestyle="--", label=label)
+    readable = len(names) <= READABLE
+    axes.set_yticks(rows if readable else [], [names[k] for k in chosen] if readable else [])
+    axes.set_ylabel("" if readable else note or "scenarios, from one modality to all")
+    axes.set(xlabel=f"probability p (dashed: {label})", title=title, ylim=(len(rows) - 0.5, -0.5))
 
 
 def _prior_title(result: ScenarioProbabilities) -> str:

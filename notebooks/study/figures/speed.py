@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from study.figures import PALETTE
+from study.figures import PALETTE, backbone_title
 from study.speed import CASE, FORMS, PARTS, ratios
 
 COLOURS = dict(zip((*PARTS, "backward", "optimiser"), PALETTE, strict=False)) | {"other": "#BBBBBB"}
@@ -19,34 +20,30 @@ AXES = {
 
 
 def parts_figure(timings: pd.DataFrame) -> Figure:
-    """Draw the seconds per patch by part, of both forms of every case in their median run."""
+    """Draw where the time of every case goes, both forms in percent of the plain form's time.
+
+    Each bar is the run of median time.
+    """
     table = ratios(timings)
-    figure, axes = plt.subplots(
-        len(table), figsize=(8, 0.4 + 1.15 * len(table)), squeeze=False, layout="constrained"
-    )
-    for panel, (_, case) in zip(axes[:, 0], table.iterrows(), strict=True):
-        rows = timings[(timings[CASE] == case[CASE]).all(axis=1)]
-        for form in FORMS:
-            left = 0.0
+    titles = table["task"] + ", " + table["backbone"].map(backbone_title)
+    titles += " (" + table["preset"] + ")\n" + table["size"].map("{} pixels, ".format)
+    titles += table["batch"].map("{} at a time".format)
+    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.55 * len(table)))
+    for place, case in enumerate(table.to_dict("records")):
+        rows = timings[(timings[CASE] == [case[name] for name in CASE]).all(axis=1)]
+        for form, y in zip(FORMS, (place - 0.2, place + 0.2), strict=True):
             runs = rows[rows["form"] == form].pivot_table("seconds", "repeat", "part")
-            median = runs.sum(axis=1).sort_values().index[(len(runs) - 1) // 2]
-            for part, colour in COLOURS.items():
-                width = runs.loc[median].get(part, 0.0)
-                panel.barh(form, width, left=left, color=colour, height=0.7, label=part)
-                left += width
-        panel.invert_yaxis()
-        title = (
-            f"{case['task']}, {case['backbone']} ({case['preset']}), {case['size']} pixels, "
-            f"{case['batch']} at a time: {case['ratio']:.1f} times as fast"
-        )
-        panel.set_title(title, loc="left", fontsize="small")
-        panel.tick_params(labelsize="small")
-    axes[-1, 0].set_xlabel("seconds per patch (the run of median time)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    shown = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize="small"
-    )
+            median = runs.loc[runs.sum(axis=1).sort_values().index[(len(runs) - 1) // 2]]
+            widths = 100 * median.reindex([*COLOURS], fill_value=0) / case["plain"]
+            axes.barh(y, widths, 0.38, widths.cumsum() - widths, color=[*COLOURS.values()])
+            said = f", {case['ratio']:.1f} times as fast" if form == "ours" else ""
+            axes.text(widths.sum() + 1, y, f"{form}: {case[form]:.2g} s{said}", va="center")
+    axes.set_yticks(range(len(table)), titles)
+    axes.set(xlim=(0, 150), xticks=range(0, 101, 25), ylim=(len(table) - 0.5, -0.5))
+    axes.set_xlabel("time of a patch, % of the plain form", loc="left")
+    handles = [Patch(color=colour, label=part) for part, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.suptitle("Where the time goes, and what our form of the networks saves")
     return figure
 
 
