@@ -36,14 +36,13 @@ def generator(
 
     Args:
         stream: Purpose of the numbers, a name in `STREAMS`.
-        seed: Random seed of the run, from 0 to 2^64 - 1.
-        epoch: Epoch, non-negative.
-        index: Index of the sample, non-negative.
+        seed: Random seed of the run; it, epoch and index are from 0 to 2^64 - 1.
+        epoch: Epoch, counted from 0.
+        index: Index of the sample in its data set.
         stage: The stage of training that uses the numbers.
 
     Raises:
-        InputError: The seed, epoch or index is no integer, negative or too large, or the stream or
-            stage is unknown.
+        InputError: A number is out of its range, or the stream or stage is unknown.
     """
     most = 2**64 - 1
     seed, epoch = check_count("seed", seed, 0, most), check_count("epoch", epoch, 0, most)
