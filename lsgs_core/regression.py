@@ -46,9 +46,6 @@ def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]
 
     Returns:
         Their indices, ascending, int64 [S]; the last one is the full scenario.
-
-    Raises:
-        InputError: The budget is too small.
     """
     check_type("scenarios", scenarios, ScenarioSet)
     masks, sizes = scenarios.masks, scenarios.masks.sum(axis=1)
@@ -87,10 +84,7 @@ def regress_scenarios(
     Args:
         masks: Availability mask of each scenario, bool [K, M].
         measured: Indices of the measured scenarios, [S], at least two different ones.
-        distortion: Their D, [S].
-
-    Raises:
-        InputError: An argument is not finite or has another shape.
+        distortion: Their D, [S]. Arguments of another shape or range raise `InputError`.
     """
     masks = array_of("masks", masks, "b", [None, None])
     measured = array_of("measured", measured, "iu", [None])
