@@ -1,7 +1,8 @@
 """Latent-space guided scenario sampling (LSGS): the method and its backbones.
 
 The names below are the stable public interface. Each is imported when it is first used, so that
-`import lsgs_core` costs nothing.
+`import lsgs_core` costs nothing. An argument of another type, shape or range, or that is not
+finite, raises `InputError` everywhere; a function's `Raises` says what else does.
 """
 
 from importlib import import_module

@@ -8,9 +8,6 @@ learns is its state, which is saved with the training state. Arguments that seve
 - `step`: Step size eta of the updates, from 0 to 100.
 - `memory`: Weight of the past in running averages, from 0 to 1.
 - `kernel`: Kernel between scenarios, [K, K].
-
-All samplers raise `InputError` for an argument out of its range, an unknown scenario, one with a
-probability of 0, or a loss that is not finite.
 """
 
 from __future__ import annotations

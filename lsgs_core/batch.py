@@ -22,9 +22,6 @@ class Batch:
         block_ids: int64 [B], the spatial block of each patch.
         seen: bool [B, M, H, W], True for pixels that a modality observes. None means that an
             available modality observes every pixel.
-
-    Raises:
-        InputError: A field is no tensor, or has another shape or kind of numbers.
     """
 
     images: tuple[torch.Tensor, ...]

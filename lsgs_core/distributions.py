@@ -22,8 +22,7 @@ COVERAGE_GAP = 1e-6  # largest distance of the coverage objective from its maxim
 def bernoulli(scenarios: ScenarioSet, keep: float) -> Probabilities:
     """Return p when each modality is kept independently, until at least one is (ModDrop).
 
-    The method is that of Neverova et al. 2016. It is uniform over the scenarios at a rate `keep` of
-    1/2; a rate that is not between 0 and 1 raises `InputError`.
+    The method is that of Neverova et al. 2016. It is uniform over the scenarios at a rate of 1/2.
     """
     check_type("scenarios", scenarios, ScenarioSet)
     keep = check_number("keep", keep, lambda x: 2**-53 <= x < 1, "a number between 0 and 1")
@@ -31,11 +30,7 @@ def bernoulli(scenarios: ScenarioSet, keep: float) -> Probabilities:
 
 
 def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probabilities:
-    """Return p when sensors fail independently and at least one of them works.
-
-    Raises:
-        InputError: The failure rates are not one number from 0 to 1 per modality, or all are 1.
-    """
+    """Return p when sensors fail independently, at rates [M], and at least one of them works."""
     check_type("scenarios", scenarios, ScenarioSet)
     rates = real_numbers("failure_rates", failure_rates)
     count = len(scenarios.modalities)
@@ -51,9 +46,6 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
     """Return the deployment prior of failure rates written as "RGB:0.1,SWIR:0.3".
 
     A sensor without a rate never fails. The prior of an empty text is None.
-
-    Raises:
-        InputError: A name is repeated or unknown, or a rate is no number from 0 to 1.
     """
     check_type("failure_rates", text, str)
     check_type("scenarios", scenarios, ScenarioSet)
@@ -139,7 +131,7 @@ def coverage(
             not count. p is the prior where all utilities are 0.
 
     Raises:
-        InputError: A number is out of its range, or the problem could not be solved.
+        InputError: The problem could not be solved.
     """
     weights = real_numbers("utility", utility, [None])
     count = len(weights)

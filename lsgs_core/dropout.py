@@ -31,10 +31,6 @@ class ScenarioDropout:
         stream: Purpose of the random numbers.
         stage: Stage of the training.
 
-    Raises:
-        InputError: The sampler draws other scenarios than these, or an argument is wrong, also of
-            the methods.
-
     Example:
         >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])
         >>> images = [torch.ones(3, 4, 8, 8), torch.ones(3, 1, 8, 8)]

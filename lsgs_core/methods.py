@@ -51,9 +51,6 @@ class Evidence:
         measure: Scores the network in training and returns p, [K], for methods that measure again.
         prediction_distortion: D measured at the prediction instead of the latent, [K]; None where
             it was not measured (`lsgs_core.models.adapter.PredictionModel`).
-
-    Raises:
-        InputError: A field has another type or shape, or is out of its range.
     """
 
     scenarios: ScenarioSet
@@ -142,22 +139,16 @@ def without_evidence(scenarios: ScenarioSet) -> Evidence:
 class Method:
     """A method of fine-tuning.
 
-    Attributes:
-        title: Name in tables and figures.
-        about: One line for the table of methods.
-        family: Its role in this study, one of `FAMILIES`; it decides the colour in figures.
-        sampler: Function that builds the sampler of the scenarios.
-        low_rank: True trains low-rank updates (LoRA) instead of all weights.
-        stream: Purpose of the random numbers that scenarios are drawn with. All methods share one,
-            so that their draws agree where their probabilities do; the second uniform arm differs.
+    All methods share one stream, so that their draws agree where their probabilities do; the second
+    uniform arm differs.
     """
 
-    title: str
-    about: str
-    family: str
+    title: str  # in tables and figures
+    about: str  # one line for the table of methods
+    family: str  # its role in this study, one of `FAMILIES`; it decides the colour in figures
     sampler: Callable[[Evidence], ScenarioSampler]
-    low_rank: bool = False
-    stream: str = "scenario"
+    low_rank: bool = False  # True trains low-rank updates (LoRA) instead of all weights
+    stream: str = "scenario"  # purpose of the random numbers that scenarios are drawn with
 
 
 METHODS: dict[str, Method] = {}
@@ -173,9 +164,6 @@ def method(
     """Return the decorator that enters a function into `METHODS` under its own name.
 
     Arguments are those of `Method`; the first line of the function's docstring is its `about`.
-
-    Raises:
-        InputError: The family or stream is unknown, or the function has no docstring.
     """
     check_type("title", title, str)
     check_choice("family", family, FAMILIES)
@@ -197,9 +185,6 @@ def find_method(name: str) -> Method:
     Args:
         name: Such as "lsgs", or "lsgs@mixing=1@inverse_temperature=2": the settings are the
             keyword arguments of the method's function, non-negative numbers.
-
-    Raises:
-        InputError: The name is unknown (the message lists the methods), or a setting is.
     """
     check_type("method", name, str)
     own, *texts = name.split("@")

@@ -79,9 +79,6 @@ def scenario_probabilities(
             paper's uniform prior. A scenario of prior 0 is never drawn.
         descriptors: Features that the kernel compares, [K] or [K, F]; None takes the distortion.
         smooth: False skips the smoothing, so that r = U.
-
-    Raises:
-        InputError: An argument has the wrong shape, is not finite, or is out of its range.
     """
     D = _scenario_numbers("distortion", distortion)
     count = D.size
@@ -128,9 +125,6 @@ def scenario_descriptors(
         masks: Availability mask of each scenario, [K, M].
         distortion: D, [K].
         latent_shift: Mean shift of the latent per channel, [K, C]; None where it is unknown.
-
-    Raises:
-        InputError: The name is unknown, or it asks for latent shifts that are None.
     """
     count = len(array_of("masks", masks, "b", [None, None]))
     features = {
@@ -155,9 +149,6 @@ def rbf_kernel(
 
     Returns:
         The kernel, float64 [K, K], and its lengthscale as a number.
-
-    Raises:
-        InputError: An argument is not finite, or has another shape or range.
     """
     rows = real_numbers("descriptors", descriptors)
     rows = rows[:, None] if rows.ndim == 1 else rows
@@ -192,8 +183,7 @@ def smooth_scores(
         ridge: Positive number.
 
     Raises:
-        InputError: The ridge is too small for a singular kernel, or an argument is not finite or
-            has another shape.
+        InputError: The ridge is too small for a singular kernel.
     """
     utility = real_numbers("utility", utility)
     count = utility.shape[0] if utility.ndim in (1, 2) else 0
@@ -223,8 +213,7 @@ def likeliest_ridge(
     """Return the ridge under which scores are likeliest, among 25 from 1e-3 to 1e3.
 
     The scores are taken for a sample of N(0, s^2 (K + ridge I)), with the likeliest s for each
-    ridge (Rasmussen and Williams 2006, equation 5.8). Arguments of another shape, or that are not
-    finite, raise `InputError`.
+    ridge (Rasmussen and Williams 2006, equation 5.8).
 
     Args:
         eigenvalues: Eigenvalues of the kernel K, [K], as `numpy.linalg.eigh` returns them.

@@ -39,10 +39,7 @@ def generator(
         seed: Random seed of the run; it, epoch and index are from 0 to 2^64 - 1.
         epoch: Epoch, counted from 0.
         index: Index of the sample in its data set.
-        stage: The stage of training that uses the numbers.
-
-    Raises:
-        InputError: A number is out of its range, or the stream or stage is unknown.
+        stage: The stage of training that uses the numbers, one of `STAGES`.
     """
     most = 2**64 - 1
     seed, epoch = check_count("seed", seed, 0, most), check_count("epoch", epoch, 0, most)

@@ -22,16 +22,13 @@ from lsgs_core.scenarios import ScenarioSet
 
 @dataclass(frozen=True)
 class ScenarioRegression:
-    """How the K scenarios follow from the S measured ones.
+    """How the K scenarios follow from the S measured ones, which keep their values.
 
-    Attributes:
-        weights: Anything linear in D, such as d_k(x), is weights @ its S measured values, [K, S];
-            measured scenarios keep their values.
-        error: Standard deviation of the predicted D, [K]; 0 where it was measured.
+    Anything linear in D, such as d_k(x), is weights @ its S measured values.
     """
 
-    weights: NDArray[np.float64]
-    error: NDArray[np.float64]
+    weights: NDArray[np.float64]  # [K, S]
+    error: NDArray[np.float64]  # standard deviation of the predicted D, [K]; 0 where measured
 
 
 def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]:
@@ -84,7 +81,7 @@ def regress_scenarios(
     Args:
         masks: Availability mask of each scenario, bool [K, M].
         measured: Indices of the measured scenarios, [S], at least two different ones.
-        distortion: Their D, [S]. Arguments of another shape or range raise `InputError`.
+        distortion: Their D, [S].
     """
     masks = array_of("masks", masks, "b", [None, None])
     measured = array_of("measured", measured, "iu", [None])

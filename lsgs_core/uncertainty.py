@@ -1,8 +1,4 @@
-"""How precisely the patches that were scored determine p, and how much the smoothing changes it.
-
-An argument, or a result of a function that was passed, that is not finite, out of its range or of
-another shape raises `InputError`.
-"""
+"""How precisely the patches that were scored determine p, and how much the smoothing changes it."""
 
 from __future__ import annotations
 

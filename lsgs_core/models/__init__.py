@@ -42,9 +42,6 @@ def build_backbone(
         bands: Number of bands of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
         **settings: Fields of the backbone's settings that replace those of the preset.
-
-    Raises:
-        InputError: A name, preset or setting is unknown, or values do not fit together.
     """
     check_choice("backbone", name, BACKBONES)
     kind, presets = BACKBONES[name]

@@ -35,9 +35,6 @@ class HookedModel(nn.Module):
             a mean; an `nn.Parameter` is a token that training learns. None is zero.
         low_rank: Names of the layers that `add_lora` adapts.
 
-    Raises:
-        InputError: The network has no such module, or `calls` is no positive integer.
-
     Example:
         >>> import torch
         >>> network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 1))
@@ -78,10 +75,6 @@ class HookedModel(nn.Module):
 
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
         """Return the output of the hooked module, [B, C, ...].
-
-        Args:
-            images: M tensors [B, D_m, H, W].
-            available: bool [B, M].
 
         Raises:
             InputError: The module runs more or less often than `calls` says, or its outputs are no
@@ -171,10 +164,6 @@ class AdaptedBackbone(Backbone):
         network: Returns logits [B, classes, H, W] and a latent [B, C, ...], such as `HookedModel`.
             Its method `low_rank_layers`, if it has one, names what `add_lora` adapts. M networks
             see one modality each; the results are means over those that are available.
-
-    Raises:
-        InputError: A network has no method `latent` or no parameter, there is another number of
-            networks, or what they return has another form.
     """
 
     head_count = 1

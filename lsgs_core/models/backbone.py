@@ -36,16 +36,13 @@ class Backbone(nn.Module, ABC):
 
     `images` are M tensors of shape [B, D_m, H, W] or, when every modality has D bands, one tensor
     [B, M, D, H, W], in the floating dtype of the model. `available` is bool [B, M] with at least
-    one True per sample. Any other input raises `InputError`. In evaluation mode, the pixels of an
-    absent modality do not influence the output.
+    one True per sample. In evaluation mode, the pixels of an absent modality do not influence the
+    output.
 
     Args:
         bands: Number of bands D_m of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
         settings: Dataclass with the sizes of the backbone.
-
-    Raises:
-        InputError: There are fewer than two modalities, a modality without bands, or no class.
     """
 
     head_count = 3  # the paper has three heads for the same mask
