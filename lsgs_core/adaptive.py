@@ -10,8 +10,6 @@ learns is its state, which is saved with the training state. Arguments that seve
 - `kernel`: Kernel between scenarios, [K, K].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

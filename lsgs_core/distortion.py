@@ -5,8 +5,6 @@ With z(x, k) the latent of patch x under scenario k, d_k(x) is the mean over all
 scenario scoring). The network is in evaluation mode, so that D of the full scenario is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass

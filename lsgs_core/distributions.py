@@ -4,8 +4,6 @@ Each function returns p as float64 [K]. `lsgs_core.methods` says which method us
 `lsgs_core.adaptive` has the samplers that change during training.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import scipy.optimize
 import scipy.special

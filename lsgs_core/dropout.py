@@ -1,7 +1,5 @@
 """The method in a training loop of one's own: which modalities each sample has."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The exception for input that a user can correct, and the checks of arguments that raise it."""
 
-from __future__ import annotations
-
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence

@@ -4,8 +4,6 @@ A new method is one function in this file, which turns the scoring of a pretrain
 sampler.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

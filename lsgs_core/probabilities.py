@@ -5,8 +5,6 @@ are documented where they appear: a prior over the scenarios, descriptors other 
 distortion, the median heuristic, and a cutoff relative to the size of the scores.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

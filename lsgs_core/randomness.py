@@ -1,7 +1,5 @@
 """Random numbers that depend on stage, purpose, seed, epoch and sample, in any order of drawing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

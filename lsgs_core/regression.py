@@ -6,8 +6,6 @@ availability: K_ij = exp(-sum of w_m over the modalities in which i and j differ
 with a lengthscale for each modality, so that modalities of similar content count for little.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -7,10 +7,8 @@ Two methods with the same seed share their random numbers, so that their draws a
 their probabilities do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -121,7 +119,7 @@ class FixedSampler(ScenarioSampler):
         self._probabilities = check_probabilities(probabilities)
 
     @classmethod
-    def uniform(cls, count: int) -> FixedSampler:
+    def uniform(cls, count: int) -> Self:
         """Return uniform sampling of `count` scenarios, the standard modality dropout."""
         return cls(np.full(check_count("count", count), 1 / count))
 

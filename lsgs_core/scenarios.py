@@ -5,12 +5,11 @@ the same order everywhere (method of arXiv 2605.20372): by the number of availab
 then as `itertools.combinations` returns them. The full scenario is therefore always the last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, compress, islice
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +53,7 @@ class ScenarioSet:
             raise InputError(f"modalities: expected {expected}, found {list(names)}")
 
     @classmethod
-    def of(cls, modalities: Iterable[str]) -> ScenarioSet:
+    def of(cls, modalities: Iterable[str]) -> Self:
         """Return the scenarios of names in any ordered iterable; errors are those of the class."""
         scalar = not isinstance(modalities, Iterable) or getattr(modalities, "ndim", 1) == 0
         if scalar or isinstance(modalities, str | Set):

@@ -4,8 +4,6 @@ The authors' trainer reads `final_probs` alone, in the order of the scenarios, s
 replace theirs and theirs can be used by our fine-tuning.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

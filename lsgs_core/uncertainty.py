@@ -1,7 +1,5 @@
 """How precisely the patches that were scored determine p, and how much the smoothing changes it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any

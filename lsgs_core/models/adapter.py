@@ -1,7 +1,5 @@
 """Any network: scored at its latent or its prediction, and as a backbone of the study."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -148,7 +146,7 @@ class PredictionModel(nn.Module):
         check_type("logits", logits, Tensor)
         return logits.softmax(dim=1) if self.exclusive else logits.sigmoid()
 
-    def for_scoring(self) -> PredictionModel:
+    def for_scoring(self) -> "PredictionModel":
         """Return a copy around the faster copy of a backbone; any other network is taken itself."""
         model: Any = self.model
         faster = model.for_scoring() if hasattr(model, "for_scoring") else model

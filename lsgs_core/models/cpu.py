@@ -18,8 +18,6 @@ pass, and a dropout decision takes 16 random bits, so that the rate is rounded t
 2^-16.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ W becomes W + B A, with `rank` rows in A, B at zero in the beginning and no scal
 layers that a backbone names in `low_rank_layers()`. All other parameters are frozen.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
