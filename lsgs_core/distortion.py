@@ -211,19 +211,12 @@ def joined_scores(
 def clustered_standard_error(
     values: NDArray[np.float64], clusters: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return the standard error of the mean when values within a cluster are dependent.
+    """Return the standard error of the mean of values [N, K] that depend within a cluster, [K].
 
     Overlapping patches of one block observe the same pixels, so that the block is the independent
     unit. With G clusters, se^2 = G / (G - 1) * sum over clusters of (sum of residuals)^2 / N^2,
     which is the sandwich estimator of Liang and Zeger (1986) for a mean. It is the usual standard
-    error when each value is a cluster of its own.
-
-    Args:
-        values: One row per observation, [N, K]; finite.
-        clusters: Cluster of each observation, [N].
-
-    Returns:
-        Standard error of each column, float64 [K]; NaN for a single cluster.
+    error when each value is a cluster of its own, and NaN for a single cluster.
     """
     values = real_numbers("values", values, [None, None])
     clusters = array_of("clusters", clusters, "iu", [len(values)])

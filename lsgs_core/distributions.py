@@ -127,9 +127,6 @@ def coverage(
         mixing: Weight of q, from 0 to 1.
         prior: Distribution that is mixed with q, [K]; None is uniform. A scenario of prior 0 does
             not count. p is the prior where all utilities are 0.
-
-    Raises:
-        InputError: The problem could not be solved.
     """
     weights = real_numbers("utility", utility, [None])
     count = len(weights)

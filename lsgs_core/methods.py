@@ -114,10 +114,8 @@ class Evidence:
     ) -> FixedSampler:
         """Return LSGS with other settings than those of the scoring, or from another score.
 
-        Args:
-            descriptor: What the kernel compares; "" takes that of the scoring.
-            measured: "distortion" or "prediction_distortion".
-            **changes: Arguments of `scenario_probabilities`; None takes those of the scoring.
+        The measured score is "distortion" or "prediction_distortion". A descriptor of "", and
+        changes of None to arguments of `scenario_probabilities`, are those of the scoring.
         """
         distortion, kind = self.required(measured), descriptor or self.descriptor
         rows = scenario_descriptors(kind, self.scenarios.masks, distortion, self.latent_shift)
@@ -178,11 +176,10 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """Return the method of a name, with the settings that follow it.
+    """Return the method of a name, such as "lsgs" or "group_dro@mixing=1@step=50".
 
-    Args:
-        name: Such as "lsgs", or "lsgs@mixing=1@inverse_temperature=2": the settings are the
-            keyword arguments of the method's function, non-negative numbers.
+    The settings that follow "@" are the keyword arguments of the method's function, non-negative
+    numbers.
     """
     check_type("method", name, str)
     own, *texts = name.split("@")

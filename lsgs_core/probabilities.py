@@ -116,13 +116,10 @@ def scenario_descriptors(
     distortion: ArrayLike,
     latent_shift: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
-    """Return the features that the kernel compares, by name, float64 [K, F].
+    """Return the features that the kernel compares, float64 [K, F].
 
-    Args:
-        kind: "distortion" (as in the paper), "latent_shift" or "availability".
-        masks: Availability mask of each scenario, [K, M].
-        distortion: D, [K].
-        latent_shift: Mean shift of the latent per channel, [K, C]; None where it is unknown.
+    Their kind is "distortion" (D, [K], as in the paper), "latent_shift" (the mean shift of the
+    latent per channel, [K, C]; None where it is unknown) or "availability" (the masks, [K, M]).
     """
     count = len(array_of("masks", masks, "b", [None, None]))
     features = {
@@ -210,13 +207,9 @@ def likeliest_ridge(
 ) -> float:
     """Return the ridge under which scores are likeliest, among 25 from 1e-3 to 1e3.
 
-    The scores are taken for a sample of N(0, s^2 (K + ridge I)), with the likeliest s for each
-    ridge (Rasmussen and Williams 2006, equation 5.8).
-
-    Args:
-        eigenvalues: Eigenvalues of the kernel K, [K], as `numpy.linalg.eigh` returns them.
-        eigenvectors: Its eigenvectors, one in each column, [K, K].
-        utility: Scores with mean 0, [K].
+    The scores (the utility, [K], with mean 0) are taken for a sample of N(0, s^2 (K + ridge I)),
+    with the likeliest s for each ridge (Rasmussen and Williams 2006, equation 5.8). Eigenvalues and
+    eigenvectors of the kernel K are those that `numpy.linalg.eigh` returns, [K] and [K, K].
     """
     values = real_numbers("eigenvalues", eigenvalues, [None])
     scores = real_numbers("utility", utility, [len(values)])

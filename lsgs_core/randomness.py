@@ -32,12 +32,8 @@ def generator(
 ) -> np.random.Generator:
     """Return the counter-based generator (Philox) of one stage, purpose, epoch and sample.
 
-    Args:
-        stream: Purpose of the numbers, a name in `STREAMS`.
-        seed: Random seed of the run; it, epoch and index are from 0 to 2^64 - 1.
-        epoch: Epoch, counted from 0.
-        index: Index of the sample in its data set.
-        stage: The stage of training that uses the numbers, one of `STAGES`.
+    The stream, a name in `STREAMS`, is the purpose of the numbers. Seed, epoch and the index of the
+    sample in its data set are from 0 to 2^64 - 1.
     """
     most = 2**64 - 1
     seed, epoch = check_count("seed", seed, 0, most), check_count("epoch", epoch, 0, most)

@@ -30,17 +30,11 @@ class ScenarioRegression:
 
 
 def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]:
-    """Choose which scenarios are measured.
+    """Return which scenarios are measured, ascending indices, int64 [S].
 
     They are all with one modality, with all but one, and the full one. The others are shared out
     over the sizes in between, by the square root of how many each has, far from those taken so far.
-
-    Args:
-        scenarios: The scenarios.
-        budget: Number to measure, at least 2 M + 1; 0, or as many as there are, takes all.
-
-    Returns:
-        Their indices, ascending, int64 [S]; the last one is the full scenario.
+    The budget S is at least 2 M + 1; 0, or as many as there are, takes all.
     """
     check_type("scenarios", scenarios, ScenarioSet)
     masks, sizes = scenarios.masks, scenarios.masks.sum(axis=1)
@@ -74,12 +68,8 @@ def regress_scenarios(
     D is taken for a sample of N(mean, s^2 (K + ridge I)) with the measured mean, and w and the
     ridge are those under which it is likeliest, with the likeliest s for each (Rasmussen and
     Williams 2006, chapters 2 and 5). As few scenarios say little of a single w, its logarithm has
-    a normal prior with mean log(1 / M) and variance 1/2.
-
-    Args:
-        masks: Availability mask of each scenario, bool [K, M].
-        measured: Indices of the measured scenarios, [S], at least two different ones.
-        distortion: Their D, [S].
+    a normal prior with mean log(1 / M) and variance 1/2. The distortion is D of the measured
+    scenarios, [S], of which at least two are different.
     """
     masks = array_of("masks", masks, "b", [None, None])
     measured = array_of("measured", measured, "iu", [None])
