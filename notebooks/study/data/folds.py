@@ -64,33 +64,24 @@ def patch_table(
     the scene, or the patch itself where patches are shuffled), labelled_fraction, `pixels_<value>`
     per label value, and `fold_<f>` with "training", "validation", "test" or "" (not used).
 
-    With diagonal blocks:
-    - test: the tiles of the test blocks, all pixels of which are in the block.
-    - validation: tiles in the middle of `validation_blocks` other blocks, `margin` pixels away
-      from the block's edge, because every block has test blocks beside it. The blocks are chosen
-      one after the other: the one that adds most classes that validation does not hold yet (see
-      `HELD_SHARE`), of these the one with most labelled pixels per training window that it costs.
-    - training: windows that touch no pixel of a test block, of the margin around it, or of a
-      validation block, and of which the part `minimum_labelled` is labelled.
-
-    With whole scenes and official splits: windows of training scenes, tiles of the others; the
-    validation scenes are spread evenly over those that are not tested. With shuffled patches: tiles
-    of which the part `minimum_labelled` is labelled.
-
-    Patches without any labelled pixel, or without a part in any fold, are left out.
+    Diagonal blocks are tested by tiles that lie in them. Validation takes tiles in the middle of
+    `validation_blocks` other blocks, `margin` pixels from the edge: one after the other the block
+    that adds most classes that validation does not hold yet (`HELD_SHARE`), of these the one with
+    most labelled pixels per training window that it costs. Training windows touch no pixel of a
+    validation block, of a test block or of the margin around it, and are labelled to the part
+    `minimum_labelled`. Whole scenes and official splits have windows in training scenes and tiles
+    in others; validation scenes are spread evenly over those that are not tested. Shuffled patches
+    are tiles labelled to `minimum_labelled`. Patches without a label or a part are left out.
 
     Args:
-        scenes: Name and opened label raster of every scene. Rasters are read by rows, so that no
-            complete scene is held in memory.
+        scenes: Name and opened label raster of every scene; rasters are read by rows.
         member: Which values a label code stands for, [codes, values].
         values: Names of the label values.
         patches: Size and stride.
         folds: How patches are kept apart.
         index_file: For shuffled patches, the permutation to deal by, instead of a seeded one.
 
-    Raises:
-        InputError: A length does not fit the others, or a fold would have no training or no test
-            patch, or fewer blocks or scenes than asked for can serve as validation.
+    Raises `InputError` where lengths do not fit, or blocks or scenes are too few for the parts.
     """
     size, stride = patches.size, patches.stride or patches.size
     diagonal = folds if isinstance(folds, DiagonalBlocks) else None
@@ -169,13 +160,10 @@ def default_split(protocol: str) -> str:
 def class_shares(
     table: pd.DataFrame, classes: Mapping[str, Sequence[str]], fold: int
 ) -> pd.DataFrame:
-    """Return the share of every class in the labelled pixels of every part of a fold.
+    """Return the share of each class (row) in the labelled pixels of each part (column) of a fold.
 
     Pixels in several training windows count once for each, and pixels of several values of a class
     (where labels overlap) once for each value.
-
-    Returns:
-        One row per class, one column per part.
     """
     counts = table.filter(like="pixels_")
     labelled = (table["labelled_fraction"] * table["size"] ** 2).round()
@@ -193,14 +181,8 @@ def check_separation(
 ) -> None:
     """Prove that a fold's training, validation and test pixels lie apart, by their rectangles.
 
-    Args:
-        table: Table of patches.
-        fold: Number of the fold, from 0.
-        margin: Pixels that must lie between two parts, along rows, columns or diagonals.
-        scenes: Prepared scenes; those that overlap on the ground are compared with each other too.
-
-    Raises:
-        InputError: Two parts are closer than that, or show the same ground.
+    Raises `InputError` where two parts of a scene have fewer than `margin` pixels between them, or
+    where parts of two prepared `scenes` that overlap on the ground show the same of it.
     """
     boxes: dict[Any, NDArray[Any]] = {}
     for key, rows in table.groupby(["scene", f"fold_{fold}"]):
@@ -258,10 +240,7 @@ def _overlapping(scenes: Mapping[str, PreparedScene]) -> list[tuple[str, str]]:
 def coverage(
     patches: pd.DataFrame, shape: Sequence[int], window: Window | None = None
 ) -> NDArray[np.bool_]:
-    """Return which pixels of a scene are in one of its patches, bool [H, W].
-
-    The window says where these pixels lie, by default at the scene's top left corner.
-    """
+    """Return which pixels of a scene, or of a window of it, are in a patch, bool [H, W]."""
     covered = np.zeros(shape, dtype=np.bool_)
     start = np.array([window.row_off, window.col_off] if window else [0, 0])
     first = patches[["row", "column"]].to_numpy() - start

@@ -129,10 +129,7 @@ def _packed(colour: Any) -> Any:
 
 
 def _burned(labels: PolygonLabels | ScaledPolygonLabels, areas: Areas) -> Draw:
-    """Return a function that burns polygons: a pixel belongs to one where its centre lies.
-
-    Exclusive values are burned later over earlier ones, overlapping ones into a bit of their own.
-    """
+    """Return a function that burns polygons: a pixel belongs to one where its centre lies."""
     shapes, values = areas
     tree = shapely.STRtree(shapes)
 

