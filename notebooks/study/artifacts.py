@@ -34,17 +34,11 @@ RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas
 
 @dataclass(frozen=True)
 class Record:
-    """What an output was made with and from.
+    """What an output was made with and from."""
 
-    Attributes:
-        parameters: Everything that decides the output's content, JSON-able.
-        inputs: Hash (SHA-256) of every input, by a name that says its part.
-        device: Where it was computed.
-    """
-
-    parameters: Mapping[str, Any]
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
+    parameters: Mapping[str, Any]  # everything that decides the content, JSON-able
+    inputs: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each, by name
+    device: str = "cpu"  # where it was computed
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -77,20 +71,10 @@ def sidecar_path(path: Path) -> Path:
 
 
 def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
-    """Write an output and its record, each beside and renamed, the record first.
+    """Write an output and its record, each beside and renamed, the record first; return the path.
 
-    Of the processes that share a run, the first one writes.
-
-    The record carries the output's hash, so an output that a kill left without its own record, or
-    with an older one, is noticed when it is read.
-
-    Args:
-        path: Where the output goes; folders are made.
-        write: Writes the output to the path that it is given.
-        record: Parameters and inputs.
-
-    Returns:
-        `path`.
+    Of the processes that share a run, the first one writes. The record carries the output's hash,
+    so an output that a kill left without its own record, or with an older one, is noticed.
     """
     if not is_first_process():
         return path
@@ -140,9 +124,7 @@ def check(
     Returns:
         The record: file, sha256, parameters, inputs, environment.
 
-    Raises:
-        InputError: The output or its record is absent, the output is not the one that the record
-            describes, or it was made with other parameters.
+    Raises `InputError` where output or record is absent, or the output is not the one described.
     """
     sidecar = sidecar_path(path)
     for needed in (path, sidecar):

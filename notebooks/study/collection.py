@@ -27,35 +27,21 @@ NETWORK = ["dataset", "backbone", "fold", "network"]
 
 @dataclass(frozen=True)
 class Collected:
-    """The runs of a grid with what they were tested on.
-
-    Attributes:
-        study: Folder of the runs.
-        tier: Tier whose grid is complete; None if notebooks were run one by one.
-        points: Methods of every (dataset, backbone, fold, seed).
-        tests: Test patches of every (dataset, fold).
-        scenarios: The K scenarios.
-        prior: Probability of each scenario in deployment, [K]; None is uniform.
-        records: Counts of pixels of every run, whole replicates alone; see `collect`.
-        histories: Learning curves, likewise.
-        left_out: Number of rows of replicates that lack folds.
-        parameters: Parameters of the notebook.
-        record: What the results are made with.
-        device: Where networks compute.
-    """
+    """The runs of a grid with what they were tested on."""
 
     study: StudyFolder
-    tier: Tier | None
+    tier: Tier | None  # None if notebooks were run one by one
+    # methods of (dataset, backbone, fold, seed)
     points: Mapping[tuple[str, str, int, int], Sequence[str]]
-    tests: Mapping[tuple[str, int], PatchDataset]
+    tests: Mapping[tuple[str, int], PatchDataset]  # test patches of every (dataset, fold)
     scenarios: ScenarioSet
-    prior: NDArray[np.float64] | None
-    records: pd.DataFrame
-    histories: pd.DataFrame
-    left_out: int
-    parameters: Mapping[str, Any]
-    record: Record
-    device: torch.device
+    prior: NDArray[np.float64] | None  # of each scenario in deployment, [K]; None is uniform
+    records: pd.DataFrame  # of whole replicates, see `collect`
+    histories: pd.DataFrame  # learning curves, likewise
+    left_out: int  # number of rows of replicates that lack folds
+    parameters: Mapping[str, Any]  # of the notebook
+    record: Record  # what the results are made with
+    device: torch.device  # where networks compute
 
     def trivial(self) -> pd.DataFrame:
         """Return the IoU of the predictor that says yes everywhere, by data set and class."""
@@ -95,14 +81,7 @@ class Collected:
 
 
 def open_grid(notebook: Mapping[str, Any]) -> Collected:
-    """Open all runs of a tier, or all that are there, from the parameters of notebook 05.
-
-    Args:
-        notebook: Names and values of the notebook, as `globals()` gives them there.
-
-    Raises:
-        InputError: A parameter cannot be used, or `collect` raises it.
-    """
+    """Open all runs of a tier, or all that are there, from `globals()` of notebook 05."""
     parameters = checked_parameters("05_evaluation", notebook)
     make_deterministic(parameters["threads"])
     device = choose_device(parameters["device"])
@@ -154,9 +133,7 @@ def collect(
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
             every seed that started from it (see `network_seed`); None: do not.
 
-    Raises:
-        InputError: A run does not exist, is damaged, or was made with other parameters; or there
-            is none at all.
+    Raises `InputError` where a run is not there, damaged, or made with other parameters.
     """
     tables = []
     for (dataset, backbone, fold, seed), methods in points.items():

@@ -54,9 +54,6 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
 
     Returns:
         Exit status of Snakemake.
-
-    Raises:
-        InputError: Another process runs a study of this checkout now, or there is no such profile.
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
@@ -86,16 +83,8 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
 def reproduce(tier: Tier, run: str, cores: int) -> int:
     """Run one committed result again in a folder of its own, and say whether it is the same.
 
-    Args:
-        tier: With that run.
-        run: Such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone.
-        cores: CPU cores.
-
-    Returns:
-        0 where it is the same, 1 where it is not or did not finish.
-
-    Raises:
-        InputError: The tier has no such run, or it is not published.
+    The run is such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone. Returns 0
+    where it is the same, 1 where it is not or did not finish.
     """
     again = load_tier(tier.name, ROOT, Path("work") / "reproduction")
     if not run:
@@ -124,17 +113,10 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
 
 
 def make_networks(tier: Tier, cores: int) -> int:
-    """Pretrain the networks of a tier and put them into `results/networks`.
+    """Pretrain the networks of a tier, such as scratch, and put them into `results/networks`.
 
     Nothing else writes there. Whether a network is the one that the manifest lists is said, with
-    the hash to write there where it is not.
-
-    Args:
-        tier: One that trains its networks, such as scratch.
-        cores: CPU cores.
-
-    Returns:
-        Exit status of Snakemake.
+    the hash to write there where it is not. Returns the exit status of Snakemake.
     """
     folders = [tier.folder.pretrained(*network) for network in tier.networks()]
     with _only_one(ROOT):
@@ -170,9 +152,7 @@ def _expect_folders(tier: Tier) -> None:
 def _clear_up(tier: Tier, elsewhere: bool = False) -> None:
     """End what an earlier run that was killed left behind, and take its lock and files away.
 
-    Args:
-        tier: The tier that is to run.
-        elsewhere: Jobs may run on other machines, whose temporary files are left alone.
+    Where jobs may run elsewhere, their temporary files are left alone.
     """
     if ended := end_orphans(ROOT):
         print(f"ended {ended} processes that an earlier run had left behind", flush=True)
@@ -243,16 +223,9 @@ def _snakemake(
 def publish(tier: Tier) -> list[Path]:
     """Copy tables and figures of a finished tier into `results/<tier>`, in place of older ones.
 
-    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole.
-
-    Records with dates and package versions stay behind but for one, `provenance.json`, so that
+    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole. Records
+    with dates and package versions stay behind but for one, `provenance.json`, so that
     `git diff results` shows what changed in the figures and not that time went by.
-
-    Returns:
-        The files written.
-
-    Raises:
-        InputError: The tier was not evaluated yet.
     """
     record = check(ROOT / tier.folder.evaluation / "summary.csv")
     target = ROOT / "results" / tier.name

@@ -46,13 +46,10 @@ def seed_weights(seed: int, stage: Stage) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is the GPU where there is one.
+    """Return the device of a name; "auto" is the GPU where there is one. Raises `InputError`.
 
     Of the processes of one machine, each gets a GPU of its own. A GPU is only counted here, not
     used, so that processes can still be started afterwards.
-
-    Raises:
-        InputError: The device is unknown or not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,12 +85,9 @@ def in_processes(
 ) -> Any:
     """Run a function in several processes, and return what it returns in the first of them.
 
-    Args:
-        function: Called in every process. It chooses its device itself.
-        arguments: Arguments of the function; they reach the processes by a fork.
-        processes: Number of processes; 1 calls the function here.
-        device: Name of the device. On GPUs accelerate's `notebook_launcher` starts one process per
-            GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
+    Every process calls it with these arguments, which reach it by a fork, and chooses its device
+    itself; one process calls it here. On GPUs accelerate's `notebook_launcher` starts one process
+    per GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
     """
     if processes < 1:
         raise InputError(f"processes: expected 1 or more, found {processes}")
@@ -121,9 +115,7 @@ def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) ->
 class Processes:
     """The processes that share a run, as they were launched, and the precision of a forward pass.
 
-    Attributes:
-        rank: Number of this process, from 0.
-        count: Number of processes.
+    `rank` is the number of this process, from 0, and `count` how many there are.
     """
 
     def __init__(self, device: torch.device, precision: Precision = "float32") -> None:

@@ -119,9 +119,7 @@ def read_executed(path: Path) -> dict[str, Any]:
 def durations(before: Mapping[Path, int], after: Mapping[Path, int]) -> Iterator[str]:
     """Yield a line per stage: how many notebooks were executed, and how long they took together.
 
-    Args:
-        before: Result of `executed` before the run.
-        after: The same after it; what is as before was not executed again.
+    What is after a run as it was before (results of `executed`) was not executed again.
     """
     for stage, notebook in NOTEBOOKS.items():
         new = [p for p in after if p.name.startswith(notebook) and after[p] != before.get(p)]

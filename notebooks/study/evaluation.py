@@ -73,7 +73,7 @@ def evaluate(
     Args:
         model: Called as `model(images, available)` for logits [B, C, H, W]; in evaluation mode, on
             the device of its parameters.
-        batches: Batches with targets.
+        batches: Batches with targets; without any, or without a target, `InputError` is raised.
         scenarios: The scenarios, each evaluated separately.
         classes: Names of the C classes.
         kind: Kind of the target.
@@ -83,9 +83,6 @@ def evaluate(
         Strict: one row per block, scenario and class: block, scenario, class, tp, fp, fn (pixels).
         Paper: one row per patch, scenario and class: patch, block, scenario, class, soft_iou,
         soft_f1 (NaN where no pixel counts).
-
-    Raises:
-        InputError: There is no batch, or a batch without a target.
     """
     parameter = next(model.parameters(), torch.empty(0))
     masks = torch.tensor(scenarios.masks, device=parameter.device)
@@ -161,13 +158,10 @@ def validation_scores(
 
 
 def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Compute IoU and F1 of every class, within the groups of `by`.
+    """Compute IoU and F1 of every class, within the groups of `by`, NaN where undefined.
 
-    Strict records: from pooled counts. Paper records: the mean over patches.
-
-    Returns:
-        The columns of `by`, class, iou and f1, NaN where undefined (see the module); for paper
-        records also the standard deviations over patches, iou_deviation and f1_deviation.
+    They are from pooled counts, or for paper records the mean over patches, with the standard
+    deviations iou_deviation and f1_deviation.
     """
     grouped = records.groupby([*by, "class"], sort=False)
     if "tp" not in records:
@@ -195,18 +189,14 @@ def summary(
     by: list[str],
     prior: NDArray[np.float64] | None = None,
 ) -> pd.DataFrame:
-    """Summarise the IoU over the scenarios.
+    """Summarise the IoU, averaged over classes, over the scenarios, within the groups of `by`.
 
-    Args:
-        records: Records of `evaluate`.
-        scenarios: The K scenarios.
-        by: Columns to group by, such as ["backbone", "method"].
-        prior: Probability of every scenario in deployment, [K]; None is uniform.
+    The prior is the probability of every scenario in deployment, [K]; None is uniform.
 
     Returns:
         The columns of `by`, mean_iou, worst_iou, lowest_quarter_iou, worst_scenario, expected_iou
-        (under the prior), full_iou and drop (full minus mean), from the IoU averaged over classes.
-        A scenario in which no class is in truth or prediction is left out.
+        (under the prior), full_iou and drop (full minus mean). A scenario in which no class is in
+        truth or prediction is left out.
     """
     names = list(scenarios.names)
     weights = np.full(len(names), 1 / len(names)) if prior is None else prior

@@ -26,30 +26,19 @@ from study.training import discard_state, train
 
 @dataclass(frozen=True)
 class Start:
-    """What the runs of one backbone, fold and seed have in common: all but the method.
+    """What the runs of one backbone, fold and seed have in common: all but the method."""
 
-    Attributes:
-        build: Returns the pretrained network, anew for every run, on its device.
-        evidence: What the scoring of this network says.
-        validation: Patches for the learning curve.
-        test: Patches that no training saw.
-        seed: Random seed of order, scenarios, augmentation, dropout, and what a method draws.
-        lora_learning_rate: Low-rank updates start at zero and need larger steps.
-        parameters: What else decides the result, for the records.
-        inputs: Hashes of weights and probabilities.
-    """
-
-    build: Callable[[], Backbone]
-    evidence: Evidence
+    build: Callable[[], Backbone]  # the pretrained network, anew for every run
+    evidence: Evidence  # what its scoring says
     training: PatchDataset
-    validation: PatchDataset
-    test: PatchDataset
+    validation: PatchDataset  # for the learning curve
+    test: PatchDataset  # that no training saw
     settings: TrainingSettings
-    seed: int
-    lora_learning_rate: float
+    seed: int  # of order, scenarios, augmentation, dropout, and what a method draws
+    lora_learning_rate: float  # low-rank updates start at zero and need larger steps
     lora_rank: int
-    parameters: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    parameters: Mapping[str, Any]  # what else decides the result
+    inputs: Mapping[str, str]  # hashes of weights and probabilities
 
 
 @dataclass(frozen=True)
@@ -71,12 +60,9 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
 
     Args:
         start: What this run shares with those of other methods.
-        name: Name of the method.
+        name: Name of the method; `InputError` where it needs what the scoring does not hold.
         folder: Where it writes history.csv, records.csv, weights.safetensors and a model card.
         keep_weights: Write the weights too (low-rank updates merged).
-
-    Raises:
-        InputError: There is no such method, or it needs what the scoring does not hold.
     """
     method = find_method(name)
     model, settings = start.build(), start.settings

@@ -48,11 +48,7 @@ PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__
 
 @lru_cache
 def imported(module: str) -> frozenset[str]:
-    """Names of the modules of this project that a module imports, itself included.
-
-    Args:
-        module: Such as "study.training".
-    """
+    """Names of the modules of this project that a module imports, itself included."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
@@ -76,11 +72,7 @@ def imported(module: str) -> frozenset[str]:
 
 @lru_cache
 def fingerprint(stage: NotebookStage) -> str:
-    """SHA-256 over the code that decides the results of a stage.
-
-    Args:
-        stage: One of `STAGES`.
-    """
+    """SHA-256 over the code that decides the results of a stage."""
     digest = hashlib.sha256()
     modules = frozenset[str]().union(*map(imported, STAGES[stage]))
     for name in sorted(modules):

@@ -48,39 +48,28 @@ DISK_FACTOR = 1 + 4 / 3 + 1 / 3
 
 
 class Layer(NamedTuple):
-    """A raster of a map; with name and colour of each category."""
+    """A raster of a map."""
 
     name: str
     kind: Any
     nodata: float
     bands: tuple[str, ...]
-    categories: Mapping[int, tuple[str, str]]
+    categories: Mapping[int, tuple[str, str]]  # name and colour of each
 
 
 @dataclass(frozen=True)
 class MapPlan:
-    """A map that is to be made; everything is checked that can be known before.
-
-    Attributes:
-        network: Network that maps.
-        scene: Scene with the modalities that are there.
-        grid: Grid of the map.
-        folder: Where the map is written.
-        size, stride: Side of a window, and pixels from one window to the next.
-        colours: Colours of classes, by name.
-        batch_size: Number of windows that are predicted together.
-        record: What the map is made with and from.
-    """
+    """A map that is to be made; everything is checked that can be known before."""
 
     network: TrainedNetwork
-    scene: Scene
+    scene: Scene  # with the modalities that are there
     grid: Grid
     folder: Path
-    size: int
-    stride: int
-    batch_size: int
-    colours: Mapping[str, str]
-    record: Record
+    size: int  # side of a window
+    stride: int  # pixels from one window to the next
+    batch_size: int  # windows that are predicted together
+    colours: Mapping[str, str]  # of classes, by name
+    record: Record  # what the map is made with and from
 
     @property
     def layers(self) -> tuple[Layer, Layer, Layer]:
@@ -123,13 +112,11 @@ class MapPlan:
 def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]:
     """Check what the maps of a data set need, before long work, and return a plan for each scene.
 
-    Args:
-        parameters: Those of notebook 06, which says what they are.
-        without: Modalities that are taken to be missing, joined by "+".
+    Parameters are those of notebook 06; `without` names modalities that are taken to be missing,
+    joined by "+".
 
-    Raises:
-        InputError: A name is unknown, weights or files are missing or damaged, the bands are not
-            those of the network, or a scene has another pixel size or is smaller than a window.
+    Raises `InputError` where a name is unknown, weights or files are missing or damaged, the bands
+    are not those of the network, or a scene has another pixel size or is smaller than a window.
     """
     name, raw = parameters["dataset"], parameters["raw"]
     dataset = load_manifest(Path(parameters["manifest"])).dataset(name)

@@ -147,16 +147,7 @@ TYPES: Mapping[str, Any] = {
 
 
 def notebook_model(notebook: str, folder: Path, left_out: Collection[str] = ()) -> type[BaseModel]:
-    """Return the model that checks the parameters of a notebook.
-
-    Args:
-        notebook: Name of the notebook, such as "04_finetuning".
-        folder: Folder of the notebooks.
-        left_out: Names of parameters that must not be given.
-
-    Raises:
-        InputError: As `notebook_parameters`.
-    """
+    """Return the model that checks the parameters of a notebook, but for those `left_out`."""
     defaults = notebook_parameters(folder / f"{notebook}.ipynb")
     fields: dict[str, Any] = {
         name: (TYPES.get(name, type(default)), default)
@@ -167,15 +158,9 @@ def notebook_model(notebook: str, folder: Path, left_out: Collection[str] = ()) 
 
 
 def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a notebook, after checking them; its first cell calls this.
+    """Return the parameters of a notebook from its `globals()`; its first cell calls this.
 
-    Args:
-        notebook: Name of the notebook, such as "04_finetuning".
-        names: Names and values of the notebook, as `globals()` gives them there.
-
-    Raises:
-        InputError: A parameter has a value that it cannot have, or that the definition of the
-            data set does not allow.
+    Raises `InputError` for a value that a parameter, or the data set's definition, does not allow.
     """
     model = notebook_model(notebook, NOTEBOOK_FOLDER)
     parameters: dict[str, Any] = {name: names.get(name) for name in model.model_fields}
@@ -190,13 +175,8 @@ def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any
 def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
     """Check the parameters that the definition of a data set limits.
 
-    Args:
-        dataset: Definition of the data set.
-        parameters: Checked parameters of a notebook.
-
-    Raises:
-        InputError: The data set has no such task, folds, fold or modality, the backbone no such
-            preset, the budget of scenarios is too small, or a method cannot be used.
+    Raises `InputError` where the data set has no such task, folds, fold or modality, the backbone
+    no such preset, the budget of scenarios is too small, or a method cannot be used.
     """
     task, get = dataset.task(parameters["task"]), parameters.get
     if get("epochs") and get("protocol") == "paper" and task.kind == "multiclass":
@@ -236,9 +216,7 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
     """Names and default values in a notebook's `parameters` cell.
 
     The cell is parsed, never run: every line is `name: type = literal`, perhaps with a comment.
-
-    Raises:
-        InputError: No such cell, or a line in it that is something else.
+    Raises `InputError` where there is no such cell, or a line in it is something else.
     """
     # Plain JSON: importing nbformat takes as long as importing torch, in every notebook.
     try:

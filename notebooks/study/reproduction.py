@@ -13,14 +13,9 @@ KEYS = ["method", "block", "scenario", "class"]
 
 
 def only(tier: Tier, run: str) -> Tier:
-    """Return the tier with a single run in its grid.
+    """Return the tier with a single run in its grid; raise `InputError` where it has no such run.
 
-    Args:
-        tier: A tier with that run.
-        run: dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
-
-    Raises:
-        InputError: The tier has no such run.
+    It is named by dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
     """
     runs = {
         f"{dataset}/{backbone}/{method}/{fold}/{seed}": Runs(
@@ -37,15 +32,8 @@ def only(tier: Tier, run: str) -> Tier:
 def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     """Compare the records of a single run and of its pretrained network with the published ones.
 
-    Args:
-        tier: Tier of `only`, after its run.
-        published: The committed `records.csv.xz`.
-
-    Returns:
-        Whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
-
-    Raises:
-        InputError: The run is not among the published ones.
+    Returns whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
+    Raises `InputError` where the run is not among the published ones.
     """
     [((dataset, backbone, fold, seed), [method])] = tier.grid.points().items()
     folders = {

@@ -20,11 +20,7 @@ VARIED: dict[str, tuple[float, ...]] = {
 
 
 def sensitivity(distortion: NDArray[np.float64], settings: Mapping[str, Any]) -> pd.DataFrame:
-    """Compute p with one setting varied and the others kept, from the same distortions.
-
-    Args:
-        distortion: D, [K].
-        settings: Keyword arguments of `scenario_probabilities`.
+    """Compute p with one setting varied and the others kept, from the same distortions D, [K].
 
     Returns:
         The columns setting, value, scenario (its index) and probability. Lengthscales are given as

@@ -51,27 +51,16 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the size of its input, and what is computed.
+    """A network, the size of its input, and what is computed."""
 
-    Attributes:
-        task: "scoring", "prediction scoring" (D of the prediction, which needs decoders) or
-            "training".
-        backbone: Name of a backbone.
-        preset: Size of the backbone.
-        modalities: Number of modalities, of three bands each.
-        size: Height and width of a patch, pixels.
-        batch: Patches at a time; the plain form scores them one by one.
-        budget: Scenarios that ours measures, the others being predicted; 0 measures all, as the
-            plain form does.
-    """
-
+    # or "prediction scoring" (D of the prediction, which needs decoders), "training"
     task: str = "scoring"
     backbone: str = "cbc_slp"
     preset: str = "paper"
-    modalities: int = 3
-    size: int = 224
-    batch: int = 1
-    budget: int = 0
+    modalities: int = 3  # of three bands each
+    size: int = 224  # height and width of a patch, pixels
+    batch: int = 1  # patches at a time; the plain form scores them one by one
+    budget: int = 0  # scenarios that ours measures, the others being predicted; 0 measures all
 
 
 CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
@@ -206,10 +195,7 @@ def compare(
 
 
 def ratios(timings: pd.DataFrame) -> pd.DataFrame:
-    """Return the median seconds per patch of both forms in a table of `compare`, and their ratio.
-
-    The ratio is plain divided by ours.
-    """
+    """Return the median seconds per patch of both forms of `compare`, and plain divided by ours."""
     runs = timings.groupby([*CASE, "form", "repeat"], sort=False, as_index=False)["seconds"].sum()
     table = runs.pivot_table("seconds", CASE, "form", aggfunc="median", sort=False)[list(FORMS)]
     table = table.reset_index().rename_axis(columns=None)
@@ -261,12 +247,8 @@ def time_to_probabilities(
 ) -> pd.DataFrame:
     """Return the hours until p is there, whole passes and stopped ones, by backbone.
 
-    Args:
-        table: Table of `ratios`, whose seconds per patch are multiplied.
-        patch_distortion: d_k(x) [N, K] of a trained network of each backbone.
-        patches: Number of patches of the whole pass.
-        orders: As in `stopped_passes`.
-        tolerances: Standard errors of p at which passes stop.
+    The seconds per patch are those of a table of `ratios`; d_k(x) [N, K] are of a trained network
+    of each backbone. The others are as in `stopped_passes`.
     """
     rows = []
     for _, case in table[table["task"] == "scoring"].iterrows():
@@ -301,9 +283,7 @@ def distortion_error(case: Case, device: str = "cpu") -> float:
 def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
     """Measure the largest resident memory of two runs, each in a fresh process on the CPU.
 
-    Returns:
-        The cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`, ours
-        divided by plain.
+    Returns the cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`.
     """
     rows = [asdict(case) for case in cases]
     jobs = [(row, case, form) for row, case in zip(rows, cases, strict=True) for form in FORMS]

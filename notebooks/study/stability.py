@@ -24,7 +24,7 @@ def stability(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: One row per network and scenario: dataset, backbone, fold, network, scenario,
             missing, the scores, and lost (IoU with all modalities minus that of the scenario on
-            test blocks). Every fold has at least two networks.
+            test blocks). Every fold has at least two networks, or `InputError` is raised.
 
     Returns:
         One row per data set, backbone and score; all values are means over folds:
@@ -38,11 +38,7 @@ def stability(table: pd.DataFrame) -> pd.DataFrame:
         - rank_others: the same with the IoU that the other networks lost;
         - within_others: correlation with that, within a number of missing modalities.
 
-        The number of missing modalities is the same for all networks, so that only the ranks say
-        something of it.
-
-    Raises:
-        InputError: A fold has a single network.
+        The number of missing modalities is the same for all networks: only its ranks say something.
     """
     rows = []
     for (dataset, backbone), part in table.groupby(["dataset", "backbone"], sort=False):

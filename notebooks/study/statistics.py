@@ -50,32 +50,19 @@ def method_title(method: str) -> str:
 
 @dataclass(frozen=True)
 class Counts:
-    """Records of one data set and backbone as an array, for the seeds that all methods have.
-
-    Attributes:
-        methods: Names of the M methods.
-        seeds: The S replicates.
-        blocks: The B spatial blocks.
-        values: tp, fp, fn, float64 [B, M, S, K, C, 3].
-    """
+    """Records of one data set and backbone as an array, for the seeds that all methods have."""
 
     methods: list[str]
-    seeds: list[int]
-    blocks: list[int]
-    values: Array
+    seeds: list[int]  # the S replicates
+    blocks: list[int]  # the B spatial blocks
+    values: Array  # tp, fp, fn, [B, M, S, K, C, 3]
 
     @classmethod
     def of(cls, records: pd.DataFrame, methods: Sequence[str], scenarios: ScenarioSet) -> Self:
-        """Put records into an array.
+        """Put the records of one data set and backbone into an array.
 
-        Args:
-            records: The columns seed, fold, method, block, scenario, class, tp, fp and fn, of one
-                data set and backbone.
-            methods: Names of the methods, in order.
-            scenarios: The K scenarios.
-
-        Raises:
-            InputError: No seed has all methods, or a seed lacks a fold or block.
+        Records have the columns seed, fold, method, block, scenario, class, tp, fp and fn. Raises
+        `InputError` where no seed has all methods, or a seed lacks a fold or block.
         """
         rows = records[records["method"].isin(list(methods))]
         seeds_of = rows.groupby("method")["seed"].agg(set)
@@ -105,8 +92,7 @@ class Counts:
     def scenario_iou(self, weights: Array) -> Array:
         """Return the IoU of every scenario, averaged over classes, float64 [R, M, S, K].
 
-        Args:
-            weights: Weights of the blocks, [R, B].
+        Weights are those of the blocks, [R, B].
         """
         shape = self.values.shape[1:]
         pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
@@ -181,8 +167,7 @@ def contrast(
         (two-sided, from the same resamples) and detectable, the smallest true difference that this
         design finds with a power of 80 %.
 
-    Raises:
-        InputError: There are fewer than two replicates or blocks, or the records are not paired.
+    Raises `InputError` for fewer than two replicates or blocks, or records that are not paired.
     """
     counts = Counts.of(records, [method, *reference], scenarios)
     replicates, blocks = len(counts.seeds), len(counts.blocks)
@@ -235,8 +220,7 @@ def differences(
     A difference of methods that share fewer than two replicates is left out.
 
     Args:
-        records: The columns dataset, backbone, seed, fold, method, block, scenario, class, tp, fp
-            and fn.
+        records: The columns dataset, backbone, and those of `Counts.of`.
         scenarios: The K scenarios.
         metrics: Some of `METRICS`.
         prior: As in `contrast`.
@@ -248,9 +232,6 @@ def differences(
         The columns dataset, backbone, metric, contrast (or, without contrasts, method and
         reference), those of the function `contrast`, and p_holm, corrected over the rows of a data
         set, backbone and metric, except the second uniform arm, whose row is the noise floor.
-
-    Raises:
-        InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
     pairs = None if contrasts is None else planned_pairs(contrasts)
     rows = []
@@ -275,9 +256,8 @@ def differences(
 def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
     """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
 
-    Raises:
-        InputError: A part is not two different methods (or "pretrained") joined by a hyphen, or
-            is there twice.
+    Raises `InputError` where a part is not two different methods (or "pretrained") joined by a
+    hyphen, or is there twice.
     """
     pairs = []
     for part in contrasts.split(","):
@@ -317,19 +297,12 @@ def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> di
     The true difference of a case is taken for a draw from N(mean, spread^2). The spread is that
     where Cochran's Q equals its expectation (Paule and Mandel 1982), its interval that of the
     Q profile (Viechtbauer 2007), and the interval of the mean that of Hartung and Knapp (2001),
-    which allows for few cases.
-
-    Args:
-        differences: Difference in each case, such as a scene and backbone.
-        standard_errors: Their standard errors, positive.
+    which allows for few cases. Raises `InputError` for fewer than three, or an error of zero.
 
     Returns:
         cases, mean, low and high (95 %), spread, spread_low and spread_high, new_low and new_high
         (95 % prediction interval for the difference in a new case), and positive, the number of
         cases with a difference above 0.
-
-    Raises:
-        InputError: There are fewer than three cases, or a standard error is not positive.
     """
     effect, variance = np.array(differences), np.square(standard_errors)
     count = len(effect)
