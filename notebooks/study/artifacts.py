@@ -6,8 +6,6 @@ commit, date). Reading an output checks hash and parameters; the environment is 
 compared. Times and dates stand in sidecars only, so that equal runs give equal files.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import platform

@@ -4,8 +4,6 @@ What Snakemake leaves to its caller after a `kill -9` is done here: processes of
 that still write are ended, the stale lock is removed, and incomplete outputs are made again.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json

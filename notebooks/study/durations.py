@@ -4,8 +4,6 @@ The estimate is a product: seconds per patch, measured once on one core, times t
 tier. It is for CPUs and small networks (the preset "demo"); for others nothing was measured.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -8,8 +8,6 @@ The code of a stage are the modules below with all that they import from this pr
 not. Comments, docstrings and layout do not count, and neither does what only draws.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from collections.abc import Iterator
@@ -26,20 +24,11 @@ NETWORK = ("study.checkpoints", "study.data.patches")
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),
     "pretraining": ("study.pretraining", *NETWORK),
-    "scoring": (
-        "study.scoring",
-        "lsgs_core.probabilities",
-        "lsgs_core.uncertainty",
-        *NETWORK,
-    ),
+    "scoring": ("study.scoring", "lsgs_core.probabilities", "lsgs_core.uncertainty", *NETWORK),
     "finetuning": ("study.finetuning", *NETWORK),
     "evaluation": (
-        "study.evaluation",
-        "study.statistics",
-        "study.agreement",
-        "study.collection",
-        "study.predictions",
-        "study.figures.study",
+        *("study.evaluation", "study.statistics", "study.agreement", "study.collection"),
+        *("study.predictions", "study.figures.study"),
     ),
     "mapping": ("study.mapping",),
 }
@@ -90,16 +79,10 @@ def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
 
 @lru_cache
 def _written(code: str) -> str:
-    tree = ast.parse(code)
+    tree, documented = ast.parse(code), ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 

@@ -5,8 +5,6 @@ notebook's `parameters` cell and the table `TYPES`. What the definition of a dat
 as the number of folds, is checked with it, long before a notebook comes to use it.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Collection, Mapping
 from pathlib import Path

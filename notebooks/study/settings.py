@@ -1,7 +1,5 @@
 """How to train: the settings of a run, checked when they are made."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 

@@ -7,8 +7,6 @@ be a list of such products, whose runs are put together. Everything is checked a
 notebooks' `parameters` cells and the data manifest before anything runs (`study.parameters`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
