@@ -237,9 +237,9 @@ def test_preparation_redoes_only_what_changed(
     written: list[str] = []
     original = preparation._write_scene
 
-    def counted(scene: Any, folder: Path) -> Any:
+    def counted(scene: Any, *more: Any) -> Any:
         written.append(scene.name)
-        return original(scene, folder)
+        return original(scene, *more)
 
     monkeypatch.setattr(preparation, "_write_scene", counted)
     first = prepare(dataset, own_raw, own_prepared)

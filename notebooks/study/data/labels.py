@@ -70,8 +70,7 @@ def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
 @contextmanager
 def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
     """Open the labels of a scene, as a function from a window to its codes."""
-    labels, path = scene.labels, scene.label_file
-    assert path is not None
+    labels, path = scene.labels, scene.label_files[0]
     if isinstance(labels, PolygonLabels):
         yield _burned(labels, _polygons(labels, scene, grid))
     elif isinstance(labels, ScaledPolygonLabels):
@@ -190,8 +189,7 @@ def _areas(shapes: NDArray[Any], entries: pd.Series, labels: Any) -> Areas:
 
 def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
     """Return the polygons of a vector file."""
-    path = scene.label_file
-    assert path is not None
+    [path] = scene.label_files
     try:
         layers = [name for name, kind in pyogrio.list_layers(path) if kind]
         if len(layers) != 1:
@@ -230,9 +228,7 @@ def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
 
 def _scaled_polygons(labels: ScaledPolygonLabels, scene: Scene, grid: Grid) -> Areas:
     """Return DSTL's polygons of one image."""
-    path, extents_path = scene.label_file, scene.extents
-    assert path is not None
-    assert extents_path is not None
+    path, extents_path = scene.label_files
     extents = read_csv(extents_path, ["Xmax", "Ymin"])
     own = extents[extents.iloc[:, 0] == scene.name]  # the header of the first column is blank
     if len(own) != 1:

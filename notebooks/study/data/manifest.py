@@ -519,7 +519,10 @@ class Dataset(Strict):
     def _paths_can_be_filled(self) -> Self:
         if bool(self.scenes) == bool(self.find_scenes):
             raise ValueError("scenes: expected either scenes or find_scenes")
-        scenes, paths = dict(self.scenes), self.templates
+        file_bands = [band for band in self.bands.values() if isinstance(band, FileBand)]
+        paths = [placed.file for placed in (*file_bands, *self.masks.values())]
+        paths += self.label_files.values()
+        scenes = dict(self.scenes)
         members = {member.path for member in getattr(self.source, "members", [])}
         if self.find_scenes:  # the names of the variables are known, their values are not
             variables = VARIABLE.finditer(self.find_scenes.file)
@@ -537,12 +540,12 @@ class Dataset(Strict):
         return self
 
     @property
-    def templates(self) -> list[list[str]]:
-        """Return the paths of all files of a scene, with variables not yet filled in."""
-        file_bands = [band for band in self.bands.values() if isinstance(band, FileBand)]
-        paths = [placed.file for placed in (*file_bands, *self.masks.values(), self.labels)]
-        extents = [self.labels.extents] if isinstance(self.labels, ScaledPolygonLabels) else []
-        return paths + extents
+    def label_files(self) -> dict[str, list[str]]:
+        """Return the files that the labels of a scene are in, by field."""
+        files = {"labels": self.labels.file}
+        if isinstance(self.labels, ScaledPolygonLabels):
+            files["extents"] = self.labels.extents
+        return files
 
     def sources(self, names: Iterable[str]) -> list[str]:
         """Return the bands that some bands are made from: themselves, or those they derive from."""

@@ -293,10 +293,6 @@ class PatchDataset:
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
 
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
-        """Return a whole batch: what a `DataLoader` asks for whose sampler yields positions."""
-        return self.batch(indices)
-
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
         chosen = [int(index) for index in indices]
@@ -305,8 +301,9 @@ class PatchDataset:
         images = [np.empty((len(chosen), bands, *shape), np.float32) for bands in self.bands]
         for position, index in enumerate(chosen):
             for number, modality in enumerate(self.modalities):
-                image = images[number][position]
-                seen[position, number] = self._fill(image, index, modality)
+                pixels, with_data = self._read(index, modality)
+                self.description.normalise(modality, pixels, with_data, images[number][position])
+                seen[position, number] = with_data
         seen_pixels = torch.from_numpy(seen)
         available = seen_pixels.flatten(start_dim=2).any(dim=2)
         complete = bool((seen_pixels == available[:, :, None, None]).all())
@@ -327,6 +324,8 @@ class PatchDataset:
             patch_ids=torch.from_numpy(self.patch_ids[chosen]),
             block_ids=torch.from_numpy(self.block_ids[chosen]),
         )
+
+    __getitem__ = batch  # what a `DataLoader` asks for whose sampler yields positions
 
     def batches(
         self, batch_size: int, order: Sequence[int] | np.ndarray | torch.Tensor | None = None
@@ -363,12 +362,6 @@ class PatchDataset:
         if masks.shape != shape:
             raise InputError(f"{self.folder / file}: not the raster that was prepared; do it again")
         return pixels, masks > 0
-
-    def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
-        """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
-        pixels, with_data = self._read(index, modality)
-        self.description.normalise(modality, pixels, with_data, image)
-        return with_data
 
 
 def _expect_prepared(folder: Path, record: Prepared, table: pd.DataFrame) -> None:

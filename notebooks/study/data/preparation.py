@@ -140,7 +140,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
             name: scene
             for name, scene in previous.scenes.items()
             if scene.raw == raw.get(name)
-            and all(_sha256(prepared_folder / file) == sha for file, sha in scene.outputs.items())
+            and all((prepared_folder / file).is_file() for file in scene.outputs)
+            and all(file_sha256(prepared_folder / f) == sha for f, sha in scene.outputs.items())
         }
     pending = [scene for name, scene in scenes.items() if name not in done]
     with rasterio.Env(**ENVIRONMENT):
@@ -157,9 +158,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
             (prepared_folder / PATCH_TABLE).unlink(missing_ok=True)
         last_written = 0.0
         for scene in tqdm(pending, desc="align", unit="scene"):
-            made = _write_scene(scene, prepared_folder)
-            made |= {"raw": raw[scene.name], "label_values": sorted(values[scene.name])}
-            done[scene.name] = PreparedScene(**made)
+            known = raw[scene.name], sorted(values[scene.name])
+            done[scene.name] = _write_scene(scene, prepared_folder, *known)
             # A killed preparation resumes from here. With thousands of small scenes, the record
             # is written every ten seconds, or the writing would take most of the time.
             if time.monotonic() - last_written > 10:
@@ -176,11 +176,6 @@ def write_record(record: Prepared, folder: Path) -> None:
     make_folder(folder)
     with written_beside(folder / RECORD) as path:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
-
-
-def _sha256(path: Path) -> str:
-    """Return the hash of a file, "" when it does not exist."""
-    return file_sha256(path) if path.is_file() else ""
 
 
 def check_scene(scene: Scene) -> set[str]:
@@ -299,56 +294,55 @@ def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice
     return wide, inner
 
 
-def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
-    """Write all rasters of one scene and return what its record says of them."""
+def _write_scene(
+    scene: Scene, folder: Path, raw: dict[str, str], label_values: list[str]
+) -> PreparedScene:
+    """Write all rasters of one scene and return its record."""
     make_folder(folder / scene.name)
     labels, member = scene.labels, membership(scene.labels)
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
     counts = np.zeros(member.shape[1], dtype=np.int64)
     labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
-    with open_scene(scene) as (grid, modalities, draw), ExitStack() as renamed:
-        rename = renamed.enter_context
-        paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
-        with ExitStack() as written:
-            outputs = {
-                name: written.enter_context(
-                    create_raster(paths[name], grid, source.bands, source.kind)
-                )
-                for name, source in modalities.items()
-            }
-            kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
-            codes_file = create_raster(
-                paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore
-            )
-            output = written.enter_context(codes_file)
-            output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
-            steps = windows(grid.height, grid.width)
-            quiet = len(steps) == 1
-            for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
-                codes = draw(window)
-                seen_at_all = np.zeros(codes.shape, dtype=bool)
-                for modality, source in modalities.items():
-                    pixels, seen = source.read(window)
-                    outputs[modality].write(pixels, window=window)
-                    outputs[modality].write_mask(seen, window=window)
-                    seen_at_all |= seen
-                    unseen[modality] += int((~seen).sum())
-                codes[~seen_at_all] = labels.ignore
-                output.write(codes, 1, window=window)
-                labelled += int((codes != labels.ignore).sum())
-                occurring, pixels_of = np.unique(codes, return_counts=True)
-                counts += pixels_of @ member[occurring].astype(np.int64)
-    return {
-        "outputs": {file: file_sha256(folder / file) for file in files.values()},
-        "height": grid.height,
-        "width": grid.width,
-        "crs": grid.crs.to_wkt() if grid.crs else None,
-        "transform": tuple(grid.transform)[:6],
-        "modalities": list(scene.modalities),
-        "labelled_pixels": labelled,
-        "label_pixels": dict(zip(labels.names, counts.tolist(), strict=True)),
-        "unseen_pixels": unseen,
-    }
+    with open_scene(scene) as (grid, modalities, draw), ExitStack() as stack:
+        # Left in reverse: rasters are closed, and then renamed.
+        enter = stack.enter_context
+        paths = {name: enter(written_beside(folder / file)) for name, file in files.items()}
+        outputs = {
+            name: enter(create_raster(paths[name], grid, source.bands, source.kind))
+            for name, source in modalities.items()
+        }
+        kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
+        coded = create_raster(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+        enter(coded).update_tags(**{f"id_{code}": n for code, n in code_names(labels).items()})
+        steps = windows(grid.height, grid.width)
+        quiet = len(steps) == 1
+        for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
+            codes = draw(window)
+            seen_at_all = np.zeros(codes.shape, dtype=bool)
+            for modality, source in modalities.items():
+                pixels, seen = source.read(window)
+                outputs[modality].write(pixels, window=window)
+                outputs[modality].write_mask(seen, window=window)
+                seen_at_all |= seen
+                unseen[modality] += int((~seen).sum())
+            codes[~seen_at_all] = labels.ignore
+            coded.write(codes, 1, window=window)
+            labelled += int((codes != labels.ignore).sum())
+            occurring, pixels_of = np.unique(codes, return_counts=True)
+            counts += pixels_of @ member[occurring].astype(np.int64)
+    return PreparedScene(
+        raw=raw,
+        outputs={file: file_sha256(folder / file) for file in files.values()},
+        height=grid.height,
+        width=grid.width,
+        crs=grid.crs.to_wkt() if grid.crs else None,
+        transform=tuple(grid.transform)[:6],
+        modalities=list(scene.modalities),
+        labelled_pixels=labelled,
+        label_pixels=dict(zip(labels.names, counts.tolist(), strict=True)),
+        label_values=label_values,
+        unseen_pixels=unseen,
+    )
 
 
 def create_raster(

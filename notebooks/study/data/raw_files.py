@@ -189,8 +189,7 @@ class Scene:
     resampling: str
     modalities: dict[str, Modality]  # whose files exist, in the manifest's order
     labels: Labels
-    label_file: Path | None  # None where a map does without
-    extents: Path | None  # of images, for labels that are scaled to them
+    label_files: list[Path]  # in the order of `Dataset.label_files`; none for a map
     files: list[Path]  # all these, each once, with those that belong to them
 
 
@@ -360,25 +359,16 @@ def _scene(
         modalities[modality] = Modality(
             {band: dataset.bands[band] for band in bands}, [*files.values()], mask, mask_file
         )
-    labels = dataset.labels
-    label_file = need(labels.file, "labels") if complete else None
-    extents = None
-    if complete and isinstance(labels, ScaledPolygonLabels):
-        extents = need(labels.extents, "extents")
+    label_files = dataset.label_files.items() if complete else ()
+    labels = [need(files, field) for field, files in label_files]
     masks = [modality.mask_file for modality in modalities.values()]
-    used = [path for path in (*paths.values(), *masks, label_file, extents) if path]
+    used = [path for path in (*paths.values(), *masks, *labels) if path]
     beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
+    used += [path for path in beside if path.is_file()]
     return Scene(
-        name=name,
-        reference=reference,
-        reference_file=paths[reference_band],
-        resampling=dataset.resampling,
-        modalities=modalities,
-        labels=labels,
-        label_file=label_file,
-        extents=extents,
-        files=list(dict.fromkeys([*used, *(path for path in beside if path.is_file())])),
-    )
+        name, reference, paths[reference_band], dataset.resampling, modalities, dataset.labels,
+        labels, files=list(dict.fromkeys(used)),
+    )  # fmt: skip
 
 
 def _pixel_count(path: Path) -> int:
