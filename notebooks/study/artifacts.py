@@ -7,7 +7,6 @@ compared. Times and dates stand in sidecars only, so that equal runs give equal 
 """
 
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -85,9 +84,8 @@ def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
 
 def describe(path: Path, record: Record) -> None:
     """Write the record of an output that is there already."""
-    if not is_first_process():
-        return
-    _write_record(path, file_sha256(path), record)
+    if is_first_process():
+        _write_record(path, file_sha256(path), record)
 
 
 def save_table(path: Path, table: pd.DataFrame, record: Record) -> Path:
@@ -97,7 +95,8 @@ def save_table(path: Path, table: pd.DataFrame, record: Record) -> Path:
 
 def save_json(path: Path, content: Mapping[str, Any], record: Record) -> Path:
     """Write JSON; a number that is not finite is written as null."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
     return save(path, lambda to: to.write_text(text), record)
 
 
@@ -155,9 +154,8 @@ def is_made(path: Path, record: Record) -> bool:
         found = check(path)
     except InputError:
         return False
-    return _same(found["parameters"], dict(record.parameters)) and _same(
-        found["inputs"], dict(record.inputs)
-    )
+    same = _same(found["parameters"], dict(record.parameters))
+    return same and _same(found["inputs"], dict(record.inputs))
 
 
 def load_weights(
@@ -167,11 +165,8 @@ def load_weights(
     record = check(path, expected)
     try:
         return safetensors.torch.load_file(path), record
-    except (
-        SafetensorError,
-        ValueError,
-        KeyError,
-    ) as error:  # it is never read in another way, which could run code
+    except (SafetensorError, ValueError, KeyError) as error:
+        # It is never read in another way, which could run code.
         raise InputError(f"{path}: expected weights as safetensors: {error}") from error
 
 
@@ -197,16 +192,6 @@ def _write_record(path: Path, sha256: str, record: Record) -> None:
 def _same(recorded: object, wanted: object) -> bool:
     """Equal once both are what JSON makes of them (tuples are lists, keys are strings)."""
     return recorded == json.loads(json.dumps(wanted))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _commit() -> str | None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,6 @@ import psutil
 from lsgs_core.errors import InputError
 from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
-from study.data.manifest import Dataset
 from study.durations import durations, estimate, executed, read_executed
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.networks import NETWORKS as NETWORKS_FILE
@@ -255,14 +254,9 @@ def publish(tier: Tier) -> list[Path]:
         "evaluation": {"parameters": record["parameters"], "environment": record["environment"]},
         "runs": _runs_by_commit(tier),
     }
-    with written_beside(beside / "provenance.json") as temporary:
-        temporary.write_text(json.dumps(provenance, indent=2) + "\n")
-    with written_beside(beside / "NOTICE.txt") as temporary:
-        temporary.write_text(
-            _notice({n: tier.manifest.dataset(n) for n in tier.grid.datasets}), "utf-8"
-        )
-    with written_beside(beside / "README.md") as temporary:
-        temporary.write_text(tier_page(beside), "utf-8")
+    (beside / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    (beside / "NOTICE.txt").write_text(_notice(tier), "utf-8")
+    (beside / "README.md").write_text(tier_page(beside), "utf-8")
     if target.is_dir():
         target.replace(old)
     beside.replace(target)
@@ -285,15 +279,14 @@ def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
     ]
 
 
-def _notice(datasets: Mapping[str, Dataset]) -> str:
-    """Under which licences pictures, labels and predictions of these data sets are."""
+def _notice(tier: Tier) -> str:
+    """Under which licences pictures, labels and predictions of a tier's data sets are."""
     lines = ["Pictures, labels, predictions and networks here are derived from these data,"]
     lines += ["and are passed on under their licences.", ""]
-    for name, dataset in datasets.items():
+    for name in tier.grid.datasets:
+        dataset = tier.manifest.dataset(name)
         lines.append(f"{name}: {dataset.title}")
-        lines += [
-            f"  {entry.covers}: {entry.name}. {entry.attribution}." for entry in dataset.licences
-        ]
+        lines += [f"  {of.covers}: {of.name}. {of.attribution}." for of in dataset.licences]
     return "\n".join([*lines, ""])
 
 

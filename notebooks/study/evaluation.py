@@ -203,19 +203,13 @@ def summary(
     rows = []
     for keys, group in scenario_scores(records, by).groupby(by, sort=False):
         iou = group.set_index("scenario")["iou"].reindex(names)
-        full = iou.iloc[scenarios.full]
-        rows.append(
-            {
-                **dict(zip(by, keys if isinstance(keys, tuple) else (keys,), strict=True)),
-                "mean_iou": iou.mean(),
-                "worst_iou": iou.min(),
-                "lowest_quarter_iou": float(lowest_quarter(iou.to_numpy(dtype=float))),
-                "worst_scenario": iou.idxmin() if iou.notna().any() else "",
-                "expected_iou": float(expected(iou.to_numpy(), weights)),
-                "full_iou": full,
-                "drop": full - iou.mean(),
-            }
-        )
+        full, values = iou.iloc[scenarios.full], iou.to_numpy(dtype=float)
+        row = {"mean_iou": iou.mean(), "worst_iou": iou.min()}
+        row["lowest_quarter_iou"] = float(lowest_quarter(values))
+        row["worst_scenario"] = iou.idxmin() if iou.notna().any() else ""
+        row["expected_iou"] = float(expected(values, weights))
+        row |= {"full_iou": full, "drop": full - iou.mean()}
+        rows.append(dict(zip(by, keys, strict=True)) | row)
     return pd.DataFrame(rows)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,9 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         add_lora(model, start.lora_rank)
         settings = replace(settings, learning_rate=start.lora_learning_rate)
     device = str(next(model.parameters()).device)
-    sampler = method.sampler(
-        replace(
-            start.evidence,
-            seed=start.seed,
-            epochs=settings.epochs,
-            steps=settings.epochs * len(settings.batch_sizes(len(start.training))),
-            measure=lambda: _scored_again(start, model),
-        )
-    )
+    steps = settings.epochs * len(settings.batch_sizes(len(start.training)))
+    evidence = replace(start.evidence, seed=start.seed, epochs=settings.epochs, steps=steps)
+    sampler = method.sampler(replace(evidence, measure=partial(_scored_again, start, model)))
     p, trained = sampler.probabilities(0), trained_parameters(model)
     decisive = {**start.parameters, "method": name, "seed": start.seed}
     decisive |= {"settings": asdict(settings)}
@@ -93,20 +88,12 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         return Run(name, load_table(paths[0]), load_table(paths[1]), p, trained)
     tested = start.evidence.scenarios, start.training.classes, start.training.task_kind
     size = settings.batch_size
+    identity = {**decisive, **record.inputs, "device": device}
     history = train(
-        model,
-        start.training,
-        start.evidence.scenarios,
-        sampler,
-        settings,
-        start.seed,
-        folder,
-        identity={**decisive, **record.inputs, "device": device},
-        validate=lambda network: validation_scores(
-            network, start.validation.batches(size), *tested
-        ),
-        stream=method.stream,
-    )
+        model, start.training, start.evidence.scenarios, sampler, settings, start.seed, folder,
+        identity, lambda net: validation_scores(net, start.validation.batches(size), *tested),
+        method.stream,
+    )  # fmt: skip
     merge_lora(model)
     records = evaluate(model, start.test.batches(size), *tested, protocol=settings.protocol)
     save_table(paths[0], history, record)

@@ -83,16 +83,14 @@ class MapPlan:
         type_of_class = np.uint16 if masked and len(classes) > 7 else np.uint8
         names, masks = self.network.scenarios.names, self.network.scenarios.masks
         sensors = (masks << np.arange(masks.shape[1])).sum(axis=1).tolist()
-        scenarios = dict(
-            zip(sensors, zip(names, category_colours(len(names)), strict=True), strict=True)
-        )
+        shown = zip(names, category_colours(len(names)), strict=True)
+        scenarios = dict(zip(sensors, shown, strict=True))
         type_of_scenario = np.uint16 if masks.shape[1] > 8 else np.uint8
+        served = ("bit mask of sensors, first is 1",)
         return (
             Layer("classes", type_of_class, np.iinfo(type_of_class).max, bands, values),
             Layer("probabilities", np.float32, np.nan, classes, {}),
-            Layer(
-                "scenarios", type_of_scenario, 0, ("bit mask of sensors, first is 1",), scenarios
-            ),
+            Layer("scenarios", type_of_scenario, 0, served, scenarios),
         )
 
     def path(self, layer: Layer, finished: bool = True) -> Path:
@@ -154,19 +152,8 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
         parts = name, f"{chosen}-without-{without}" if without else chosen
         target = Path(parameters["work"]).joinpath("maps", *parts)
         record = Record(made_with, inputs, str(device))
-        plans.append(
-            MapPlan(
-                network,
-                scene,
-                grid,
-                target,
-                size,
-                stride,
-                parameters["batch_size"],
-                dataset.colours,
-                record,
-            )
-        )
+        how = size, stride, parameters["batch_size"], dataset.colours, record
+        plans.append(MapPlan(network, scene, grid, target, *how))
     return plans
 
 
@@ -323,11 +310,10 @@ def _values(plan: MapPlan, probabilities: Tensor, seen: Tensor) -> list[NDArray[
     reached, likeliest = probabilities >= THRESHOLD, probabilities.argmax(dim=0) + 1
     classes = [likeliest if kind == "multiclass" else likeliest * reached.any(dim=0)]
     classes += [_bits(reached)] * (kind == "multilabel")
-    rasters = zip(
-        (torch.stack(classes), probabilities, _bits(seen)[None]), plan.layers, strict=True
-    )
+    rasters = torch.stack(classes), probabilities, _bits(seen)[None]
     return [
-        bands.where(visible, layer.nodata).numpy().astype(layer.kind) for bands, layer in rasters
+        bands.where(visible, layer.nodata).numpy().astype(layer.kind)
+        for bands, layer in zip(rasters, plan.layers, strict=True)
     ]
 
 
@@ -338,9 +324,8 @@ def _bits(masks: Tensor) -> Tensor:
 
 def _create(path: Path, grid: Grid, layer: Layer) -> None:
     """Make an empty raster of a map, with names and colours of its values."""
-    with create_raster(
-        path, grid, layer.bands, np.dtype(layer.kind), nodata=layer.nodata
-    ) as raster:
+    kind = np.dtype(layer.kind)
+    with create_raster(path, grid, layer.bands, kind, nodata=layer.nodata) as raster:
         raster.update_tags(**{f"id_{value}": name for value, (name, _) in layer.categories.items()})
         colours = {value: to_rgba(colour) for value, (_, colour) in layer.categories.items()}
         if colours:

@@ -91,21 +91,14 @@ def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str,
     seed, size = run.parameters["pretraining_seed"], run.settings.batch_size
     patches, scenarios = run.validation, run.scenarios
     seed_weights(seed, "pretraining")
-    model = run.build()
+    model, tested = run.build(), (scenarios, patches.classes, patches.task_kind)
+    sampler = find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios))
     history = train(
-        model,
-        run.training,
-        scenarios,
-        find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios)),
-        run.settings,
-        seed,
-        run.weights.parent,
-        identity={**record.parameters, "device": record.device},
-        validate=lambda network: validation_scores(
-            network, patches.batches(size), scenarios, patches.classes, patches.task_kind
-        ),
+        model, run.training, scenarios, sampler, run.settings, seed, run.weights.parent,
+        {**record.parameters, "device": record.device},
+        lambda network: validation_scores(network, patches.batches(size), *tested),
         stage="pretraining",
-    )
+    )  # fmt: skip
     return history, {name: value.cpu() for name, value in model.state_dict().items()}
 
 

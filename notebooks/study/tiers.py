@@ -170,12 +170,8 @@ class Tier:
 
     def networks(self) -> list[tuple[str, str, int, int]]:
         """Every (dataset, backbone, fold, pretraining seed), which is trained and scored once."""
-        return list(
-            dict.fromkeys(
-                (*point[:3], network_seed(self.pretraining_seed, point[3]))
-                for point in self.grid.points()
-            )
-        )
+        points, seed = self.grid.points(), self.pretraining_seed
+        return list(dict.fromkeys((*point[:3], network_seed(seed, point[3])) for point in points))
 
     def gpus_of(self, stage: str) -> int:
         """Number of GPUs that a notebook of a stage uses."""
