@@ -127,9 +127,8 @@ def _cleaned(path: Path) -> NotebookNode:
         cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
         for output in cell.outputs:
             if output.output_type == "error":
-                raise InputError(
-                    f"{path}: expected a notebook that ran to its end: {output.evalue}"
-                )
+                said = output.evalue
+                raise InputError(f"{path}: expected a notebook that ran to its end: {said}")
             if "image/png" in output.get("data", {}):
                 number += 1
                 output.metadata = NotebookNode(alt=f"Figure {number}: {above}")

@@ -51,9 +51,7 @@ def differences_of_cases(
     cases: Sequence[Case], metrics: Sequence[str], resamples: int
 ) -> pd.DataFrame:
     """Return the differences of every method to uniform in every case; see `differences`."""
-    tables = [
-        differences(case.records, case.scenarios, metrics, resamples=resamples) for case in cases
-    ]
+    tables = (differences(of.records, of.scenarios, metrics, resamples=resamples) for of in cases)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -69,12 +67,11 @@ def pooled_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 def worth_of_sensors(cases: Sequence[Case], resamples: int) -> pd.DataFrame:
     """Return what each sensor is worth in every case, after fine-tuning with uniform scenarios."""
-    tables = [
-        sensor_values(
-            case.records, case.scenarios, UNIFORM_ARMS[0], case.trivial, resamples
-        ).assign(dataset=case.dataset, backbone=case.backbone)
-        for case in cases
-    ]
+    tables = []
+    for case in cases:
+        method = UNIFORM_ARMS[0]
+        table = sensor_values(case.records, case.scenarios, method, case.trivial, resamples)
+        tables.append(table.assign(dataset=case.dataset, backbone=case.backbone))
     return pd.concat(tables, ignore_index=True)
 
 

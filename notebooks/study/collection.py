@@ -57,14 +57,11 @@ class Collected:
 
     def scores(self) -> pd.DataFrame:
         """Return distortions and probabilities of every network and scenario."""
-        seed = self.parameters["pretraining_seed"]
-        networks = dict.fromkeys(
-            (*point[:3], network_seed(seed, point[3])) for point in self.points
-        )
-        tables = {
-            network: load_table(self.study.scores(*network) / "distortion.csv")
-            for network in networks
-        }
+        tables, seed = {}, self.parameters["pretraining_seed"]
+        for dataset, backbone, fold, own in self.points:
+            network = dataset, backbone, fold, network_seed(seed, own)
+            if network not in tables:
+                tables[network] = load_table(self.study.scores(*network) / "distortion.csv")
         return pd.concat(tables, names=NETWORK).reset_index(NETWORK).reset_index(drop=True)
 
     def lost(self, scores: pd.DataFrame) -> pd.DataFrame:

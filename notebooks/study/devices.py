@@ -148,13 +148,11 @@ class Processes:
         """
         if self.count == 1:
             return module
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        devices = None
+        if self._device.type == "cuda":
+            devices, module = [self._device.index], nn.SyncBatchNorm.convert_sync_batchnorm(module)
         # CBC has layers that its forward pass does not use.
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=[self._device.index] if on_gpu else None, find_unused_parameters=True
-        )
+        return nn.parallel.DistributedDataParallel(module, devices, find_unused_parameters=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the forward pass runs in the precision of the run."""

@@ -58,9 +58,8 @@ def estimate(tier: Tier, cores: int, root: Path) -> str:
         stage = next(stage for stage, name in NOTEBOOKS.items() if job.startswith(name))
         seconds = float(BESIDES[stage])
         if "backbone" in parameters:
-            dataset = parameters["dataset"]
-            seconds += _computing(stage, parameters, counts[dataset] or (0, 0, 0),
-                                  scenarios[dataset])  # fmt: skip
+            name = parameters["dataset"]
+            seconds += _computing(stage, parameters, counts[name] or (0, 0, 0), scenarios[name])
         stages[stage].append(seconds)
     total = sum(max(max(jobs), sum(jobs) / cores) for jobs in stages.values())
     return (
@@ -77,9 +76,8 @@ def _computing(
     size, training, test = patches
     training = min(training, parameters.get("training_patches") or training)
     test = min(test, parameters.get("evaluation_patches") or test)
-    step, evaluated, scored = (
-        seconds * (size / SIZE) ** 2 for seconds in SECONDS[parameters["backbone"]]
-    )
+    of_size = SECONDS[parameters["backbone"]]
+    step, evaluated, scored = (seconds * (size / SIZE) ** 2 for seconds in of_size)
     if stage == "scoring":
         return training * scenarios * (scored + evaluated * parameters["predictions"])
     trained = stage == "finetuning" or parameters["weights"] == "train"

@@ -198,9 +198,8 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
         given = {name: parameters[name] for name in ("margin", "validation_blocks")}
         given |= {"block_size": parameters["block_size"] or -1}
         changes = {name: value for name, value in given.items() if value >= 0}
-        folds[0].model_copy(update=changes).check_fit(
-            parameters["patch_size"] or dataset.patches.size
-        )
+        size = parameters["patch_size"] or dataset.patches.size
+        folds[0].model_copy(update=changes).check_fit(size)
     count = max(getattr(kind, "count", 1) for kind in folds)  # an official split is one fold
     for name in ("fold", "shown_fold"):
         if get(name, 0) >= count:
@@ -220,9 +219,8 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
     try:
         cells = read_json(path)["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-        lines: list[Any] = [
-            line for cell in tagged for line in ast.parse("".join(cell["source"])).body
-        ]
+        sources = ["".join(cell["source"]) for cell in tagged]
+        lines: list[Any] = [line for source in sources for line in ast.parse(source).body]
     except (KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise InputError(f"{path.name}: expected a notebook of Python: {error!r}") from error
     if len(tagged) != 1:

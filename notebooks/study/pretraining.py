@@ -63,9 +63,8 @@ def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
         return PretrainedNetwork(model, "trained here before", load_table(history), record)
     if is_own(name := run.parameters["backbone"]):
         expect_fit(name, run)
-    trained, state = in_processes(
-        pretrain, (run, record), run.parameters["processes"], run.parameters["device"]
-    )
+    processes, device = run.parameters["processes"], run.parameters["device"]
+    trained, state = in_processes(pretrain, (run, record), processes, device)
     model = run.build()
     model.load_state_dict(state)
     return PretrainedNetwork(model, "trained here", trained, record)

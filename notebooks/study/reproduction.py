@@ -45,12 +45,10 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     committed = table[(table[[*point]] == point).all(axis=1) & table["method"].isin([*folders])]
     if committed.empty:
         raise InputError(f"{published}: holds no such run; publish the tier first")
-    again = pd.concat(
-        pd.read_csv(folder / "records.csv").assign(method=name) for name, folder in folders.items()
-    )
-    first, second = (
-        part[[*KEYS, *COUNTS]].sort_values(KEYS, ignore_index=True) for part in (committed, again)
-    )
+    tables = {name: pd.read_csv(folder / "records.csv") for name, folder in folders.items()}
+    again = pd.concat(table.assign(method=name) for name, table in tables.items())
+    both, columns = (committed, again), [*KEYS, *COUNTS]
+    first, second = (part[columns].sort_values(KEYS, ignore_index=True) for part in both)
     if first.equals(second):
         return True, f"the same: all {len(first)} rows of counts"
     keys = ["method", "scenario", "class"]

@@ -160,10 +160,7 @@ class _Workload:
 
 
 def compare(
-    cases: Sequence[Case],
-    repeats: int,
-    device: str = "cpu",
-    plain_forwards: int = 0,
+    cases: Sequence[Case], repeats: int, device: str = "cpu", plain_forwards: int = 0
 ) -> pd.DataFrame:
     """Time both forms in turns.
 
@@ -221,11 +218,9 @@ def stopped_passes(
     def to_probabilities(distortion: NDArray[np.float64]) -> NDArray[np.float64]:
         return scenario_probabilities(distortion).probabilities
 
-    rows = []
+    rows, scored = [], len(patch_distortion)
     for order in tqdm(range(orders), desc="stopped passes", unit="pass"):
-        chosen = generator("order", order).choice(
-            len(patch_distortion), patches, replace=patches > len(patch_distortion)
-        )
+        chosen = generator("order", order).choice(scored, patches, replace=patches > scored)
         values = patch_distortion[chosen]
         enough = stop_when_precise(tolerance, to_probabilities, patches)
         counts = (*range(8, patches, 8), patches)

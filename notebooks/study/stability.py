@@ -67,9 +67,7 @@ def _of_fold(rows: pd.DataFrame, score: str) -> dict[str, float]:
         "to_uniform": _mean(total_variation(values, uniform) for values in p),
         "within": _mean(_correlation(inner[i], inner[j]) for i, j in pairs),
         "common": float(p.mean(axis=0).var() / p.var(axis=1).mean()),
-        "rank": _mean(
-            _rank(s[degraded], loss[degraded]) for s, loss in zip(scores, lost, strict=True)
-        ),
+        "rank": _mean(_rank(scores[i][degraded], lost[i][degraded]) for i in range(len(p))),
         "rank_others": _mean(_rank(scores[i][degraded], lost[j][degraded]) for i, j in pairs),
         "within_others": _mean(_correlation(inner_scores[i], inner_lost[j]) for i, j in pairs),
     }

@@ -378,9 +378,8 @@ def sensor_values(
 
     lengths = len(counts.blocks), len(counts.seeds)
     drawn = [random.integers(length, size=(resamples, length)) for length in lengths]
-    resampled = np.concatenate(
-        [values(drawn[0][i : i + 50], drawn[1][i : i + 50]) for i in range(0, resamples, 50)]
-    )
+    parts = [slice(first, first + 50) for first in range(0, resamples, 50)]
+    resampled = np.concatenate([values(drawn[0][part], drawn[1][part]) for part in parts])
     low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
     [value] = values(*(np.arange(length)[None] for length in lengths))
     columns = {"modality": scenarios.modalities, "value": value, "low": low, "high": high}

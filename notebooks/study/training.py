@@ -197,15 +197,14 @@ class _Run:
     def keep(self, reached: _Reached) -> None:
         """Write the state, beside and renamed."""
         place = {"history": reached.history, "step": reached.step, "loss": reached.loss}
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.dropout.state_dict()),
             "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
-            "random": self.processes.gather(
-                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            ),
+            "random": self.processes.gather(random),
         }
         if self.processes.rank == 0:
             with written_beside(self.path) as temporary:
@@ -241,15 +240,10 @@ class _Run:
             if self.processes.gather(time.monotonic() - saved >= SAVE_EVERY)[0]:
                 self.keep(reached)
                 saved = time.monotonic()
-        shares = dict(
-            zip(self.dropout.scenarios.names, reached.drawn / len(self.dataset), strict=True)
-        )
-        return {
-            "epoch": epoch,
-            "learning_rate": rate,
-            "loss": reached.loss / len(self.dataset),
-            **{f"drawn:{name}": float(share) for name, share in shares.items()},
-        }
+        row = {"epoch": epoch, "learning_rate": rate, "loss": reached.loss / len(self.dataset)}
+        shares = (reached.drawn / len(self.dataset)).tolist()
+        names = (f"drawn:{name}" for name in self.dropout.scenarios.names)
+        return row | dict(zip(names, shares, strict=True))
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
         """This process's share of every batch from the first on, in the parts of accumulation."""

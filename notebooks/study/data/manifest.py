@@ -463,9 +463,7 @@ class Dataset(Strict):
                 if not isinstance(channels, list) or not channels:
                     raise ValueError(f"modalities.{name}.channels: expected a list such as [1, 2]")
                 file = {key: value for key, value in entry.items() if key != "channels"}
-                written_out = {
-                    f"{name}_{channel}": file | {"channel": channel} for channel in channels
-                }
+                written_out = {f"{name}_{which}": file | {"channel": which} for which in channels}
                 if len(written_out) < len(channels) or written_out.keys() & bands.keys():
                     raise ValueError(f"modalities.{name}.channels: a band is listed twice")
                 bands |= written_out
@@ -506,9 +504,8 @@ class Dataset(Strict):
         classes = {name for task in self.tasks.values() for name in task.classes}
         _expect_names("colours", "class", self.colours, classes | set(self.labels.names))
         optional = [self.sources(self.modalities[name]) for name in self.may_be_absent]
-        if self.reference_band in chain(*optional) or len(self.may_be_absent) == len(
-            self.modalities
-        ):
+        all_optional = len(optional) == len(self.modalities)
+        if all_optional or self.reference_band in chain(*optional):
             raise ValueError("may_be_absent: the modality of the reference band is always needed")
         for name, folds in self.folds.items():
             if isinstance(folds, DiagonalBlocks):

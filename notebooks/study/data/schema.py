@@ -97,9 +97,8 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
         problems = []
         for problem in error.errors():
             field, value = _field(problem["loc"], content), problem["input"]
-            found = (
-                f" (found {SHORTENED.repr(value)})" if isinstance(value, (str, int, float)) else ""
-            )
+            shown = isinstance(value, (str, int, float))
+            found = f" (found {SHORTENED.repr(value)})" if shown else ""
             problems.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{found}")
         if more := len(problems[SHOWN_PROBLEMS:]):
             problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
