@@ -35,13 +35,7 @@ RESIZED |= {"block_size": 0, "margin": -1, "validation_blocks": -1}
 
 
 def estimate(tier: Tier, cores: int, root: Path) -> str:
-    """Return a sentence that says how long a whole tier takes, and what this is based on.
-
-    Args:
-        tier: The tier.
-        cores: CPU cores that the notebooks are shared out among.
-        root: The project's root.
-    """
+    """Return a sentence that says how long a whole tier takes, and what this is based on."""
     other_size = any(section.get("preset", "demo") != "demo" for section in tier.sections.values())
     if other_size or {backbone for _, backbone, *_ in tier.networks()} - SECONDS.keys():
         measured = f"the preset 'demo' of {', '.join(SECONDS)}"

@@ -64,25 +64,23 @@ def evaluate(
     kind: TaskKind,
     protocol: Protocol = "strict",
 ) -> pd.DataFrame:
-    """Compare predictions with the truth under every scenario.
+    """Compare predictions with the truth under every scenario, by a protocol of the module.
 
     A patch that lacks modalities of a scenario is evaluated with those it has; pixels that no
     modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes,
     all are given the same batches and share the work (`study.devices`).
 
     Args:
-        model: Called as `model(images, available)` for logits [B, C, H, W]; in evaluation mode, on
-            the device of its parameters.
+        model: Called in evaluation mode as `model(images, available)` for logits [B, C, H, W].
         batches: Batches with targets; without any, or without a target, `InputError` is raised.
         scenarios: The scenarios, each evaluated separately.
         classes: Names of the C classes.
         kind: Kind of the target.
-        protocol: See the module.
+        protocol: Decides the rows.
 
     Returns:
-        Strict: one row per block, scenario and class: block, scenario, class, tp, fp, fn (pixels).
-        Paper: one row per patch, scenario and class: patch, block, scenario, class, soft_iou,
-        soft_f1 (NaN where no pixel counts).
+        Strict: the columns block, scenario, class, tp, fp and fn (pixels). Paper: patch, block,
+        scenario, class, soft_iou and soft_f1 (NaN where no pixel counts).
     """
     parameter = next(model.parameters(), torch.empty(0))
     masks = torch.tensor(scenarios.masks, device=parameter.device)
@@ -223,8 +221,7 @@ def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray
 def lowest_quarter(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean of the lowest quarter, rounded up, of scores [..., K] that are not NaN.
 
-    It is less noisy than the lowest score alone where there are many scenarios: the mean of two of
-    7, and of eight of 31.
+    Of many scenarios it is less noisy than the lowest: the mean of two of 7, and of eight of 31.
     """
     kept = -(-(~np.isnan(scores)).sum(axis=-1) // 4)
     ranks = np.arange(scores.shape[-1])
@@ -249,10 +246,10 @@ def _counts(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 
 def _soft_scores(logits: Tensor, truth: Tensor, counted: Tensor, kind: TaskKind) -> Tensor:
-    """Return the soft Jaccard index and F1 per sample and class, [B, C, 2].
+    """Return the soft Jaccard index and F1 per sample and class, [B, C, 2], without threshold.
 
-    They are sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y), without threshold.
-    Where the truth is empty, p and y are inverted first, as the authors do.
+    They are sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y). Where the truth is
+    empty, p and y are inverted first, as the authors do.
     """
     probability = (logits.softmax(dim=1) if kind == "multiclass" else logits.sigmoid()).double()
     positive = truth.double()

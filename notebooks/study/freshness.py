@@ -1,11 +1,9 @@
 """The one rule of freshness: an output is kept while parameters, inputs and code are the same.
 
-Notebooks ask `artifacts.is_made` with the parameters, the hashes of the inputs and the fingerprint
-of their stage's code, before they compute anything that takes long. Snakemake is given the same
-fingerprint as a parameter of each rule, so that it starts a notebook again for the same reasons.
-
-The code of a stage are the modules below with all that they import from this project, directly or
-not. Comments, docstrings and layout do not count, and neither does what only draws.
+Notebooks ask `artifacts.is_made` with parameters, hashes of inputs and the fingerprint of their
+stage's code before long work. Snakemake has the fingerprint as a parameter of each rule, so that it
+starts a notebook again for the same reasons. The code of a stage are the modules below with all
+that they import from this project. Comments, docstrings, layout and what only draws do not count.
 """
 
 import ast

@@ -69,8 +69,8 @@ CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
 def growth(case: Case, most: int = 5, budget: int = 60) -> dict[str, list[Case]]:
     """Return cases with another number of modalities, patch size and batch, by that field.
 
-    Of modalities there are up to `most`, and where they have more scenarios than the budget, a
-    second case of so many scenarios.
+    Of up to `most` modalities, those with more scenarios than the budget are there once more, with
+    the budget.
     """
     half = max(32, case.size // 64 * 32)  # CMX halves a patch five times
     sizes = sorted({half, case.size, case.size + half})

@@ -27,18 +27,13 @@ def stability(table: pd.DataFrame) -> pd.DataFrame:
             test blocks). Every fold has at least two networks, or `InputError` is raised.
 
     Returns:
-        One row per data set, backbone and score; all values are means over folds:
-
-        - between: total variation between p of two networks;
-        - to_uniform: total variation between p and uniform;
-        - within: correlation between p of two networks, after the mean of every number of missing
-          modalities was taken off;
-        - common: variance over scenarios of the mean p, as a share of the mean variance of p;
-        - rank: rank correlation of the score with the IoU that its own network lost;
-        - rank_others: the same with the IoU that the other networks lost;
-        - within_others: correlation with that, within a number of missing modalities.
-
-        The number of missing modalities is the same for all networks: only its ranks say something.
+        One row per data set, backbone and score, with means over folds: the total variation
+        `between` p of two networks, and of p `to_uniform`; the correlation between p of two
+        networks `within` a number of missing modalities, whose mean is taken off; the variance over
+        scenarios of the mean p, as a share of the mean variance of p (`common`); the rank
+        correlation of the score with the IoU that its own network lost (`rank`) and that others
+        lost (`rank_others`), and the correlation with that within a number of missing modalities
+        (`within_others`). That number itself is the same for all networks: only its ranks matter.
     """
     rows = []
     for (dataset, backbone), part in table.groupby(["dataset", "backbone"], sort=False):

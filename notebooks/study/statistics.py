@@ -4,9 +4,8 @@ A replicate is a seed, with the held-out counts of all folds pooled: in a tier w
 `pretraining_seed: -1` it is a pretrained network of its own, in others a fine-tuning of a network
 that all replicates share, whose intervals do not tell how results vary with the pretraining.
 Methods are compared within replicates, which share initial weights, order of the data and random
-numbers. Both seeds and blocks could have been drawn differently, so the bootstrap resamples both; a
-resampled block is the same for all methods. "Uniform" is the mean of its arms, and the difference
-between the arms is the noise floor.
+numbers. The bootstrap resamples seeds and blocks; a resampled block is the same for all methods.
+"Uniform" is the mean of its arms, and the difference between the arms is the noise floor.
 """
 
 import warnings

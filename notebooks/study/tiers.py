@@ -1,10 +1,9 @@
 """Tiers: one parameter file for the five notebooks, and where each of their runs writes.
 
-A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, one section per notebook with the
-parameters that differ from the notebook's own defaults, and perhaps a section `all` for those that
-several notebooks have. The grid says which data sets, backbones, methods, folds and seeds; it can
-be a list of such products, whose runs are put together. Everything is checked against the
-notebooks' `parameters` cells and the data manifest before anything runs (`study.parameters`).
+A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, a product of data sets, backbones,
+methods, folds and seeds or a list of them, one section per notebook with the parameters that differ
+from its defaults, and perhaps a section `all` for those of several. Everything is checked against
+the notebooks' `parameters` cells and the manifest before anything runs (`study.parameters`).
 """
 
 import hashlib

@@ -53,10 +53,10 @@ def train(
     stream: str = "scenario",
     stage: Stage = "finetuning",
 ) -> pd.DataFrame:
-    """Train a model in place.
+    """Train a model in place, with its frozen parameters as they are.
 
     Args:
-        model: A network on its device; frozen parameters stay as they are.
+        model: A network on its device.
         dataset: Training patches.
         scenarios: The scenarios of the sampler's probabilities.
         sampler: Gives the probabilities, and sees the loss of every sample.
@@ -73,9 +73,8 @@ def train(
         One row per epoch: epoch, learning_rate, loss, the share of samples drawn per scenario
         (columns `drawn:<scenario>`), and what `validate` gave.
 
-    Raises:
-        FloatingPointError: The loss is not finite; names patches and scenarios.
-        InputError: The data set is empty, or the settings do not fit the data or the device.
+    Raises `FloatingPointError` for a loss that is not finite, with patches and scenarios, and
+    `InputError` where there is no patch, or the settings do not fit the data or the device.
     """
     if not len(dataset):
         raise InputError("training: expected at least one training patch, found none")

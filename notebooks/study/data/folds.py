@@ -2,14 +2,9 @@
 
 Diagonal blocks: square blocks of every scene are held out, with a margin around them. Block (r, c)
 of scene s is tested in fold (r + c + s) mod count, so the test blocks of a fold form diagonals that
-cross the whole scene. Training windows lie on a stride; test and validation tiles do not overlap.
-In every fold, `margin` pixels that no part uses lie between training windows, validation tiles and
-test tiles.
-
-Whole scenes, and a data set's official split: all patches of a scene have one part.
-
-Shuffled patches (the paper's authors): patches that do not overlap, dealt at random. Neighbours of
-test patches are trained on, so the scores are too good: `leaks` says so.
+cross the whole scene. Whole scenes, and a data set's official split: all patches of a scene have
+one part. Shuffled patches (the paper's authors): patches that do not overlap, dealt at random.
+Neighbours of test patches are trained on, so the scores are too good: `leaks` says so.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,14 +59,14 @@ def patch_table(
     the scene, or the patch itself where patches are shuffled), labelled_fraction, `pixels_<value>`
     per label value, and `fold_<f>` with "training", "validation", "test" or "" (not used).
 
-    Diagonal blocks are tested by tiles that lie in them. Validation takes tiles in the middle of
-    `validation_blocks` other blocks, `margin` pixels from the edge: one after the other the block
-    that adds most classes that validation does not hold yet (`HELD_SHARE`), of these the one with
-    most labelled pixels per training window that it costs. Training windows touch no pixel of a
-    validation block, of a test block or of the margin around it, and are labelled to the part
-    `minimum_labelled`. Whole scenes and official splits have windows in training scenes and tiles
-    in others; validation scenes are spread evenly over those that are not tested. Shuffled patches
-    are tiles labelled to `minimum_labelled`. Patches without a label or a part are left out.
+    Training windows lie on a stride and are labelled to the part `minimum_labelled`; test and
+    validation tiles do not overlap. Diagonal blocks are tested by the tiles in them. Validation
+    takes tiles in the middle of `validation_blocks` other blocks, `margin` pixels from the edge:
+    one after the other the block that adds most classes that validation does not hold yet
+    (`HELD_SHARE`), of these the one with most labelled pixels per training window that it costs.
+    Windows touch no pixel of these blocks, of a test block or of the margin around it. Whole scenes
+    for validation are spread evenly over those that are not tested. Shuffled patches are tiles,
+    labelled as windows are. Patches without a label or a part are left out.
 
     Args:
         scenes: Name and opened label raster of every scene; rasters are read by rows.

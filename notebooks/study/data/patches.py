@@ -213,8 +213,8 @@ class PatchDataset:
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
         description: What using a network that was trained on them takes.
-        data_sha256: One hash of the patch table and of all rasters.
-        patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
+        data_sha256, patches_sha256: One hash of the patch table and all rasters, and one of where
+            patches lie and of which part of every fold they are.
     """
 
     def __init__(
