@@ -31,8 +31,6 @@ def make_deterministic(threads: int) -> None:
 
     One and two threads differ after some steps, so the number is a parameter that is recorded.
     """
-    if threads < 1:
-        raise InputError(f"threads: expected 1 or more, found {threads}")
     torch.set_num_threads(threads)
     # Only a warning, since some CUDA backward passes (3-D resizing) have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,8 +87,6 @@ def in_processes(
     itself; one process calls it here. On GPUs accelerate's `notebook_launcher` starts one process
     per GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
     """
-    if processes < 1:
-        raise InputError(f"processes: expected 1 or more, found {processes}")
     if processes == 1:
         return function(*arguments)
     from accelerate import debug_launcher, notebook_launcher  # takes seconds to import
@@ -119,8 +115,6 @@ class Processes:
     """
 
     def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
-        if precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
         self._device, self._mixed = device, precision == "bfloat16"
         self.rank = _rank()
         self.count = int(os.environ.get("WORLD_SIZE", "1"))

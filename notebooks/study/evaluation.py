@@ -9,7 +9,8 @@ Protocol "paper": one row per patch, scenario and class with the soft Jaccard in
 authors, which are then averaged over patches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -201,14 +202,13 @@ def summary(
     rows = []
     for keys, group in scenario_scores(records, by).groupby(by, sort=False):
         iou = group.set_index("scenario")["iou"].reindex(names)
-        full, values = iou.iloc[scenarios.full], iou.to_numpy(dtype=float)
-        row = {"mean_iou": iou.mean(), "worst_iou": iou.min()}
-        row["lowest_quarter_iou"] = float(lowest_quarter(values))
+        values = iou.to_numpy(dtype=float)
+        row: dict[str, Any] = {name: float(of(values, weights)) for name, of in SUMMARIES.items()}
         row["worst_scenario"] = iou.idxmin() if iou.notna().any() else ""
-        row["expected_iou"] = float(expected(values, weights))
-        row |= {"full_iou": full, "drop": full - iou.mean()}
+        row["drop"] = row["full_iou"] - row["mean_iou"]
         rows.append(dict(zip(by, keys, strict=True)) | row)
-    return pd.DataFrame(rows)
+    columns = ["mean_iou", "worst_iou", "lowest_quarter_iou", "worst_scenario", "expected_iou"]
+    return pd.DataFrame(rows)[[*by, *columns, "full_iou", "drop"]]
 
 
 def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -227,6 +227,16 @@ def lowest_quarter(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     ranks = np.arange(scores.shape[-1])
     lowest = np.where(ranks < kept[..., None], np.sort(scores, axis=-1), 0.0)  # NaN comes last
     return np.divide(lowest.sum(axis=-1), kept, out=np.full(kept.shape, np.nan), where=kept > 0)
+
+
+# Summaries of the IoU of K scenarios, [..., K] with NaN where undefined, under a prior [K].
+SUMMARIES: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {
+    "worst_iou": lambda scores, _: np.fmin.reduce(scores, axis=-1),  # ignores NaN
+    "lowest_quarter_iou": lambda scores, _: lowest_quarter(scores),
+    "mean_iou": lambda scores, prior: expected(scores, np.ones_like(prior)),
+    "expected_iou": expected,
+    "full_iou": lambda scores, _: scores[..., -1],
+}
 
 
 def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS, find_method
 from lsgs_core.scenarios import ScenarioSet
-from study.evaluation import COUNTS, expected, lowest_quarter
+from study.evaluation import COUNTS, SUMMARIES, expected
 
 Array = NDArray[np.float64]
 # Names of the metrics, and their titles in figures and tables.
@@ -106,23 +106,11 @@ class Counts:
         pixel in truth and prediction is left out.
 
         Args:
-            name: One of `METRICS`; another one raises `InputError`.
+            name: One of `METRICS`.
             weights: Weights of the blocks, [R, B].
             prior: Probability of every scenario in deployment, [K].
         """
-        scores = self.scenario_iou(weights)
-        match name:
-            case "worst_iou":
-                return np.fmin.reduce(scores, axis=-1)  # ignores NaN
-            case "lowest_quarter_iou":
-                return lowest_quarter(scores)
-            case "mean_iou":
-                return expected(scores, np.ones_like(prior))
-            case "expected_iou":
-                return expected(scores, prior)
-            case "full_iou":
-                return scores[..., -1]
-        raise InputError(f"metric: expected one of {list(METRICS)}, found {name!r}")
+        return SUMMARIES[name](self.scenario_iou(weights), prior)
 
 
 def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:

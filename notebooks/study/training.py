@@ -78,8 +78,6 @@ def train(
     """
     if not len(dataset):
         raise InputError("training: expected at least one training patch, found none")
-    if settings.protocol == "paper" and dataset.task_kind == "multiclass":
-        raise InputError("protocol: 'paper' is for binary and multi-label tasks")
     device = next(model.parameters()).device
     # Equal steps gave other gradients of a 3×3×3 convolution, and NaN in one of twenty runs: the
     # backward pass of PyTorch 2.13 reads memory that was never written.

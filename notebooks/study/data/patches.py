@@ -326,8 +326,6 @@ class PatchDataset:
         self, batch_size: int, order: Sequence[int] | np.ndarray | torch.Tensor | None = None
     ) -> Iterator[Batch]:
         """Yield batches of all patches, or of those in `order`; the last may be smaller."""
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected at least 1, found {batch_size}")
         order = np.arange(len(self)) if order is None else order
         starts = range(0, len(order), batch_size)
         yield from self.batches_of([order[start : start + batch_size] for start in starts])
