@@ -59,9 +59,8 @@ def load_pretrained(
             accepted = "'committed', 'train' or the path of a checkpoint"
             raise InputError(f"weights: no such file: {weights!r}; expected {accepted}")
     else:
-        names = ("dataset", "backbone", "fold", "pretraining_seed")
-        wanted = {**made_with, "backbone": made_with["model"]["name"]}
-        network = load_manifest(manifest).network(*(wanted[name] for name in names))
+        point = made_with["dataset"], made_with["model"]["name"], made_with["fold"]
+        network = load_manifest(manifest).network(*point, made_with["pretraining_seed"])
         path, origin = manifest.parent / network.weights, f"committed: {network.origin}"
         expected = {name: made_with[name] for name in COMMITTED}
         again = f"`git checkout -- {network.weights}` brings it, `make networks` trains it anew"

@@ -23,6 +23,7 @@ from study.statistics import whole_replicates
 from study.tiers import StudyFolder, Tier, load_tier, network_seed
 
 NETWORK = ["dataset", "backbone", "fold", "network"]
+RUN = ["dataset", "backbone", "fold", "seed", "method"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,11 @@ class Collected:
     def trivial(self) -> pd.DataFrame:
         """Return the IoU of the predictor that says yes everywhere, by data set and class."""
         protocol, size = self.parameters["protocol"], self.parameters["batch_size"]
-        counted = [
-            evaluate(
-                AlwaysPositive(len(test.classes)), test.batches(size), self.scenarios,
-                test.classes, test.task_kind, protocol=protocol,
-            ).assign(dataset=dataset)
-            for (dataset, _), test in self.tests.items()
-        ]  # fmt: skip
+        counted = []
+        for (dataset, _), test in self.tests.items():
+            model, about = AlwaysPositive(len(test.classes)), (test.classes, test.task_kind)
+            records = evaluate(model, test.batches(size), self.scenarios, *about, protocol)
+            counted.append(records.assign(dataset=dataset))
         return class_scores(pd.concat(counted), ["dataset"])
 
     def scores(self) -> pd.DataFrame:
@@ -134,18 +133,14 @@ def collect(
     """
     tables = []
     for (dataset, backbone, fold, seed), methods in points.items():
-        folder = study.runs(dataset, backbone, fold, seed)
-        paths = {method: folder / method for method in methods}
+        folder, paths = study.runs(dataset, backbone, fold, seed), {}
         if pretraining_seed is not None:
             network = network_seed(pretraining_seed, seed)
-            start = study.pretrained(dataset, backbone, fold, network)
-            paths = {"pretrained": start, **paths}
-        for method, folder in paths.items():
-            table = load_table(folder / name, {**expected[dataset], "fold": fold})
-            keys: dict[str, Any] = {"dataset": dataset, "backbone": backbone}
-            keys |= {"fold": fold, "seed": seed, "method": method}
-            table = table.assign(**keys)
-            tables.append(table[[*keys, *table.columns.difference(list(keys), sort=False)]])
-    if not tables:
-        raise InputError(f"{study.root}/runs: no run is there; has notebook 04 been run?")
+            paths["pretrained"] = study.pretrained(dataset, backbone, fold, network)
+        paths |= {method: folder / method for method in methods}
+        for method, path in paths.items():
+            table = load_table(path / name, {**expected[dataset], "fold": fold})
+            point: tuple[Any, ...] = dataset, backbone, fold, seed, method
+            table = table.assign(**dict(zip(RUN, point, strict=True)))
+            tables.append(table[[*RUN, *table.columns.difference(RUN, sort=False)]])
     return pd.concat(tables, ignore_index=True)

@@ -272,11 +272,9 @@ def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
         parameters, environment = record["parameters"], record["environment"]
         keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
         found.setdefault(keys, []).append(environment["date"])
-    names = ("dataset", "backbone", "commit")
-    return [
-        {**dict(zip(names, keys, strict=True)), "runs": len(d), "from": min(d), "to": max(d)}
-        for keys, d in found.items()
-    ]
+    names = "dataset", "backbone", "commit", "runs", "from", "to"
+    rows = [(*keys, len(dates), min(dates), max(dates)) for keys, dates in found.items()]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _notice(tier: Tier) -> str:

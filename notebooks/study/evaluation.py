@@ -110,11 +110,12 @@ def evaluate(
     if protocol == "strict":
         table = table.groupby(keys, sort=False)[COUNTS].sum().astype("int64").reset_index()
     order = {name: position for position, name in enumerate([*scenarios.names, *classes])}
-    return table[[*keys, *(COUNTS if protocol == "strict" else SOFT)]].sort_values(
-        keys,
-        key=lambda column: column if column.name in places else column.map(order),
-        ignore_index=True,
-    )
+
+    def in_order(column: pd.Series) -> pd.Series:
+        return column if column.name in places else column.map(order)
+
+    table = table[[*keys, *(COUNTS if protocol == "strict" else SOFT)]]
+    return table.sort_values(keys, key=in_order, ignore_index=True)
 
 
 @torch.inference_mode()

@@ -70,10 +70,10 @@ def build_own(name: str, bands: Sequence[int], classes: int) -> Backbone:
     build, _ = own_network(name)
     with errors_named(f"backbone {name}"):
         network = build([*bands], classes)
-        fits = isinstance(network, Backbone)
-        model = network if fits else AdaptedBackbone(network, bands, classes)
-    model.configuration = own_configuration(name, bands, classes)
-    return model
+        if not isinstance(network, Backbone):
+            network = AdaptedBackbone(network, bands, classes)
+    network.configuration = own_configuration(name, bands, classes)
+    return network
 
 
 @contextmanager

@@ -147,11 +147,8 @@ TYPES: Mapping[str, Any] = {
 def notebook_model(notebook: str, folder: Path, left_out: Collection[str] = ()) -> type[BaseModel]:
     """Return the model that checks the parameters of a notebook, but for those `left_out`."""
     defaults = notebook_parameters(folder / f"{notebook}.ipynb")
-    fields: dict[str, Any] = {
-        name: (TYPES.get(name, type(default)), default)
-        for name, default in defaults.items()
-        if name not in left_out
-    }
+    names = [name for name in defaults if name not in left_out]
+    fields: dict[str, Any] = {n: (TYPES.get(n, type(defaults[n])), defaults[n]) for n in names}
     return create_model(notebook, __base__=Strict, **fields)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -112,10 +113,8 @@ class _Workload:
         if form == "plain":
             return lambda: self._score_plainly(model, plain_forwards)
         if self.case.task == "prediction scoring":
-            predicting = PredictionModel(model).for_scoring()
-            return lambda: self._predict(predicting)
-        scored = model.for_scoring()
-        return lambda: self._score(scored)
+            return partial(self._predict, PredictionModel(model).for_scoring())
+        return partial(self._score, model.for_scoring())
 
     @torch.inference_mode()
     def _score_plainly(self, model: Backbone, forwards: int) -> dict[str, float]:

@@ -303,10 +303,7 @@ def _check_replicates(grid: Grid, contrasts: str) -> None:
 
 def notebook_sha256(path: Path) -> str:
     """SHA-256 over a notebook's code cells but for its `parameters` cell."""
-    cells = read_json(path)["cells"]
-    code = [
-        cell["source"]
-        for cell in cells
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
-    ]
+    cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    code = [c["source"] for c, of in zip(cells, tags, strict=True) if "parameters" not in of]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()

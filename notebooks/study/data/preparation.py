@@ -6,7 +6,7 @@ the source and with an internal mask of the pixels that the modality sees, and `
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -349,11 +349,10 @@ def create_raster(
     path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any
 ) -> Any:
     """Open a tiled, compressed GeoTIFF on the grid for writing, with named bands."""
-    place: Mapping[str, Any] = {"width": grid.width, "height": grid.height}
     if grid.georeferenced:
-        place = {**place, "transform": grid.transform, "crs": grid.crs}
-    predictor = 3 if np.issubdtype(kind, np.floating) else 2
-    options |= {"count": len(bands), "dtype": kind, "predictor": predictor} | PROFILE
-    raster = rasterio.open(path, "w", **place, **options)
+        options |= {"transform": grid.transform, "crs": grid.crs}
+    options |= {"predictor": 3 if np.issubdtype(kind, np.floating) else 2, **PROFILE}
+    shape = {"width": grid.width, "height": grid.height, "count": len(bands), "dtype": kind}
+    raster = rasterio.open(path, "w", **shape, **options)
     raster.descriptions = tuple(bands)
     return raster
