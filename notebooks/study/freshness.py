@@ -47,7 +47,7 @@ def imported(module: str) -> frozenset[str]:
             continue
         # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
-        for node in _without_imports_of_types(_parsed(name)):
+        for node in _without_imports_of_types(ast.parse(_path(name).read_text("utf-8"))):
             if not isinstance(node, ast.ImportFrom):
                 continue
             source = node.module or ""
@@ -87,10 +87,6 @@ def _written(code: str) -> str:
 def code_without_prose(path: Path) -> str:
     """Return the code of a file as Python would write it, without docstrings and comments."""
     return _written(path.read_text(encoding="utf-8"))
-
-
-def _parsed(module: str) -> ast.Module:
-    return ast.parse(_path(module).read_text(encoding="utf-8"))
 
 
 def _path(module: str) -> Path:

@@ -60,11 +60,6 @@ def _methods(text: str) -> str:
     return text
 
 
-def _contrasts(text: str) -> str:
-    planned_pairs(text)
-    return text
-
-
 def _method(name: str) -> str:
     find_method(name).sampler(EXAMPLE)  # which looks at the settings
     return name
@@ -132,7 +127,7 @@ TYPES: Mapping[str, Any] = {
     "ridge": Annotated[float, Field(gt=0, le=10**6)],
     "mixing": Annotated[float, Field(ge=0, le=1)],
     "primary_metric": _one_of(METRICS),
-    "contrasts": Annotated[Text, AfterValidator(_contrasts)],
+    "contrasts": Annotated[Text, AfterValidator(lambda text: planned_pairs(text) and text)],
     "resamples": Annotated[int, Field(ge=1, le=10**6)],
     **dict.fromkeys(("repeats", "orders"), Positive),
     "modalities": Annotated[int, Field(ge=2, le=LARGEST_MODALITY_COUNT)],
