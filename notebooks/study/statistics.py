@@ -182,16 +182,13 @@ def contrast(
     )  # fmt: skip
     resampled, interval = bootstrap.bootstrap_distribution, bootstrap.confidence_interval
     smaller_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1)))
+    error = float(bootstrap.standard_error)
     return {
-        "replicates": replicates,
-        "blocks": blocks,
-        "difference": float(difference(*sample)),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "standard_error": float(bootstrap.standard_error),
-        "p": float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1))),
-        "detectable": DETECTABLE * float(bootstrap.standard_error),
-    }
+        "replicates": replicates, "blocks": blocks, "difference": float(difference(*sample)),
+        "low": float(interval.low), "high": float(interval.high),
+        "standard_error": error, "p": p, "detectable": DETECTABLE * error,
+    }  # fmt: skip
 
 
 def differences(
@@ -316,17 +313,10 @@ def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> di
     new = scipy.stats.t.ppf(0.975, max(1, count - 2)) * np.hypot(error, spread)
     ends = [spread_where(scipy.stats.chi2.ppf(share, count - 1)) for share in (0.975, 0.025)]
     return {
-        "cases": count,
-        "mean": mean,
-        "low": mean - half,
-        "high": mean + half,
-        "spread": spread,
-        "spread_low": ends[0],
-        "spread_high": ends[1],
-        "new_low": mean - new,
-        "new_high": mean + new,
-        "positive": int((effect > 0).sum()),
-    }
+        "cases": count, "mean": mean, "low": mean - half, "high": mean + half,
+        "spread": spread, "spread_low": ends[0], "spread_high": ends[1],
+        "new_low": mean - new, "new_high": mean + new, "positive": int((effect > 0).sum()),
+    }  # fmt: skip
 
 
 def sensor_values(

@@ -128,8 +128,7 @@ def _burned(labels: manifest.PolygonLabels | manifest.ScaledPolygonLabels, areas
     def burn(chosen: NDArray[Any], codes: NDArray[Any], window: Window, out: Any) -> None:
         offset = rasterio.Affine.translation(window.col_off, window.row_off)
         if len(chosen):
-            pairs = zip(shapes[chosen], codes.tolist(), strict=True)
-            rasterize(pairs, out=out, transform=offset)
+            rasterize(zip(shapes[chosen], codes.tolist(), strict=True), out=out, transform=offset)
 
     def draw(window: Window) -> NDArray[Any]:
         near = np.sort(tree.query(_box(window)))

@@ -330,19 +330,15 @@ def _write_scene(
             labelled += int((codes != labels.ignore).sum())
             occurring, pixels_of = np.unique(codes, return_counts=True)
             counts += pixels_of @ member[occurring].astype(np.int64)
+    hashes = {file: file_sha256(folder / file) for file in files.values()}
+    crs = grid.crs.to_wkt() if grid.crs else None
+    label_pixels = dict(zip(labels.names, counts.tolist(), strict=True))
     return PreparedScene(
-        raw=raw,
-        outputs={file: file_sha256(folder / file) for file in files.values()},
-        height=grid.height,
-        width=grid.width,
-        crs=grid.crs.to_wkt() if grid.crs else None,
-        transform=tuple(grid.transform)[:6],
-        modalities=list(scene.modalities),
-        labelled_pixels=labelled,
-        label_pixels=dict(zip(labels.names, counts.tolist(), strict=True)),
-        label_values=label_values,
+        raw=raw, outputs=hashes, height=grid.height, width=grid.width, crs=crs,
+        transform=tuple(grid.transform)[:6], modalities=list(scene.modalities),
+        labelled_pixels=labelled, label_pixels=label_pixels, label_values=label_values,
         unseen_pixels=unseen,
-    )
+    )  # fmt: skip
 
 
 def create_raster(
