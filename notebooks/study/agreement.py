@@ -30,7 +30,7 @@ DECISIVE = [
 # Parameters of a tier that change no number that is compared.
 INDIFFERENT = {"manifest", "downloads", "raw", "shown_fold", "workers", "device", "threads"}
 INDIFFERENT |= {"keep_weights", "explored", "reference", "primary_metric", "contrasts"}
-INDIFFERENT |= {"resamples", "shown_patches", "predictions"}
+INDIFFERENT |= {"resamples", "shown_patches", "damaged_patches", "predictions"}
 # Values of parameters that committed results may lack because they are older.
 BEFORE = {"processes": 1, "scenario_budget": 0, "tested_on": "test"}
 

@@ -9,11 +9,24 @@ standardised.
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from lsgs_core.distributions import deployment_prior
+from study.calibration import calibration_errors
+from study.evaluation import evaluate, expected, scenario_scores
+from study.predictions import networks_of
+
+if TYPE_CHECKING:
+    from study.collection import Collected
 
 SQUARE = 8  # pixels; side of the squares that are lost as a whole
+RATES = 0.05, 0.1, 0.2  # at which every sensor fails by itself
 
 Damage = Callable[[Tensor, Generator], Tensor]
 
@@ -72,3 +85,32 @@ class Damaged(nn.Module):
             shown.append(torch.where(whole[:, None, None, None], image, damaged))
             there.append(shown[-1].flatten(1).any(dim=1) | whole)
         return self.network(shown, torch.stack(there, dim=1))
+
+
+def robustness(grid: "Collected") -> pd.DataFrame:
+    """Measure the networks of `networks_of` by every protocol, on some patches of all blocks.
+
+    Returns:
+        The columns dataset, network ("backbone/method"), protocol; IoU as `average`, over all
+        scenarios alike ("Avg" in the source), and expected where sensors fail independently ("E"),
+        a column for each rate; calibration_error, the mean over scenarios (EMM alone).
+    """
+    scenarios, size = grid.scenarios, grid.parameters["batch_size"]
+    count = len(scenarios.modalities)
+    priors = {f"fail {rate}": deployment_prior(scenarios, [rate] * count) for rate in RATES}
+    priors = {"average": np.ones(len(scenarios)), **priors}
+    rows = []
+    for dataset, name, test, model in tqdm(networks_of(grid), desc="damage", unit="network"):
+        spread = np.linspace(0, len(test) - 1, grid.parameters["damaged_patches"])
+        batches = list(test.batches(size, np.unique(spread.astype(int))))
+        calibration = calibration_errors(model, batches, scenarios, test.task_kind)
+        networks = {protocol: Damaged(model, damage) for protocol, damage in DAMAGES.items()}
+        for protocol, network in {"EMM": model, **networks}.items():
+            records = evaluate(network, batches, scenarios, test.classes, test.task_kind)
+            scores = scenario_scores(records.assign(network=name), ["network"])
+            iou = scores.set_index("scenario")["iou"].reindex(scenarios.names).to_numpy()
+            row = {key: float(expected(iou, prior)) for key, prior in priors.items()}
+            if protocol == "EMM":
+                row["calibration_error"] = calibration["calibration_error"].mean()
+            rows.append({"dataset": dataset, "network": name, "protocol": protocol, **row})
+    return pd.DataFrame(rows)
