@@ -1,9 +1,8 @@
 """Outputs that say where they come from, and that are never half written.
 
 Every output file `x` has a sidecar `x.record.json` with the parameters that made it, the hashes of
-what it was made from, its own hash, and the environment (package versions, device, threads,
-commit, date). Reading an output checks hash and parameters; the environment is recorded, never
-compared. Times and dates stand in sidecars only, so that equal runs give equal files.
+its inputs and of itself, and the environment (versions, device, threads, commit, date). Reading an
+output checks hash and parameters. Dates are in sidecars only, so that equal runs give equal files.
 """
 
 import json

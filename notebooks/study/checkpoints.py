@@ -105,10 +105,9 @@ def network_configuration(backbone: str, preset: str, patches: PatchDataset) -> 
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
-    """Load pretrained weights: ours, known by the record beside them, or the authors'.
+    """Load pretrained weights: "ours", known by the record beside them, or the "authors'".
 
-    Raises `InputError` for the checkpoint of another model, a damaged one, or one of ours that was
-    made with other parameters than `expected`. Returns "ours" or "authors".
+    Raises `InputError` for those of another model, damaged, or made otherwise than `expected`.
     """
     if not sidecar_path(path).is_file():
         load_author_weights(model, path)

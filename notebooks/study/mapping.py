@@ -356,8 +356,7 @@ def _copy(plan: MapPlan, layer: Layer, target: Path) -> None:
 def _make_opaque(path: Path) -> None:
     """Take back that the second band of a BigTIFF is transparency.
 
-    GDAL says so of any band beside one with a colour table, in the tag ExtraSamples (338) of the
-    raster and of its overviews.
+    GDAL says so of any band beside one with a colour table: tag 338, also of overviews.
     """
     with path.open("rb+") as file:
         [offset] = struct.unpack("<8xQ", file.read(16))

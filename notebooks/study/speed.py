@@ -241,8 +241,7 @@ def time_to_probabilities(
 ) -> pd.DataFrame:
     """Return the hours until p is there, whole passes and stopped ones, by backbone.
 
-    The seconds per patch are those of a table of `ratios`; d_k(x) [N, K] are of a trained network
-    of each backbone. The others are as in `stopped_passes`.
+    Seconds are of a table of `ratios`, d_k(x) [N, K] of a trained network of each backbone.
     """
     rows = []
     for _, case in table[table["task"] == "scoring"].iterrows():

@@ -238,11 +238,7 @@ def differences(
 
 
 def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
-    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
-
-    Raises `InputError` where a part is not two different methods (or "pretrained") joined by a
-    hyphen, or is there twice.
-    """
+    """Return the pairs of methods of a text such as "lsgs-uniform", or raise `InputError`."""
     pairs = []
     for part in contrasts.split(","):
         first, hyphen, second = part.strip().partition("-")

@@ -154,8 +154,7 @@ def class_shares(
 ) -> pd.DataFrame:
     """Return the share of each class (row) in the labelled pixels of each part (column) of a fold.
 
-    Pixels in several training windows count once for each, and pixels of several values of a class
-    (where labels overlap) once for each value.
+    Pixels count once for each training window, and once for each value that they have of a class.
     """
     counts = table.filter(like="pixels_")
     labelled = (table["labelled_fraction"] * table["size"] ** 2).round()
@@ -308,11 +307,7 @@ def _label_pixels(
 def _add_blocks(
     table: pd.DataFrame, shape: Sequence[int], size: int, folds: DiagonalBlocks, number: int
 ) -> int:
-    """Add which blocks, numbered from `number`, patches touch; return the number of blocks.
-
-    Added are the block of the centre, the set of all blocks (`touched`), and the first and the last
-    diagonal r + c that a patch touches, a sliding one with `margin` pixels around it.
-    """
+    """Add the blocks, from `number` on, and diagonals r + c that patches touch; return how many."""
     block_size, margin = folds.block_size, folds.margin
     top, left = table["row"].to_numpy(), table["column"].to_numpy()
     rows, columns = (-(-length // block_size) for length in shape)

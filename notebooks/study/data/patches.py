@@ -281,10 +281,7 @@ class PatchDataset:
         return len(self.table)
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return one patch for display: raw bands [D_m, H, W] per modality, and label codes [H, W].
-
-        An absent modality is zeros.
-        """
+        """Return a patch as it is: bands [D_m, H, W], 0 where absent, and label codes [H, W]."""
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
 
