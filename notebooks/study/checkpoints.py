@@ -156,8 +156,8 @@ def load_network(
     Args:
         weights: File of the weights, with its record beside it, or the folder of both.
         build: Returns the network for the numbers of bands D_m and the number of classes, such as
-            its class; None builds the backbone that the record names, if it is one of the paper's
-            or the command line names its file.
+            its class; None builds the backbone that the record names, one of the paper's or one
+            whose file the command line names.
         device: Where the network computes.
 
     Raises `InputError` where weights or record are missing, damaged, or of another network.

@@ -191,10 +191,8 @@ def make_map(plan: MapPlan) -> pd.DataFrame:
         scenario, pixels, share of the scene, and iou, which evaluation found where the records of
         the network lie beside its weights (else NaN).
 
-    Raises:
-        InputError: The disk has no room, a file of the scene is damaged, or the network returns
-            something else than finite logits [B, C, H, W].
-        OSError: The disk is full; the next call goes on.
+    Raises `InputError` where the disk has no room, a file is damaged, or logits are not finite or
+    not [B, C, H, W], and `OSError` for a full disk; the next call goes on.
     """
     print("writes to:", make_folder(plan.folder))
     if not all(is_made(plan.path(layer), plan.record) for layer in plan.layers):

@@ -39,15 +39,11 @@ def scored(
     until: Until | None = None,
     stopped_by: Mapping[str, Any] | None = None,
 ) -> ScenarioScores:
-    """Return the scoring of a run's pretrained network on its training patches.
+    """Return the scoring of a run's pretrained network on its training patches, by notebook 03.
 
-    A scoring that is there already, of the same weights, data and code, is read instead.
-
-    Args:
-        run: The run of notebook 03.
-        measured: What is compared between scenarios: the latent, or the predicted probabilities.
-        until: Stops the scoring, as in `score_scenarios`; patches come in random order then.
-        stopped_by: The settings that decide when `until` stops.
+    A scoring that is there already, of the same weights, data and code, is read instead. Measured
+    is the latent, or the predicted probabilities. Where `until` stops the scoring, by the settings
+    `stopped_by`, patches come in random order.
     """
     inputs = {"weights": run.weights_sha256()}
     more = {"stopped_by": dict(stopped_by or {})}
