@@ -9,13 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lsgs_core.distortion import (
-    BatchScores,
-    ScenarioScores,
-    joined_scores,
-    score_batches,
-    score_scenarios,
-)
+from lsgs_core import distortion
+from lsgs_core.distortion import BatchScores, ScenarioScores, joined_scores, score_batches
 from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.randomness import generator
 from lsgs_core.uncertainty import ToProbabilities, stopping_error
@@ -74,7 +69,9 @@ def score(run: "NetworkRun", measured: Measured, until: Until | None) -> Scenari
     if until is not None:
         order = generator("order", run.parameters["pretraining_seed"])
         batches = run.training.batches(size, order.permutation(len(run.training)))
-        return score_scenarios(model, batches, scenarios, until=until, scenario_budget=budget)
+        return distortion.score_scenarios(
+            model, batches, scenarios, until=until, scenario_budget=budget
+        )
     processes = Processes(run.device)
     positions = np.arange(len(run.training))
     starts = range(processes.rank * size, len(positions), processes.count * size)

@@ -23,14 +23,8 @@ from rasterio.windows import Window
 
 from lsgs_core.errors import InputError
 from lsgs_core.randomness import generator
-from study.data.manifest import (
-    DiagonalBlocks,
-    Folds,
-    OfficialSplit,
-    Patches,
-    ShuffledPatches,
-    WholeScenes,
-)
+from study.data import manifest
+from study.data.manifest import DiagonalBlocks, Folds, OfficialSplit, Patches, WholeScenes
 from study.data.preparation import PreparedScene
 
 PARTS = ("training", "validation", "test")
@@ -41,7 +35,7 @@ HELD_SHARE = 0.01  # validation tiles hold a class when they have this share of 
 
 def leaks(folds: Folds) -> bool:
     """Return whether test patches have neighbours among the training patches."""
-    return isinstance(folds, ShuffledPatches)
+    return isinstance(folds, manifest.ShuffledPatches)
 
 
 def patch_table(
@@ -80,7 +74,7 @@ def patch_table(
     """
     size, stride = patches.size, patches.stride or patches.size
     diagonal = folds if isinstance(folds, DiagonalBlocks) else None
-    shuffled = isinstance(folds, ShuffledPatches)
+    shuffled = isinstance(folds, manifest.ShuffledPatches)
     if diagonal:
         diagonal.check_fit(size)
     if index_file is not None and not shuffled:
@@ -112,7 +106,7 @@ def patch_table(
             parts = [_block_parts(table, pixels, fold, folds) for fold in range(folds.count)]
         case WholeScenes() | OfficialSplit():
             parts = _scene_parts(table, folds)
-        case ShuffledPatches():
+        case manifest.ShuffledPatches():
             table = table[table["kind"] == "tile"].reset_index(drop=True)
             table["block"] = table.index
             parts = shuffled_parts(len(table), folds, index_file)
@@ -399,7 +393,7 @@ def _official_part(scene: str, folds: OfficialSplit) -> str:
 
 
 def shuffled_parts(
-    count: int, folds: ShuffledPatches, index_file: Path | None = None
+    count: int, folds: manifest.ShuffledPatches, index_file: Path | None = None
 ) -> list[NDArray[Any]]:
     """Return the part of every patch in every fold, by the formula of the paper's authors.
 
