@@ -146,8 +146,3 @@ def manifest_content(raw: Path, wheel: Path | None = None) -> dict[str, Any]:
         "classes": {"open": ["meadow", "grass", "farm"], "closed": ["forest", "residential"]},
     }
     return content
-
-
-def write_manifest(path: Path, content: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
-    return path

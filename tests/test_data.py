@@ -18,7 +18,6 @@ from study.data.folds import coverage, default_split, leaks, read_patch_table
 from study.data.manifest import (
     Dataset,
     DiagonalBlocks,
-    Labels,
     OfficialSplit,
     Patches,
     load_manifest,
@@ -26,7 +25,6 @@ from study.data.manifest import (
 from study.data.patches import PatchDataset, fold_statistics, make_patches
 from study.data.preparation import load_prepared, prepare
 from study.data.raw_files import fetch
-from study.data.schema import Strict
 
 from lsgs_core.errors import InputError
 
@@ -46,10 +44,6 @@ def patch_table(
     return folds.patch_table(labelled, member, values, patches, blocks)
 
 
-class LabelHolder(Strict):
-    labels: Labels
-
-
 def read_labels(folder: Path) -> np.ndarray:
     with rasterio.open(folder / scene.SCENE / "labels.tif") as raster:
         return raster.read(1)
@@ -65,21 +59,6 @@ def own_raw(raw: Path, tmp_path: Path) -> Path:
 def own_prepared(prepared: Path, tmp_path: Path) -> Path:
     """A prepared folder that a test may damage."""
     return Path(shutil.copytree(prepared, tmp_path / "prepared"))
-
-
-# --- manifest -------------------------------------------------------------------------------------
-
-
-DEMO = "datasets.demo"
-
-
-def test_unknown_names_are_answered_with_the_known(dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
-        load_manifest(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match=r"'moon'.*demo"):
-        load_manifest(scene.MANIFEST).dataset("moon")
-    with pytest.raises(InputError, match=r"'roads'.*land_cover"):
-        dataset.task("roads")
 
 
 # --- fetch ----------------------------------------------------------------------------------------
@@ -413,15 +392,10 @@ def test_bad_arguments(
         PatchDataset(prepared, dataset, **arguments | change)
 
 
-def test_folders_that_are_not_ready(dataset: Dataset, own_prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a prepared folder"):
-        PatchDataset(tmp_path, dataset, "forest", 0, "training")
+def test_a_part_without_patches(dataset: Dataset, own_prepared: Path) -> None:
     make_patches(dataset, own_prepared, validation_blocks=0)
     with pytest.raises(InputError, match="fold 0 has no validation patches"):
         PatchDataset(own_prepared, dataset, "forest", 0, "validation")
-    (own_prepared / "patches.csv").unlink()
-    with pytest.raises(InputError, match=r"patches.csv: cannot be read"):
-        PatchDataset(own_prepared, dataset, "forest", 0, "training")
 
 
 def test_folds_of_a_protocol():

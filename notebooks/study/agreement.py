@@ -102,13 +102,13 @@ def compared_with_committed(
         reference: Folder of the published tier; "" for none.
 
     Returns:
-        A table and a sentence that says what the comparison gave, or why the table is empty. The
-        table has one row per comparison that both sides allow: part ("distortion", "probabilities",
-        "pretrained IoU", "fine-tuned"), dataset, backbone, method, metric, here, low, high and
-        agrees. In the first three parts, `here` is the largest difference and `high` what rounding
-        allows. For a fine-tuned metric, low and high are the ends of a prediction interval for one
-        more seed (normal, from the committed seeds, on the same blocks); the intervals hold for all
-        rows together with a probability of `CONFIDENCE` (Bonferroni).
+        A table and a sentence that says what the comparison gave, or why the table is empty. It has
+        one row per comparison that both sides allow: part ("distortion", "probabilities",
+        "pretrained IoU", "fine-tuned"), dataset, backbone, method, metric, here, low, high, agrees.
+        In the first three parts, `here` is the largest difference and `high` what rounding allows.
+        For a fine-tuned metric, low and high are the ends of a prediction interval for one more
+        seed (normal, from the committed seeds, on the same blocks), which hold for all rows
+        together with a probability of `CONFIDENCE` (Bonferroni).
     """
     if not reference or tier is None:
         return pd.DataFrame(), f"{NOT_COMPARED}: {'no reference' if tier else 'no tier'} is named"

@@ -1,9 +1,8 @@
 """Outputs that say where they come from, and that are never half written.
 
 Every output file `x` has a sidecar `x.record.json` with the parameters that made it, the hashes of
-what it was made from, its own hash, and the environment (package versions, device, threads,
-commit, date). Reading an output checks hash and parameters; the environment is recorded, never
-compared. Times and dates stand in sidecars only, so that equal runs give equal files.
+its inputs and of itself, and the environment (versions, device, threads, commit, date). Reading an
+output checks hash and parameters. Dates are in sidecars only, so that equal runs give equal files.
 """
 
 import json
@@ -111,16 +110,10 @@ def check(
     expected: Mapping[str, Any] | None = None,
     made_from: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Read the record of an output and make sure that the output is the one that is wanted.
+    """Return the record of an output, after making sure that the output is the one that is wanted.
 
-    Args:
-        path: The output.
-        expected: Parameters that it must have been made with; others are not looked at.
-        made_from: Hashes of inputs, by name, that it must have been made from.
-
-    Returns:
-        The record: file, sha256, parameters, inputs, environment.
-
+    It must have been made with the parameters `expected`, from inputs of the hashes `made_from`;
+    others are not looked at. The record has file, sha256, parameters, inputs and environment.
     Raises `InputError` where output or record is absent, or the output is not the one described.
     """
     sidecar = sidecar_path(path)

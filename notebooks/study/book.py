@@ -58,8 +58,8 @@ INDEX = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{ti
 def executed_notebooks(folder: Path) -> dict[str, NotebookNode]:
     """Read the first executed copy of every notebook, without progress bars, by its name.
 
-    Every figure gets a text that stands for it, as metadata `alt`: where it stands. Raises
-    `InputError` where there is none, one failed, or one shows a path of the machine.
+    Figures get a text that stands for them. Raises `InputError` where a notebook is missing or
+    failed, or shows a path of the machine.
     """
     paths: dict[str, Path] = {}
     for path in sorted(folder.glob("[0-9A]*.ipynb")):

@@ -76,10 +76,9 @@ def worth_of_sensors(cases: Sequence[Case], resamples: int) -> pd.DataFrame:
 
 
 def worth_to_network(network: TrainedNetwork) -> pd.DataFrame:
-    """Return what each sensor is worth to one network, from the records of its evaluation.
+    """Return `sensor_values` of one network from its records, with an IoU of 0 for no map at all.
 
-    The table is that of `study.statistics.sensor_values`, where no map at all has an IoU of 0; it
-    is empty where no records lie beside the weights.
+    Without records beside the weights, the table is empty.
     """
     path = network.weights.with_name("records.csv")
     if not sidecar_path(path).is_file():

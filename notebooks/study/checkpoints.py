@@ -105,10 +105,9 @@ def network_configuration(backbone: str, preset: str, patches: PatchDataset) -> 
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
-    """Load pretrained weights: ours, known by the record beside them, or the authors'.
+    """Load pretrained weights: "ours", known by the record beside them, or the "authors'".
 
-    Raises `InputError` for the checkpoint of another model, a damaged one, or one of ours that was
-    made with other parameters than `expected`. Returns "ours" or "authors".
+    Raises `InputError` for those of another model, damaged, or made otherwise than `expected`.
     """
     if not sidecar_path(path).is_file():
         load_author_weights(model, path)
@@ -157,8 +156,8 @@ def load_network(
     Args:
         weights: File of the weights, with its record beside it, or the folder of both.
         build: Returns the network for the numbers of bands D_m and the number of classes, such as
-            its class; None builds the backbone that the record names, if it is one of the paper's
-            or the command line names its file.
+            its class; None builds the backbone that the record names, one of the paper's or one
+            whose file the command line names.
         device: Where the network computes.
 
     Raises `InputError` where weights or record are missing, damaged, or of another network.

@@ -123,13 +123,11 @@ def collect(
 
     Args:
         study: Where the runs are.
-        points: Methods of every (dataset, backbone, fold, seed), as `Grid.points` gives them.
+        points: Methods of every (dataset, backbone, fold, seed).
         name: Name of the table in the folder of a run.
         expected: Parameters that every run of a data set must have been made with.
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
             every seed that started from it (see `network_seed`); None: do not.
-
-    Raises `InputError` where a run is not there, damaged, or made with other parameters.
     """
     tables = []
     for (dataset, backbone, fold, seed), methods in points.items():

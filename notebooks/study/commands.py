@@ -40,17 +40,10 @@ MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and no
 
 
 def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
-    """Run what is missing or out of date of a tier, and say where its figures are.
+    """Run what is missing or out of date of a tier, and return Snakemake's exit status.
 
-    Args:
-        tier: Checked already, so that a wrong parameter fails before anything runs.
-        cores: CPU cores to share out among notebook runs on this machine.
-        dry_run: Only list what would run; changes nothing, so that it may stand beside a run.
-        profile: Folder of a workflow profile, such as profiles/slurm, which says how to run jobs
-            elsewhere.
-
-    Returns:
-        Exit status of Snakemake.
+    A dry run lists what would run and changes nothing, so that it may stand beside a run. A
+    workflow profile, such as the folder profiles/slurm, says how to run jobs elsewhere.
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
@@ -112,8 +105,8 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
 def make_networks(tier: Tier, cores: int) -> int:
     """Pretrain the networks of a tier, such as scratch, and put them into `results/networks`.
 
-    Nothing else writes there. Whether a network is the one that the manifest lists is said, with
-    the hash to write there where it is not. Returns the exit status of Snakemake.
+    Nothing else writes there. What is said is whether a network is the one that the manifest lists,
+    or else its hash. Returns the exit status of Snakemake.
     """
     folders = [tier.folder.pretrained(*network) for network in tier.networks()]
     with _only_one(ROOT):
@@ -147,10 +140,7 @@ def _expect_folders(tier: Tier) -> None:
 
 
 def _clear_up(tier: Tier, elsewhere: bool = False) -> None:
-    """End what an earlier run that was killed left behind, and take its lock and files away.
-
-    Where jobs may run elsewhere, their temporary files are left alone.
-    """
+    """End what a killed run left behind; take its lock and, but of jobs elsewhere, its files."""
     if ended := end_orphans(ROOT):
         print(f"ended {ended} processes that an earlier run had left behind", flush=True)
     for folder in () if elsewhere else (ROOT / tier.folder.root, DOWNLOADS, NETWORKS):
@@ -198,11 +188,7 @@ def _why(job: str, notebook: Path, log: Path) -> str:
 def _snakemake(
     tier: Tier, options: Sequence[str], config: Sequence[str] = (), targets: Sequence[str] = ()
 ) -> int:
-    """Run Snakemake on a tier, and return its exit status.
-
-    Rules run again when inputs are newer or parameters differ, of which the code's fingerprint is
-    one, and where a kill left their output incomplete.
-    """
+    """Run Snakemake on a tier, and return its exit status."""
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
         *("--directory", str(ROOT), "--rerun-triggers", "mtime", "params", "--rerun-incomplete"),
@@ -220,9 +206,8 @@ def _snakemake(
 def publish(tier: Tier) -> list[Path]:
     """Copy tables and figures of a finished tier into `results/<tier>`, in place of older ones.
 
-    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole. Records
-    with dates and package versions stay behind but for one, `provenance.json`, so that
-    `git diff results` shows what changed in the figures and not that time went by.
+    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole. One file,
+    `provenance.json`, has dates and versions, so that `git diff results` shows changed figures.
     """
     record = check(ROOT / tier.folder.evaluation / "summary.csv")
     target = ROOT / "results" / tier.name

@@ -46,8 +46,8 @@ def seed_weights(seed: int, stage: Stage) -> None:
 def choose_device(name: str) -> torch.device:
     """Return the device of a name; "auto" is the GPU where there is one. Raises `InputError`.
 
-    Of the processes of one machine, each gets a GPU of its own. A GPU is only counted here, not
-    used, so that processes can still be started afterwards.
+    Each process of a machine gets its own GPU. GPUs are only counted here, so that processes can
+    still be started afterwards.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,10 +109,7 @@ def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) ->
 
 
 class Processes:
-    """The processes that share a run, as they were launched, and the precision of a forward pass.
-
-    `rank` is the number of this process, from 0, and `count` how many there are.
-    """
+    """Processes that share a run, of this one's `rank` and their `count`, and its precision."""
 
     def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
         self._device, self._mixed = device, precision == "bfloat16"

@@ -158,10 +158,9 @@ def validation_scores(
 
 
 def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Compute IoU and F1 of every class, within the groups of `by`, NaN where undefined.
+    """Compute IoU and F1 of every class by groups, NaN where undefined, from pooled counts.
 
-    They are from pooled counts, or for paper records the mean over patches, with the standard
-    deviations iou_deviation and f1_deviation.
+    Of paper records they are means over patches, with iou_deviation and f1_deviation beside them.
     """
     grouped = records.groupby([*by, "class"], sort=False)
     if "tp" not in records:

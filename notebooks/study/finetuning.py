@@ -54,16 +54,11 @@ class Run:
 
 
 def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -> Run:
-    """Fine-tune with one method, test, and write history, weights and records.
+    """Fine-tune with one method, test, and write history, weights, records and a model card.
 
     A run that is there already, made by the same code with the same parameters from the same
-    inputs, is read instead; one that was interrupted goes on.
-
-    Args:
-        start: What this run shares with those of other methods.
-        name: Name of the method; `InputError` where it needs what the scoring does not hold.
-        folder: Where it writes history.csv, records.csv, weights.safetensors and a model card.
-        keep_weights: Write the weights too (low-rank updates merged).
+    inputs, is read instead; one that was interrupted goes on. Low-rank updates are merged into the
+    weights, if they are kept. Raises `InputError` where a method needs what the scoring lacks.
     """
     method = find_method(name)
     model, settings = start.build(), start.settings

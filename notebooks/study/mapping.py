@@ -192,10 +192,8 @@ def make_map(plan: MapPlan) -> pd.DataFrame:
         scenario, pixels, share of the scene, and iou, which evaluation found where the records of
         the network lie beside its weights (else NaN).
 
-    Raises:
-        InputError: The disk has no room, a file of the scene is damaged, or the network returns
-            something else than finite logits [B, C, H, W].
-        OSError: The disk is full; the next call goes on.
+    Raises `InputError` where the disk has no room, a file is damaged, or logits are not finite or
+    not [B, C, H, W], and `OSError` for a full disk; the next call goes on.
     """
     print("writes to:", make_folder(plan.folder))
     if not all(is_made(plan.path(layer), plan.record) for layer in plan.layers):
@@ -365,8 +363,7 @@ def _copy(plan: MapPlan, layer: Layer, target: Path) -> None:
 def _make_opaque(path: Path) -> None:
     """Take back that the second band of a BigTIFF is transparency.
 
-    GDAL says so of any band beside one with a colour table, in the tag ExtraSamples (338) of the
-    raster and of its overviews.
+    GDAL says so of any band beside one with a colour table: tag 338, also of overviews.
     """
     with path.open("rb+") as file:
         [offset] = struct.unpack("<8xQ", file.read(16))

@@ -21,8 +21,7 @@ def save_model_card(
 ) -> Path:
     """Write `model_card.md` into the folder of a checkpoint, whose record is given.
 
-    History is that of `train`, None if a checkpoint was loaded; records are those of `evaluate` on
-    the test patches.
+    The history is None where a checkpoint was loaded; records are of the test patches.
     """
     dataset, made_with = training.dataset, dict(record.parameters)
     # The code's fingerprint stays in the record: an edit is no news about the network.

@@ -34,8 +34,7 @@ def is_own(backbone: str) -> bool:
 def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
     """Import the file that the command line names; return a function of it, and the code's hash.
 
-    Raises `InputError` where the command line names no file or another one than that of a name such
-    as "my_networks:segformer", or it cannot be imported, or defines no such function.
+    Raises `InputError` where it is not that of a name such as "my_networks:segformer", or fails.
     """
     stem, _, function = name.partition(":")
     path = ROOT / os.environ.get(NETWORKS, "")

@@ -164,11 +164,7 @@ def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any
 
 
 def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
-    """Check the parameters that the definition of a data set limits.
-
-    Raises `InputError` where the data set has no such task, folds, fold or modality, the backbone
-    no such preset, the budget of scenarios is too small, or a method cannot be used.
-    """
+    """Check the parameters that the definition of a data set limits, or raise `InputError`."""
     task, get = dataset.task(parameters["task"]), parameters.get
     if get("epochs") and get("protocol") == "paper" and task.kind == "multiclass":
         raise InputError("protocol: 'paper' is for binary and multi-label tasks")
@@ -203,10 +199,9 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:
-    """Names and default values in a notebook's `parameters` cell.
+    """Names and defaults in a notebook's `parameters` cell, which is parsed and never run.
 
-    The cell is parsed, never run: every line is `name: type = literal`, perhaps with a comment.
-    Raises `InputError` where there is no such cell, or a line in it is something else.
+    Every line is `name: type = literal`, perhaps with a comment; else `InputError` is raised.
     """
     # Plain JSON: importing nbformat takes as long as importing torch, in every notebook.
     try:

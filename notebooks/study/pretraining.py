@@ -41,11 +41,10 @@ class PretrainedNetwork:
 
 
 def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
-    """Load the pretrained network of a run, or train it.
+    """Load the pretrained network of a run, or train it, by its parameter `weights`.
 
-    The parameter `weights` is "committed", "train" or the path of a checkpoint. A training that was
-    finished with the same parameters, data and code is read instead. Raises `InputError` for
-    weights that are not there, or are those of another network.
+    A training that was finished with the same parameters, data and code is read instead. Raises
+    `InputError` for weights that are not there, or are those of another network.
     """
     weights, names = run.parameters["weights"], ("weights", "evaluation_patches")
     if weights != "train":
@@ -82,10 +81,9 @@ def expect_fit(name: str, run: "NetworkRun") -> None:
 
 
 def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
-    """Train a network from fresh weights; every process that shares the training calls this.
+    """Train a network, in every process that shares it, or go on with what the record names.
 
-    The record's parameters identify a training that was interrupted. Returns the history, as
-    `train` returns it, and the weights on the CPU.
+    Returns the history, as `train` returns it, and the weights on the CPU.
     """
     seed, size = run.parameters["pretraining_seed"], run.settings.batch_size
     patches, scenarios = run.validation, run.scenarios

@@ -161,17 +161,11 @@ class _Workload:
 def compare(
     cases: Sequence[Case], repeats: int, device: str = "cpu", plain_forwards: int = 0
 ) -> pd.DataFrame:
-    """Time both forms in turns.
+    """Time both forms in turns, `repeats` times after a run that is not counted.
 
-    Args:
-        cases: What is timed.
-        repeats: Number of timed runs of each form, after one that is not counted.
-        device: Where to compute.
-        plain_forwards: Time only so many of the equal forward passes of the plain scoring, on the
-            first patch, and extrapolate; 0 times all.
-
-    Returns:
-        One row per case, form, repeat and part, with `seconds` per patch.
+    Of the equal forward passes of the plain scoring, `plain_forwards` are timed on the first patch,
+    and extrapolated; 0 times all. Returns one row per case, form, repeat and part, with `seconds`
+    per patch.
     """
     rows = []
     total = len(cases) * (repeats + 1) * len(FORMS)
@@ -241,8 +235,7 @@ def time_to_probabilities(
 ) -> pd.DataFrame:
     """Return the hours until p is there, whole passes and stopped ones, by backbone.
 
-    The seconds per patch are those of a table of `ratios`; d_k(x) [N, K] are of a trained network
-    of each backbone. The others are as in `stopped_passes`.
+    Seconds are of a table of `ratios`, d_k(x) [N, K] of a trained network of each backbone.
     """
     rows = []
     for _, case in table[table["task"] == "scoring"].iterrows():

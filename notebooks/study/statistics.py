@@ -102,13 +102,9 @@ class Counts:
     def metric(self, name: str, weights: Array, prior: Array) -> Array:
         """Compute a metric of every method and replicate, float64 [R, M, S], for weighted blocks.
 
-        It is computed from the IoU averaged over classes. A class, and then a scenario, without any
-        pixel in truth and prediction is left out.
-
-        Args:
-            name: One of `METRICS`.
-            weights: Weights of the blocks, [R, B].
-            prior: Probability of every scenario in deployment, [K].
+        It is one of `METRICS`, of the IoU averaged over classes. A class, and then a scenario,
+        without any pixel in truth and prediction is left out. Weights are those of the blocks,
+        [R, B]; the prior is the probability of every scenario in deployment, [K].
         """
         return SUMMARIES[name](self.scenario_iou(weights), prior)
 
@@ -151,10 +147,8 @@ def contrast(
 
     Returns:
         replicates, blocks, difference, low and high (95 %, percentiles), standard_error, p
-        (two-sided, from the same resamples) and detectable, the smallest true difference that this
-        design finds with a power of 80 %.
-
-    Raises `InputError` for fewer than two replicates or blocks, or records that are not paired.
+        (two-sided, of the same resamples) and detectable, the smallest true difference that has a
+        power of 80 %. Raises `InputError` for fewer than two replicates or blocks.
     """
     counts = Counts.of(records, [method, *reference], scenarios)
     replicates, blocks = len(counts.seeds), len(counts.blocks)
@@ -238,11 +232,7 @@ def differences(
 
 
 def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
-    """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
-
-    Raises `InputError` where a part is not two different methods (or "pretrained") joined by a
-    hyphen, or is there twice.
-    """
+    """Return the pairs of methods of a text such as "lsgs-uniform", or raise `InputError`."""
     pairs = []
     for part in contrasts.split(","):
         first, hyphen, second = part.strip().partition("-")
@@ -325,17 +315,11 @@ def sensor_values(
     """Compute what each sensor is worth: its Shapley value in the IoU of all subsets.
 
     The value of modality m is the mean, over all orders in which the modalities can be added, of
-    the IoU that m adds (Shapley 1953). All values sum to the IoU with every modality minus `empty`.
-
-    Args:
-        records: Records of one data set and backbone.
-        scenarios: The K scenarios.
-        method: Name of the method.
-        empty: IoU without any modality, that of the trivial predictor.
-        resamples: Number of bootstrap resamples of replicates and blocks.
+    the IoU that m adds (Shapley 1953). All values sum to the IoU with every modality minus that of
+    the trivial predictor, `empty`.
 
     Returns:
-        One row per modality: modality, value, low and high (95 %).
+        One row per modality: modality, value, low and high (95 %, of resampled blocks and seeds).
     """
     counts = Counts.of(records, [method], scenarios)
     masks, number = scenarios.masks, len(scenarios.modalities)

@@ -216,18 +216,16 @@ class Tier:
 def network_seed(pretraining_seed: int, seed: int) -> int:
     """Return the pretraining seed of the network that a run of a seed starts from.
 
-    A negative `pretraining_seed` gives each run a network of its own, which has the run's seed: the
-    replicate of a study is then the network.
+    A negative `pretraining_seed` gives each run a network of its own, of its seed, as replicates.
     """
     return seed if pretraining_seed < 0 else pretraining_seed
 
 
 def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
-    """Read `notebooks/tiers/<name>.yaml` and check it against the notebooks.
+    """Read `notebooks/tiers/<name>.yaml` and check it against the notebooks and the manifest.
 
-    Raises `InputError` where there is no such tier, section or parameter, a parameter cannot have a
-    value, the manifest lists no such data set, task, fold or network, or a planned contrast has no
-    two replicates.
+    Raises `InputError` for a wrong name, section, parameter, value, data set, task, fold or
+    network, and for a planned contrast without two replicates.
     """
     folder = root / "notebooks"
     path = folder / "tiers" / f"{name}.yaml"

@@ -63,10 +63,7 @@ class Grid:
 
     @property
     def pixel_size(self) -> float | None:
-        """Return the side of a pixel (the root of its area) in metres, None where it is not known.
-
-        A degree is taken at the middle of the grid.
-        """
+        """Return the root of a pixel's area in metres, amid the grid; None where unknown."""
         side = abs(self.transform.determinant) ** 0.5
         if self.crs is None or not (self.crs.is_geographic or self.crs.is_projected):
             return None

@@ -23,14 +23,8 @@ from rasterio.windows import Window
 
 from lsgs_core.errors import InputError
 from lsgs_core.randomness import generator
-from study.data.manifest import (
-    DiagonalBlocks,
-    Folds,
-    OfficialSplit,
-    Patches,
-    ShuffledPatches,
-    WholeScenes,
-)
+from study.data import manifest
+from study.data.manifest import DiagonalBlocks, Folds, OfficialSplit, Patches, WholeScenes
 from study.data.preparation import PreparedScene
 
 PARTS = ("training", "validation", "test")
@@ -41,7 +35,7 @@ HELD_SHARE = 0.01  # validation tiles hold a class when they have this share of 
 
 def leaks(folds: Folds) -> bool:
     """Return whether test patches have neighbours among the training patches."""
-    return isinstance(folds, ShuffledPatches)
+    return isinstance(folds, manifest.ShuffledPatches)
 
 
 def patch_table(
@@ -80,7 +74,7 @@ def patch_table(
     """
     size, stride = patches.size, patches.stride or patches.size
     diagonal = folds if isinstance(folds, DiagonalBlocks) else None
-    shuffled = isinstance(folds, ShuffledPatches)
+    shuffled = isinstance(folds, manifest.ShuffledPatches)
     if diagonal:
         diagonal.check_fit(size)
     if index_file is not None and not shuffled:
@@ -112,7 +106,7 @@ def patch_table(
             parts = [_block_parts(table, pixels, fold, folds) for fold in range(folds.count)]
         case WholeScenes() | OfficialSplit():
             parts = _scene_parts(table, folds)
-        case ShuffledPatches():
+        case manifest.ShuffledPatches():
             table = table[table["kind"] == "tile"].reset_index(drop=True)
             table["block"] = table.index
             parts = shuffled_parts(len(table), folds, index_file)
@@ -154,8 +148,7 @@ def class_shares(
 ) -> pd.DataFrame:
     """Return the share of each class (row) in the labelled pixels of each part (column) of a fold.
 
-    Pixels in several training windows count once for each, and pixels of several values of a class
-    (where labels overlap) once for each value.
+    Pixels count once for each training window, and once for each value that they have of a class.
     """
     counts = table.filter(like="pixels_")
     labelled = (table["labelled_fraction"] * table["size"] ** 2).round()
@@ -308,11 +301,7 @@ def _label_pixels(
 def _add_blocks(
     table: pd.DataFrame, shape: Sequence[int], size: int, folds: DiagonalBlocks, number: int
 ) -> int:
-    """Add which blocks, numbered from `number`, patches touch; return the number of blocks.
-
-    Added are the block of the centre, the set of all blocks (`touched`), and the first and the last
-    diagonal r + c that a patch touches, a sliding one with `margin` pixels around it.
-    """
+    """Add the blocks, from `number` on, and diagonals r + c that patches touch; return how many."""
     block_size, margin = folds.block_size, folds.margin
     top, left = table["row"].to_numpy(), table["column"].to_numpy()
     rows, columns = (-(-length // block_size) for length in shape)
@@ -404,7 +393,7 @@ def _official_part(scene: str, folds: OfficialSplit) -> str:
 
 
 def shuffled_parts(
-    count: int, folds: ShuffledPatches, index_file: Path | None = None
+    count: int, folds: manifest.ShuffledPatches, index_file: Path | None = None
 ) -> list[NDArray[Any]]:
     """Return the part of every patch in every fold, by the formula of the paper's authors.
 

@@ -38,7 +38,7 @@ Normalisation = Literal["standardise", "centre", "none"]
 
 def make_patches(
     dataset: Dataset,
-    prepared_folder: Path,
+    folder: Path,
     folds: str = "",
     index_file: Path | None = None,
     **overrides: int | float | None,
@@ -50,13 +50,12 @@ def make_patches(
 
     Args:
         dataset: Gives the defaults (`patches` and `folds` of the manifest).
-        prepared_folder: Folder that `prepare` wrote.
+        folder: Folder that `prepare` wrote.
         folds: Name of folds of the manifest, "" for the first.
         index_file: For shuffled patches, a permutation of their numbers, one per line.
         **overrides: size, stride, minimum_labelled, or a field of the folds such as block_size;
             None keeps the manifest's value.
     """
-    folder = Path(prepared_folder)
     record = matching_record(folder, dataset)
     chosen = dataset.fold_definition(folds)
     settings = [dataset.patches.model_dump(), chosen.model_dump()]
@@ -126,9 +125,8 @@ class Description(Strict):
             out[:, ~seen] = 0
 
 
-def fold_statistics(prepared_folder: Path, dataset: Dataset, fold: int) -> Statistics:
+def fold_statistics(folder: Path, dataset: Dataset, fold: int) -> Statistics:
     """Return the normalisation of a fold, computed once and kept beside the patch table."""
-    folder = Path(prepared_folder)
     record = matching_record(folder, dataset)
     made_from = _hashes(folder, record)
     path = folder / f"normalisation_fold_{fold}.json"
@@ -281,10 +279,7 @@ class PatchDataset:
         return len(self.table)
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return one patch for display: raw bands [D_m, H, W] per modality, and label codes [H, W].
-
-        An absent modality is zeros.
-        """
+        """Return a patch as it is: bands [D_m, H, W], 0 where absent, and label codes [H, W]."""
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
 

@@ -89,7 +89,7 @@ class Prepared(Strict):
 def load_prepared(folder: Path) -> Prepared | None:
     """Return the record of a prepared folder, None when there is no readable one."""
     try:
-        return Prepared.model_validate_json((Path(folder) / RECORD).read_bytes())
+        return Prepared.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValidationError):
         return None
 
@@ -124,7 +124,6 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     Raises `InputError` for a raw file that is missing, damaged, elsewhere than the reference band,
     or not what the manifest says.
     """
-    raw_folder, prepared_folder = Path(raw_folder), Path(prepared_folder)
     scenes = {scene.name: scene for scene in find_scenes(dataset, raw_folder)}
     files = sorted({file for scene in scenes.values() for file in scene.files})
     print(f"{len(scenes)} scenes, {len(files)} files; writes to {prepared_folder}")

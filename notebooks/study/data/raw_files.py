@@ -47,7 +47,6 @@ def fetch(source: manifest.Source, folder: Path) -> Path:
     Raises `InputError` where the folder of a manual source is missing, a download fails (its
     message is shown), or a file is missing, has another hash or would leave the folder.
     """
-    folder = Path(folder)
     if isinstance(source, ManualSource):
         if not folder.is_dir():
             raise InputError(
@@ -186,7 +185,7 @@ class RawFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+        self.folder = folder
         if not self.folder.is_dir():
             raise MissingFileError(f"{folder}: the folder is missing")
         self.paths: dict[str, Path] = {}  # by path inside the folder

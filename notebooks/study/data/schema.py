@@ -29,10 +29,7 @@ class Strict(BaseModel):
 
 
 class _Careful(yaml.SafeLoader):
-    """A loader for which two equal keys are a mistake; in YAML, the last one wins silently.
-
-    Neither does it take a file whose aliases, written out, would fill the memory.
-    """
+    """A loader that refuses equal keys (else the last wins) and aliases that fill the memory."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -86,11 +83,7 @@ def read_json(path: Path) -> Any:
 
 
 def validated(model: type[Model], content: Any, where: str) -> Model:
-    """Return `content` as a checked model.
-
-    Raises `InputError` that begins with `where` and names, one per line, the wrong fields and what
-    was expected.
-    """
+    """Return `content` as a checked model; raise `InputError` with a line per wrong field."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
