@@ -283,9 +283,8 @@ class CBC(Backbone):
         # One per modality, and the last one for the fused level 6.
         inputs = [channels[-1]] * count + [latent]
         self.tokenizers = nn.ModuleList(PointConv(one, width) for one in inputs)
-        self.positions = nn.ParameterList(
-            torch.zeros(1, math.prod(settings.latent_grid), width) for _ in self.tokenizers
-        )
+        zeros = torch.zeros(1, math.prod(settings.latent_grid), width)
+        self.positions = nn.ParameterList(zeros.clone() for _ in self.tokenizers)
         self.blocks = nn.ModuleList(TransformerBlock(settings) for _ in bands)
         self.between = nn.ModuleList(PointConv(width, 3 * width) for _ in bands)
         self.multimodal = TransformerBlock(settings)
@@ -306,15 +305,13 @@ class CBC(Backbone):
         x6 = zero_absent(x6, available)
         latent, correlated = self._share(x6, *self._states(x6), available)
         if self.settings.private_branches:
-            private = [
-                zero_absent(layer(correlated[:, m]), available[:, m])
-                for m, layer in enumerate(self.to_private)
-            ]
+            states = zip(self.to_private, correlated.unbind(1), available.unbind(1), strict=True)
+            private = [zero_absent(layer(tokens), there) for layer, tokens, there in states]
             latent = torch.cat((self.to_shared(latent), *private), dim=2)
-        fused = [
-            self.fusions[f"level{level}"](zero_absent(skips[level - 1], available).flatten(1, 2))
-            for level in self.skip_levels
-        ]
+        fused = []
+        for level in self.skip_levels:
+            skip = zero_absent(skips[level - 1], available).flatten(1, 2)
+            fused.append(self.fusions[f"level{level}"](skip))
         logits = self.decoder(self._volume(latent), fused, tuple(patches[0].shape[2:]))
         return logits.unflatten(1, (self.head_count, self.classes))
 
