@@ -259,17 +259,12 @@ def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
         images = images.unbind(dim=1)
     right = isinstance(images, list | tuple) and len(images) == count
     right = right and all(isinstance(image, Tensor) and image.ndim == 4 for image in images)
-    if not right or not all(
-        len(image) == len(images[0])
-        and image.is_floating_point()
-        and (not dtypes or image.dtype in dtypes)
-        for image in images
-    ):
+    right = right and len({len(image) for image in images}) == 1
+    right = right and all(image.is_floating_point() for image in images)
+    if not right or (dtypes and not {image.dtype for image in images} <= dtypes):
         names = " or ".join(sorted(map(str, dtypes))) or "a floating dtype"
-        raise InputError(
-            f"batches: expected {count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W] of "
-            f"{names} in each, found {_form(images)}"
-        )
+        forms = f"{count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W] of {names} in each"
+        raise InputError(f"batches: expected {forms}, found {_form(images)}")
     if isinstance(item, Batch):
         return item
     return Batch(tuple(images), torch.ones(len(images[0]), count, dtype=torch.bool))
@@ -320,7 +315,11 @@ def _distortion(
     distortion, shift = np.empty((batch, count)), np.empty((count, 0))
     reference = None
     for k, latent in zip(reversed(range(count)), _latents(model, images, masks), strict=True):
-        _check_latent(latent, batch, reference)
+        shape = latent.shape if isinstance(latent, Tensor) else ()
+        right = len(shape) > 1 and shape[0] == batch and latent.is_floating_point()
+        if not right or not latent.numel() or shape != getattr(reference, "shape", shape):
+            expected = f"a floating tensor [{batch}, C, ...] of the same shape in all scenarios"
+            raise InputError(f"latent: expected {expected}, found {_form(latent)}")
         if reference is None:
             reference, shift = latent, np.empty((count, latent.shape[1]))
         difference = (latent - reference).double()
@@ -328,14 +327,3 @@ def _distortion(
         distortion[:, k] = difference.square().mean(dim=(1, 2)).cpu()
         shift[k] = difference.mean(dim=2).sum(dim=0).cpu()
     return distortion, shift
-
-
-def _check_latent(latent: Any, batch: int, reference: Tensor | None) -> None:
-    if isinstance(latent, Tensor) and latent.is_floating_point() and latent.numel():
-        shape = latent.shape if reference is None else reference.shape
-        if latent.shape == shape and latent.ndim > 1 and len(latent) == batch:
-            return
-    raise InputError(
-        f"latent: expected a floating tensor [{batch}, C, ...] of the same shape in all scenarios, "
-        f"found {_form(latent)}"
-    )

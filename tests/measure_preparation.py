@@ -25,15 +25,14 @@ from scipy.ndimage import gaussian_filter
 ROOT = Path(__file__).parents[1]
 SIDE = 6000
 # Three bands per modality, as in the paper's patches of 224 × 224 × 9.
-NINE = {
-    "RGB": ["red", "green", "blue"],
-    "NIR": ["nir", "red", "green"],
-    "height": ["height", "elevation", "nir"],
-}
+NINE = {"RGB": ["red", "green", "blue"], "NIR": ["nir", "red", "green"]}
+NINE |= {"height": ["height", "elevation", "nir"]}
 
 
 def write_tiles(folder: Path, count: int) -> None:
     """Write tiles with the texture of aerial images: smooth shapes and sensor noise."""
+    from raw_layouts import write_raster
+
     rng = np.random.default_rng(0)
     colours = np.array(
         [[255] * 3, [0, 0, 255], [0, 255, 255], [0, 255, 0], [255, 255, 0], [255, 0, 0]], np.uint8
@@ -46,24 +45,19 @@ def write_tiles(folder: Path, count: int) -> None:
         wide = np.kron(ranks, np.ones((10, 10)))
         image = np.stack([wide * gain for gain in (150, 140, 120, 170)]) + 40
         image += rng.standard_normal((4, SIDE, SIDE)) * 6
-        files = {
-            f"4_Ortho_RGBIR/top_potsdam_{name}_RGBIR.tif": image.clip(0, 255).astype(np.uint8),
-            f"1_DSM/dsm_potsdam_{padded}.tif": (30 + 10 * wide[None]).astype(np.float32),
-            f"1_DSM_normalisation/dsm_potsdam_{padded}_normalized_lastools.jpg": (
-                200 * wide[None]
-            ).astype(np.uint8),
-            f"5_Labels_all_noBoundary/top_potsdam_{name}_label_noBoundary.tif": colours[
-                (wide * 6).clip(max=5).astype(int)
-            ].transpose(2, 0, 1),
-        }
-        for file, pixels in files.items():
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            driver = "JPEG" if path.suffix == ".jpg" else "GTiff"
-            with rasterio.open(
-                path, "w", driver, SIDE, SIDE, len(pixels), dtype=pixels.dtype
-            ) as raster:
-                raster.write(pixels)
+        labels = colours[(wide * 6).clip(max=5).astype(int)].transpose(2, 0, 1)
+        places = {
+            "4_Ortho_RGBIR": (f"{name}_RGBIR.tif", image.clip(0, 255).astype(np.uint8)),
+            "1_DSM": (f"{padded}.tif", (30 + 10 * wide[None]).astype(np.float32)),
+            "1_DSM_normalisation": (
+                f"{padded}_normalized_lastools.jpg", (200 * wide[None]).astype(np.uint8)
+            ),
+            "5_Labels_all_noBoundary": (f"{name}_label_noBoundary.tif", labels),
+        }  # fmt: skip
+        for place, (file, pixels) in places.items():
+            kind = "dsm" if "DSM" in place else "top"
+            driver = "JPEG" if file.endswith("jpg") else "GTiff"
+            write_raster(folder / place / f"{kind}_potsdam_{file}", pixels, driver)
 
 
 def definition(nine: bool) -> object:

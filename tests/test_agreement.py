@@ -163,14 +163,10 @@ def measure(prepared_demo, tmp_path, tier):
             train(model, elsewhere, SCENARIOS, sampler, settings, 0, folder, {})
         batches = map(change, training.batches(8))
         scores = score_scenarios(model, batches, SCENARIOS, progress=False)
-        content = published_scoring(
-            scores,
-            scenario_probabilities(scores.distortion, **SETTINGS),
-            "distortion",
-            SETTINGS | {"smooth": True, "lengthscale": 1.0},
-            *("cmx", "", ""),
-            meta_info={"num_scored": len(scores.patch_ids)},
-        )
+        result = scenario_probabilities(scores.distortion, **SETTINGS)
+        settings = SETTINGS | {"smooth": True, "lengthscale": 1.0}
+        notes = {"num_scored": len(scores.patch_ids)}
+        content = published_scoring(scores, result, "distortion", settings, "cmx", "", "", notes)
         (tmp_path / PLACE).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / PLACE).write_text(json.dumps(content))
         batches = map(change, test.batches(8))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkout import printed
-from study.commands import ROOT, main
+from study.commands import ROOT
 from study.tiers import load_tier
 from test_study import clone, outputs  # noqa: F401 - a fixture
 
@@ -33,11 +33,6 @@ def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
     assert "submitted with SLURM jobid" in printed(*study, folder=clone)
     assert len(outputs(clone)) >= 10
     assert (clone / "results" / "smoke" / "evaluation" / "summary.csv").is_file()
-
-
-def test_unknown_profile(capsys):
-    assert main(["run", "smoke", "--profile", "profiles/nowhere"]) == 2
-    assert "profiles/slurm" in capsys.readouterr().err
 
 
 def test_a_dry_run_lists_what_the_page_predicts():

@@ -36,13 +36,8 @@ def results(model: Backbone, images: list[Tensor], available: Tensor) -> dict[st
     heads = model.heads(images, available)
     heads.backward(torch.randn(heads.shape, generator=torch.Generator().manual_seed(2)).double())
     found = {"heads": heads.detach()}
-    for name, tensor in [
-        *model.named_parameters(),
-        *((f"image {i}", x) for i, x in enumerate(images)),
-    ]:
-        if tensor.grad is not None:
-            found[name] = tensor.grad.clone()
-    return found
+    named = dict(model.named_parameters()) | {f"image {i}": x for i, x in enumerate(images)}
+    return found | {name: x.grad.clone() for name, x in named.items() if x.grad is not None}
 
 
 @pytest.mark.parametrize("slab", [2**20, 1500])  # all at once, and in many small slabs
@@ -114,12 +109,10 @@ def test_attention_with_dropout(tokens: int) -> None:
     expected = logits.softmax(dim=3) * keep.view_as(logits) / 0.75 @ value
     torch.testing.assert_close(found, expected)
     gradient = torch.randn_like(found)
-    for ours, definition in zip(
-        torch.autograd.grad(found, (query, key, value), gradient),
-        torch.autograd.grad(expected, (query, key, value), gradient),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, definition)
+    ours, definition = (
+        torch.autograd.grad(result, (query, key, value), gradient) for result in (found, expected)
+    )
+    torch.testing.assert_close(ours, definition)
 
 
 def test_dropout_of_attention_is_random_and_seeded() -> None:

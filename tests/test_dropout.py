@@ -168,9 +168,5 @@ def test_losses_belong_to_the_last_draw_and_the_state_is_kept():
     assert again.draw(range(50), 1).tolist() == dropout.draw(range(50), 1).tolist()
     with pytest.raises(InputError, match="the same scenario probabilities"):
         ScenarioDropout(SCENARIOS, UNIFORM).load_state_dict(dropout.state_dict())
-    with pytest.raises(
-        InputError, match=r"probabilities: expected one per scenario \(7\), found 2"
-    ):
+    with pytest.raises(InputError, match=r"one per scenario \(7\), found 2"):
         ScenarioDropout(SCENARIOS, [0.5, 0.5])
-    with pytest.raises(InputError, match="stream: expected one of"):
-        ScenarioDropout(SCENARIOS, UNIFORM, stream="colours")

@@ -75,13 +75,9 @@ def test_pooling_over_batches_blocks_and_folds_is_adding():
     names = ("x", "y")
     whole = evaluate(SumOfImages(), [batch], SCENARIOS, names, "multilabel")
     fields = ("available", "target", "valid", "patch_ids", "block_ids")
-    singles = [
-        Batch(
-            images=tuple(image[i : i + 1] for image in batch.images),
-            **{field: getattr(batch, field)[i : i + 1] for field in fields},
-        )
-        for i in range(6)
-    ]
+    tensors = [*batch.images, *(getattr(batch, field) for field in fields)]
+    pieces = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+    singles = [Batch(tuple(one[:2]), *one[2:]) for one in pieces]
     parts = evaluate(SumOfImages(), singles, SCENARIOS, names, "multilabel")
     pd.testing.assert_frame_equal(whole, parts)
 
@@ -116,9 +112,9 @@ def test_soft_scores_are_the_authors(kind):
     assert list(records.columns)[:4] == ["patch", "block", "scenario", "class"]
     logits = batch.images[0].double()
     probability = logits.softmax(dim=1) if kind == "multiclass" else logits.sigmoid()
-    truth = (
-        batch.target if kind != "multiclass" else F.one_hot(batch.target, classes).movedim(-1, 1)
-    )
+    truth = batch.target
+    if kind == "multiclass":
+        truth = F.one_hot(truth, classes).movedim(-1, 1)
     for row in records.query("scenario == 'A'").itertuples():
         number = names.index(row[4])
         valid = batch.valid[row.patch]
@@ -153,9 +149,8 @@ def test_expected_iou_weighs_scenarios_by_the_prior():
     iou = scenario_scores(records, ["m"]).set_index("scenario")["iou"][list(SCENARIOS.names)]
     found = summary(records, SCENARIOS, ["m"], prior).iloc[0]
     assert found["expected_iou"] == pytest.approx(float(iou.to_numpy() @ prior))
-    assert summary(records, SCENARIOS, ["m"])["expected_iou"].item() == pytest.approx(
-        found["mean_iou"]
-    )
+    alike = summary(records, SCENARIOS, ["m"])["expected_iou"].item()
+    assert alike == pytest.approx(found["mean_iou"])
 
 
 def test_the_trivial_predictor_scores_the_share_of_the_class():
@@ -232,9 +227,8 @@ def test_a_batch_without_labels_has_no_loss():
 def test_paper_loss_is_the_sigmoid_twice():
     heads = torch.randn(2, 3, 1, 4, 4)
     target, valid = (torch.rand(2, 1, 4, 4) < 0.5).float(), torch.ones(2, 4, 4, dtype=torch.bool)
-    expected = torch.stack(
-        [F.binary_cross_entropy_with_logits(heads[:, h].sigmoid(), target) for h in range(3)]
-    ).mean()
+    twice = heads.sigmoid()
+    expected = F.binary_cross_entropy_with_logits(twice, target[:, None].expand_as(twice))
     torch.testing.assert_close(paper_loss(heads, target, valid)[0], expected)
     perfect = (40 * (2 * target - 1))[:, None].expand_as(heads)
     floor = target.mean() * np.log1p(np.exp(-1)) + (1 - target.mean()) * np.log(2)

@@ -99,9 +99,8 @@ def test_the_core_and_the_readmes_example_need_no_other_package():
     """All modules and the example run where every other installed package cannot be imported."""
     names = [name.removesuffix(".__init__") for name in MODULES]
     code = example_of_the_readme()
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, *names], input=code, cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", ALONE, *names]
+    done = subprocess.run(command, input=code, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -236,7 +236,7 @@ def authors(path: Path, change: dict[str, Any], wrapper: str = "", prefix: str =
     torch.save({wrapper: entries} if wrapper else entries, path)
 
 
-def polygons(path: Path, change: dict[str, Any]) -> None:
+def draw(path: Path, change: dict[str, Any]) -> None:
     """Half of the scene is of one value, half of another; or something else."""
     given = {"column": "use", "values": [1, 2], "shift": 0.0, "crs": raw.UTM, "kind": "geometry"}
     given |= {"layer": "land", "mode": "w"} | change
@@ -274,7 +274,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "wheel": wheel,
     "weights": weights,
     "authors": authors,
-    "polygons": polygons,
+    "polygons": draw,
     "pickle": lambda path: path.write_bytes(pickle.dumps({"model": Fuse()})),
     "torch": lambda path: torch.save({"model": Fuse()}, path),
     "described": lambda path: describe(path, Record({})),
@@ -296,18 +296,17 @@ def manifest(folder: Path, name: str) -> None:
 
 def layout(folder: Path, name: str) -> None:
     manifest(folder, name)
-    writers = {"dstl_patches": raw.write_author_patches}
-    codes = writers.get(name, getattr(raw, f"write_{name}", None))(folder / "raw")
-    np.savez(folder / "expected.npz", **codes)
+    writer = "author_patches" if name == "dstl_patches" else name
+    np.savez(folder / "expected.npz", **getattr(raw, f"write_{writer}")(folder / "raw"))
 
 
-def drawn(folder: Path) -> None:
+def polygons(folder: Path) -> None:
     """A pair of sensors with polygons as labels."""
     layout(folder, "pair")
     labels = {"kind": "polygons", "file": "fields.gpkg", "column": "use"}
     labels |= {"values": {"low": [1], "high": 2}}
     edit(folder / "manifest.yaml", {"datasets.pair.labels": labels})
-    polygons(folder / "raw" / "fields.gpkg", {})
+    draw(folder / "raw" / "fields.gpkg", {})
     codes = np.repeat([[1] * 48 + [2] * 48], 96, axis=0)
     codes[:4, :4] = 255
     np.savez(folder / "expected.npz", scene=codes)
@@ -511,15 +510,8 @@ DOES: dict[str, Callable[[Path, str], Any]] = {
     "main": runs_command,
     "fetch": fetches,
 }
-BASES: dict[str, Callable[..., None]] = {
-    "manifest": manifest,
-    "layout": layout,
-    "polygons": drawn,
-    "prepared": prepared,
-    "project": project,
-    "files": files,
-    "served": served,
-}
+VALID = manifest, layout, polygons, prepared, project, files, served
+BASES: dict[str, Callable[..., None]] = {base.__name__: base for base in VALID}
 
 
 @pytest.fixture(scope="module")
@@ -628,25 +620,24 @@ def test_rasters_with_other_bytes_raise_nothing_else(data, folders, tmp_path_fac
         make_patches(the_dataset(folder), folder / "prepared")
 
 
+HEAD = """# Hostile input, and what is answered
+
+{all} kinds: {refused} are refused in one sentence, of which a part is shown,
+{right} give a result that an oracle confirms. Written by `python tests/test_hostile_table.py` from
+[hostile.yaml](../../tests/hostile.yaml); the tests try every row.
+"""
+
+
 def page() -> str:
     """The table in Markdown."""
     right = sum(row["answer"] == "right" for _, row in ROWS)
-    lines = ["# Hostile input, and what is answered", ""]
-    lines += [
-        f"{len(ROWS)} kinds: {len(ROWS) - right} are refused in one sentence, of which a part is "
-        f"shown,",
-        f"{right} give a result that an oracle confirms. Written by `python "
-        "tests/test_hostile_table.py` from",
-        "[hostile.yaml](../../tests/hostile.yaml); the tests try every row.",
-        "",
-    ]
+    lines = [HEAD.format(all=len(ROWS), refused=len(ROWS) - right, right=right)]
     lines += [f"- {area['area']}: {len(area['rows'])}" for area in AREAS]
     for area in AREAS:
         lines += ["", f"## {area['area']}", "", "| what is wrong | answer |", "|---|---|"]
         for row in area["rows"]:
-            lines.append(
-                "| " + " | ".join(row[n].replace("|", r"\|") for n in ("what", "answer")) + " |"
-            )
+            what, answer = (row[name].replace("|", r"\|") for name in ("what", "answer"))
+            lines.append(f"| {what} | {answer} |")
     return "\n".join(lines) + "\n"
 
 

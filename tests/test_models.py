@@ -1,4 +1,4 @@
-"""The backbones at the "demo" size: shapes, contracts, checks of input, and that they learn."""
+"""The backbones at the "demo" size: shapes, contracts, gradients and checks of input."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -153,6 +152,7 @@ def test_every_band_has_influence(name: str) -> None:
     model(images, torch.ones(1, 3, dtype=torch.bool)).square().sum().backward()
     for image in images:
         assert (image.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters())
 
 
 def test_configuration_builds_the_same_model_again() -> None:
@@ -191,27 +191,6 @@ def test_initialisation() -> None:
     fusion = build_backbone("cmx", "demo").fusions[3]
     assert fusion.stream1.channel_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert fusion.merge[1].weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.15)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_learns(name: str) -> None:
-    torch.manual_seed(0)
-    target = F.interpolate(torch.randn(8, 3, 6, 6), (64, 64), mode="bilinear").argmax(dim=1)
-    signal = torch.einsum(
-        "mdc,bchw->bmdhw", torch.randn(3, 3, 3), F.one_hot(target).movedim(3, 1).float()
-    )
-    images = signal + 0.5 * torch.randn_like(signal)
-    model = build_backbone(name, "demo", classes=3)
-    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(model(images, SCENARIOS[torch.randint(7, (8,))]), target)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
-    assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,9 @@ def copy(tmp_path):
 
 def refused(copy, message: str, wanted=None, weights: str = "committed", **changes) -> None:
     network, _, write = copy
+    expected = made_with(network) | (wanted or {})
     with pytest.raises(InputError, match=message):
-        load_pretrained(
-            built(network), weights, write(**changes), made_with(network) | (wanted or {})
-        )
+        load_pretrained(built(network), weights, write(**changes), expected)
 
 
 def test_a_damaged_or_absent_network_says_which_command_brings_it(copy):

@@ -44,13 +44,8 @@ def test_it_installs_and_works_alone(built, tmp_path, kind):
     cuda = {name for name in names if name.startswith(("nvidia-", "cuda-", "triton"))}
     assert names - cuda - {"pip", "lsgs-core"} <= ASKED | BROUGHT
     assert names >= ASKED
-    done = subprocess.run(
-        [python, "-c", example_of_the_readme()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={},
-    )
+    command = [python, "-c", example_of_the_readme()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
     assert done.returncode == 0, done.stderr
     assert "RGB+NIR+SWIR" in done.stdout
     [folder] = (tmp_path / "venv" / "lib").glob("python*/site-packages/lsgs_core")

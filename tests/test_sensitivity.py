@@ -47,9 +47,8 @@ def test_sweep_varies_one_setting():
     for setting in ("inverse_temperature", "mixing", "ridge"):
         rows = table[(table["setting"] == setting) & (table["value"] == SETTINGS[setting])]
         np.testing.assert_allclose(rows["probability"], in_use)
-    np.testing.assert_allclose(
-        table.query("setting == 'mixing' and value == 0")["probability"], 1 / 7
-    )
+    unmixed = table.query("setting == 'mixing' and value == 0")["probability"]
+    np.testing.assert_allclose(unmixed, 1 / 7)
     sums = table.groupby(["setting", "value"])["probability"].sum()
     np.testing.assert_allclose(sums, 1)
 
@@ -92,15 +91,11 @@ def batches(count: int):
     blocks = (torch.randperm(4 * count, generator=generator) % 40).split(4)
     for index, block in enumerate(blocks):
         effect = (1 + block / 40)[:, None, None, None]
-        images = tuple(
-            torch.randn(4, 1, 4, 4, generator=generator) * size * effect for size in (1.0, 2.0, 3.0)
-        )
-        yield Batch(
-            images,
-            torch.ones(4, 3, dtype=torch.bool),
-            patch_ids=torch.arange(4) + 4 * index,
-            block_ids=block,
-        )
+        noise = torch.randn(3, 4, 1, 4, 4, generator=generator)
+        images = tuple(one * size * effect for one, size in zip(noise, (1, 2, 3), strict=True))
+        ids = torch.arange(4) + 4 * index
+        available = torch.ones(4, 3, dtype=torch.bool)
+        yield Batch(images, available, patch_ids=ids, block_ids=block)
 
 
 def test_scoring_stops_when_p_is_known():

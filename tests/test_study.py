@@ -31,6 +31,10 @@ ROOT = Path(__file__).parent.parent
 KILLS = 50
 
 
+def write_tier(folder: Path, content: dict, name: str = "own") -> None:
+    (folder / "notebooks" / "tiers" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+
 def test_orphans_are_ended_and_others_are_not(tmp_path):
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     ours = subprocess.Popen(sleep, env={**os.environ, MARK: str(tmp_path)})
@@ -133,7 +137,7 @@ def test_a_name_that_a_shell_would_run_is_refused(tmp_path, monkeypatch, capsys)
         shutil.copyfile(ROOT / name, tmp_path / name)
     tier = yaml.safe_load((tmp_path / "notebooks" / "tiers" / "scratch.yaml").read_text())
     tier["grid"]["datasets"] = ["x$(touch pwned)"]
-    (tmp_path / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    write_tier(tmp_path, tier)
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     assert main(["run", "own", "--cores", "1"]) == 2
     assert "is unknown" in capsys.readouterr().err
@@ -219,17 +223,9 @@ def outputs(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_what_a_study_says_last_is_why_it_failed(clone):
     """No traceback and no dump of a command: the sentence, the notebook and the cell."""
-    tier = {
-        "grid": {
-            "datasets": ["potsdam"],  # whose files nobody can download freely
-            "backbones": ["cmx"],
-            "methods": ["uniform"],
-            "folds": [0],
-            "seeds": [0],
-        },
-        "02_pretraining_check": {"weights": "train"},
-    }
-    (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    grid = {"backbones": ["cmx"], "methods": ["uniform"], "folds": [0], "seeds": [0]}
+    grid["datasets"] = ["potsdam"]  # whose files nobody can download freely
+    write_tier(clone, {"grid": grid, "02_pretraining_check": {"weights": "train"}})
     done = subprocess.run(
         command("own"), cwd=clone, env=environment(clone), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=600,
@@ -251,7 +247,7 @@ def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
         "04_finetuning": {"epochs": 3},
         "05_evaluation": {"shown_patches": 0, "resamples": 20},
     }
-    (clone / "notebooks" / "tiers" / "smoke.yaml").write_text(yaml.safe_dump(tier))
+    write_tier(clone, tier, "smoke")
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(clone, whole, dirs_exist_ok=True)
     printed(*command(), folder=whole)
@@ -313,20 +309,15 @@ def written_tomorrow(folder: Path) -> None:
 
 
 def _tree(folder: Path) -> dict[int, str]:
-    """What the processes of a study are, by their number, but for the launcher."""
+    """The modules, or the programs, that the processes of a study run, but for the launcher."""
     tree = {}
     for found in psutil.process_iter():
         if _is_marked(found, folder):
             with suppress(psutil.Error):
-                tree[found.pid] = _kind(found.cmdline())
+                words = found.cmdline() or ["ended"]
+                module = words[words.index("-m") + 1] if "-m" in words else Path(words[0]).name
+                tree[found.pid] = module
     return tree
-
-
-def _kind(command: list[str]) -> str:
-    """The module that a process runs, or its program."""
-    if "-m" in command:
-        return command[command.index("-m") + 1]
-    return Path(command[0]).name if command else "ended"
 
 
 def _is_marked(process: psutil.Process, folder: Path) -> bool:
@@ -344,7 +335,7 @@ def test_the_papers_protocol_and_a_deployment_prior(clone):
         "all": {"protocol": "paper", "failure_rates": "RGB:0.1,SWIR:0.5", "batch_size": 4},
         "02_pretraining_check": {"weights": "train"},
     }
-    (clone / "notebooks" / "tiers" / "own.yaml").write_text(yaml.safe_dump(tier))
+    write_tier(clone, tier)
     printed(*command("own"), folder=clone)
     folder = clone / "work" / "own"
     run = folder / "runs" / "demo" / "cmx" / "fold1" / "seed1" / "deployment"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkout import printed
 from study.devices import seed_weights
 from study.settings import TrainingSettings
 from study.training import STATE, train, turned
@@ -156,10 +157,7 @@ def test_a_process_that_is_killed_three_times_loses_nothing(tmp_path):
         process.kill()
         process.wait()
         assert not out.exists()
-    went_on = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
-    )
-    assert "going on in epoch" in went_on.stdout
+    assert "going on in epoch" in printed(sys.executable, "-c", code)
     whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=20))
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
@@ -233,19 +231,14 @@ def test_paper_loss_and_sgd_run(tmp_path):
     assert history["loss"].iloc[0] > np.log1p(np.exp(-1))
 
 
-@pytest.mark.parametrize(
-    ("patches", "size", "sizes"),
-    [(8, 4, [4, 4]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (1, 4, [1]), (3, 1, [1, 1, 1])],
-)
-def test_a_single_patch_left_over_joins_the_batch_before(patches, size, sizes):
-    assert TrainingSettings(epochs=1, batch_size=size).batch_sizes(patches) == sizes
-
-
-def test_one_patch_more_than_whole_batches_is_trained_on(tmp_path):
+def test_a_single_patch_left_over_joins_the_batch_before(tmp_path):
     """CMX shrinks 32 pixels to one, and batch normalisation needs more than one value."""
     _, history = run(tmp_path, patches=Blobs(9), settings=replace(SETTINGS, epochs=1))
     assert np.isfinite(history["loss"]).all()
     assert history.filter(like="drawn:").sum(axis=1)[0] == pytest.approx(1)
+    expected = {(8, 4): [4, 4], (10, 4): [4, 4, 2], (9, 4): [4, 5], (1, 4): [1], (3, 1): [1] * 3}
+    for (patches, size), sizes in expected.items():
+        assert TrainingSettings(epochs=1, batch_size=size).batch_sizes(patches) == sizes
 
 
 def test_symmetries_move_images_and_targets_alike():
@@ -314,11 +307,11 @@ def test_a_sampler_may_score_the_network_before_an_epoch(tmp_path):
 
 def test_arms_with_another_stream_draw_other_scenarios(tmp_path):
     settings = replace(SETTINGS, epochs=1)
-    _, first = run(tmp_path / "a", settings=settings)
-    _, again = run(tmp_path / "b", settings=settings)
-    _, other = run(tmp_path / "c", settings=settings, stream="second_scenario")
-    drawn = first.filter(like="drawn:")
-    assert drawn.equals(again.filter(like="drawn:"))
-    assert not drawn.equals(other.filter(like="drawn:"))
-    _, before = run(tmp_path / "d", settings=settings, stage="pretraining")
-    assert not drawn.equals(before.filter(like="drawn:"))
+    changes = {"a": {}, "b": {}, "c": {"stream": "second_scenario"}, "d": {"stage": "pretraining"}}
+    first, again, other, before = (
+        run(tmp_path / name, settings=settings, **change)[1].filter(like="drawn:")
+        for name, change in changes.items()
+    )
+    assert first.equals(again)
+    assert not first.equals(other)
+    assert not first.equals(before)

@@ -55,8 +55,12 @@ def build_backbone(
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise InputError(f"{field}: expected one like {default!r}, found {shown(value)}")
-        right = [_fits(one, default) for one in (value if isinstance(value, tuple) else (value,))]
-        if not all(right):
+        if isinstance(default, float):
+            right = 0 <= value < 1
+        else:
+            parts = value if isinstance(value, tuple) else (value,)
+            right = all(isinstance(part, bool) or is_count(part) for part in parts)
+        if not right:
             expected = f"counts from 1 to {LARGEST_COUNT} or a rate below 1"
             raise InputError(f"{field}: expected {expected}, found {shown(value)}")
         settings[key] = value if isinstance(value, tuple) else type(default)(value)
@@ -70,10 +74,3 @@ def build_backbone(
     for key, value in asdict(chosen).items():
         model.configuration[key] = list(value) if isinstance(value, tuple) else value
     return model
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Return True for True and False, a count, or a rate from 0 to below 1."""
-    if isinstance(default, float):
-        return 0 <= value < 1
-    return isinstance(value, bool) or is_count(value)

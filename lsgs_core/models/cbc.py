@@ -34,13 +34,11 @@ class CBCSettings:
     decoder_depths: tuple[int, ...] = (16, 32, 64, 128)  # of the volume at each of 1 to 4 levels
 
     def __post_init__(self) -> None:
-        levels = len(self.decoder_depths)
+        levels, blocks = len(self.decoder_depths), self.stage_blocks
+        right = len(blocks) == 4 and sum(blocks) <= 256
         rules = {
             "stage_widths": (len(self.stage_widths) == 4, "four numbers"),
-            "stage_blocks": (
-                len(self.stage_blocks) == 4 and sum(self.stage_blocks) <= 256,
-                "four numbers with a sum up to 256",
-            ),
+            "stage_blocks": (right, "four numbers with a sum up to 256"),
             "reduced_channels": (len(self.reduced_channels) == 5, "five numbers"),
             "latent_channels": (self.latent_channels % 2 == 0, "an even number"),
             "latent_grid": (len(self.latent_grid) == 3, "three numbers"),
@@ -48,8 +46,8 @@ class CBCSettings:
             "decoder_depths": (1 <= levels <= 4, "one to four numbers"),
             "decoder_channels": (len(self.decoder_channels) > levels, f"over {levels} numbers"),
         }
-        for field, (right, expected) in rules.items():
-            if not right:
+        for field, (is_right, expected) in rules.items():
+            if not is_right:
                 raise InputError(f"{field}: expected {expected}, found {getattr(self, field)}")
 
 
@@ -279,17 +277,14 @@ class CBC(Backbone):
         # Level 5 is never used, and the lowest levels only by a decoder with as many levels.
         self.skip_levels = (4, 3, 2, 1)[: len(settings.decoder_depths)]
         self.encoders = nn.ModuleList(Encoder(settings) for _ in bands)
-        self.fusions = nn.ModuleDict()
-        for level in (*self.skip_levels, 6):
-            fused = channels[level - 1] * count
-            self.fusions[f"level{level}"] = Unit(fused, fused, 1)
+        fused = {level: channels[level - 1] * count for level in (*self.skip_levels, 6)}
+        units = {f"level{level}": Unit(size, size, 1) for level, size in fused.items()}
+        self.fusions = nn.ModuleDict(units)
         # One per modality, and the last one for the fused level 6.
-        self.tokenizers = nn.ModuleList(
-            PointConv(inputs, width) for inputs in [channels[-1]] * count + [latent]
-        )
-        self.positions = nn.ParameterList(
-            torch.zeros(1, math.prod(settings.latent_grid), width) for _ in self.tokenizers
-        )
+        inputs = [channels[-1]] * count + [latent]
+        self.tokenizers = nn.ModuleList(PointConv(one, width) for one in inputs)
+        zeros = torch.zeros(1, math.prod(settings.latent_grid), width)
+        self.positions = nn.ParameterList(zeros.clone() for _ in self.tokenizers)
         self.blocks = nn.ModuleList(TransformerBlock(settings) for _ in bands)
         self.between = nn.ModuleList(PointConv(width, 3 * width) for _ in bands)
         self.multimodal = TransformerBlock(settings)
@@ -310,15 +305,13 @@ class CBC(Backbone):
         x6 = zero_absent(x6, available)
         latent, correlated = self._share(x6, *self._states(x6), available)
         if self.settings.private_branches:
-            private = [
-                zero_absent(layer(correlated[:, m]), available[:, m])
-                for m, layer in enumerate(self.to_private)
-            ]
+            states = zip(self.to_private, correlated.unbind(1), available.unbind(1), strict=True)
+            private = [zero_absent(layer(tokens), there) for layer, tokens, there in states]
             latent = torch.cat((self.to_shared(latent), *private), dim=2)
-        fused = [
-            self.fusions[f"level{level}"](zero_absent(skips[level - 1], available).flatten(1, 2))
-            for level in self.skip_levels
-        ]
+        fused = []
+        for level in self.skip_levels:
+            skip = zero_absent(skips[level - 1], available).flatten(1, 2)
+            fused.append(self.fusions[f"level{level}"](skip))
         logits = self.decoder(self._volume(latent), fused, tuple(patches[0].shape[2:]))
         return logits.unflatten(1, (self.head_count, self.classes))
 

@@ -25,11 +25,10 @@ class CMXSettings:
     dropout: float = 0.1  # rate of the decoder's channel dropout
 
     def __post_init__(self) -> None:
-        if len(self.stage_widths) != 4 or any(w % self.attention_heads for w in self.stage_widths):
-            raise InputError(
-                f"stage_widths: expected four multiples of attention_heads "
-                f"({self.attention_heads}), found {self.stage_widths}"
-            )
+        widths, heads = self.stage_widths, self.attention_heads
+        if len(widths) != 4 or any(width % heads for width in widths):
+            expected = f"four multiples of attention_heads ({heads})"
+            raise InputError(f"stage_widths: expected {expected}, found {widths}")
 
 
 CMX_PRESETS = {
@@ -150,9 +149,8 @@ class CMXDecoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], width: int, outputs: int, dropout: float) -> None:
         super().__init__()
-        self.project = nn.ModuleDict(
-            {f"level{level}": nn.Linear(inputs, width) for level, inputs in enumerate(widths, 1)}
-        )
+        layers = {f"level{n}": nn.Linear(inputs, width) for n, inputs in enumerate(widths, 1)}
+        self.project = nn.ModuleDict(layers)
         self.fuse = nn.Conv2d(len(widths) * width, width, 1)
         self.fuse_norm = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout2d(dropout)
@@ -187,12 +185,9 @@ class CMX(Backbone):
         self.starts = nn.ModuleList(
             nn.Sequential(mix, Stage(3, stem), Stage(stem, widths[0])) for mix in mixing
         )
-        self.stages = nn.ModuleDict(
-            {
-                f"level{level}": nn.ModuleList(Stage(*sizes) for _ in STREAMS)
-                for level, sizes in enumerate(pairwise(widths), 2)
-            }
-        )
+        self.stages = nn.ModuleDict()
+        for level, sizes in enumerate(pairwise(widths), 2):
+            self.stages[f"level{level}"] = nn.ModuleList(Stage(*sizes) for _ in STREAMS)
         self.rectifications = nn.ModuleList(Rectification(width) for width in widths)
         self.fusions = nn.ModuleList(Fusion(width, settings.attention_heads) for width in widths)
         self.decoder = CMXDecoder(widths, settings.decoder_width, classes, settings.dropout)
@@ -234,11 +229,9 @@ class CMX(Backbone):
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return every linear and convolutional layer outside the decoder."""
-        return {
-            name: module
-            for name, module in self.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("decoder.")
-        }
+        kinds = nn.Linear | nn.Conv2d
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
+        return {name: layer for name, layer in layers.items() if not name.startswith("decoder.")}
 
     def _start(self, stream: int, patches: list[Tensor], available: Tensor) -> Tensor:
         """Return one stream, [B, C, H/4, W/4]; `available` is that of its own modalities."""

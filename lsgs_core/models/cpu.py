@@ -20,10 +20,9 @@ pass, and a dropout decision takes 16 random bits, so that the rate is rounded t
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +78,7 @@ class SlabDecoder(Decoder):
 
     def is_worthwhile(self, latent: Tensor) -> bool:
         """Return True if slabs are faster for a latent [B, C, d, h, w]."""
-        growth = 2 ** len(self.depths)
-        plane = latent.shape[3] * growth * latent.shape[4] * growth
+        plane = latent[0, 0, 0].numel() * 4 ** len(self.depths)
         return self.depths[-1] * plane * self.head.in_channels >= SMALLEST
 
 
@@ -119,8 +117,7 @@ def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
     return _Unit.apply(rule, module.conv.bias, *chain(*zip(volumes, weights, strict=True)))
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """The parameters of a unit that are not tensors."""
 
     size: Size
@@ -168,13 +165,11 @@ class _Slices:
         for start in range(0, self.volume.shape[1], self.step):
             chunk = slice(start, min(start + self.step, self.volume.shape[1]))
             used = self.depth[:, chunk].any(dim=1).nonzero()
-            if not len(used):  # resizing to a smaller depth skips some slices
-                continue
-            # Tap t of result slice z reads the padded slice z + t.
-            first = max(0, int(used[0]) - taps + 1)
-            stop = min(self.size[0], int(used[-1]) + 1)
-            shares = [self.depth[first + tap : stop + tap, chunk] for tap in range(taps)]
-            yield chunk, slice(first, stop), shares
+            if len(used):  # resizing to a smaller depth skips some slices
+                # Tap t of result slice z reads the padded slice z + t.
+                first, stop = max(0, int(used[0]) - taps + 1), min(self.size[0], int(used[-1]) + 1)
+                shares = [self.depth[first + tap : stop + tap, chunk] for tap in range(taps)]
+                yield chunk, slice(first, stop), shares
 
     def read(self, chunk: slice) -> Tensor:
         """Return a chunk as images [B · slices, C, H + 2, W + 2], channels last."""
