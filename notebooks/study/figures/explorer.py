@@ -68,10 +68,8 @@ def show_probabilities(own: Sequence[Path], committed: Sequence[Path]) -> widget
         committed: Further ones, which only an interactive session offers.
 
     Returns:
-        The widget, or None if the figure is static or there is no file.
-
-    Raises:
-        InputError: A file is no scoring.
+        The widget, or None if the figure is static or there is no file. A file that is no scoring
+        raises `InputError`.
     """
     return _show(own, committed, lambda path: probability_view(read_evidence(path)))
 
@@ -123,7 +121,7 @@ def probability_view(evidence: Evidence) -> View:
             {"more where D is high": 1.0, "more where D is low": -1.0},
             float(np.sign(settings.get("direction", 1.0))),
         ),
-        "smooth": _check_box(bool(settings.get("smooth", True)), "smooth with the kernel"),
+        "smooth": _check_box(settings.get("smooth", True), "smooth with the kernel"),
     }
     for index, name in enumerate(rates):
         title = f"failure rate of {scenarios.modalities[index]}"
@@ -163,13 +161,10 @@ def _show(
     if not titles:
         print("nothing to show: no such file was written, and none is committed")
         return None
-    first = views[titles[0]]
     if not live:
         print("shown:", titles[0])
-        first.draw(**{**first.values(), **first.static})
+        views[titles[0]].draw(**{**views[titles[0]].values(), **views[titles[0]].static})
         return None
-    if len(titles) == 1:
-        return first.panel()
 
     @cache
     def panel(title: str) -> widgets.Widget:
