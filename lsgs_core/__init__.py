@@ -1,7 +1,9 @@
 """Latent-space guided scenario sampling (LSGS): the method and its backbones.
 
 The names below are the stable public interface. Each is imported when it is first used, so that
-`import lsgs_core` costs nothing.
+`import lsgs_core` costs nothing. An argument of another type, shape or range, or that is not
+finite, raises `InputError` everywhere; a function's `Raises` says what else does. Letters in shapes
+are K scenarios of M modalities, N patches, and B samples in a batch.
 """
 
 from importlib import import_module

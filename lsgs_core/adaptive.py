@@ -1,10 +1,14 @@
 """Samplers that adapt to the loss of each sample, or to the network itself.
 
 The loss of a sample is its cross-entropy, averaged over the pixels that count. What a sampler
-learns is its state, which is saved with the training state.
-"""
+learns is its state, which is saved with the training state. Arguments that several samplers have:
 
-from __future__ import annotations
+- `prior`: Prior probabilities of the scenarios, [K].
+- `mixing`: gamma as in LSGS, the weight of q in p = (1 - mixing) prior + mixing q, from 0 to 1.
+- `step`: Step size eta of the updates, from 0 to 100.
+- `memory`: Weight of the past in running averages, from 0 to 1.
+- `kernel`: Kernel between scenarios, [K, K].
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -33,11 +37,7 @@ def _range(field: str, value: float, least: float, most: float) -> float:
 def _observed(
     scenario: NDArray[np.int64], loss: NDArray[np.float64], p: Probabilities
 ) -> Iterator[tuple[int, float]]:
-    """Return scenario and loss of each sample, in their order.
-
-    Raises:
-        InputError: A scenario is unknown or has a probability of 0, or a loss is not finite.
-    """
+    """Return scenario and loss of each sample, in their order."""
     indices = array_of("scenario", scenario, "iu", [None])
     losses = real_numbers("loss", loss, [len(indices)])
     for k, value in zip(indices, losses, strict=True):
@@ -48,19 +48,12 @@ def _observed(
 
 
 class LossProportional(ScenarioSampler):
-    """Scenarios of high loss more often: p = (1 - mixing) prior + mixing softmax(tau z(loss)).
+    """Scenarios of high loss more often: q is proportional to prior exp(tau z(loss)).
 
     The loss of a scenario is the exponential moving average of the training losses of its samples;
     z standardises it over the scenarios. A scenario without a sample has the mean of the others.
-
-    Args:
-        prior: Prior probabilities, [K].
-        inverse_temperature: tau, as in LSGS.
-        mixing: gamma, as in LSGS.
-        memory: Weight of the past in the moving average, from 0 to 1.
-        kernel: Kernel between scenarios, [K, K], over which the losses are smoothed around their
-            mean, as LSGS smooths its scores; None does not smooth.
-        ridge: Ridge of the smoothing.
+    A kernel smooths the losses around their mean with that ridge, as LSGS smooths its scores; tau
+    is the inverse temperature.
     """
 
     _kept: tuple[str, ...] = ("average", "count")
@@ -100,10 +93,8 @@ class LossProportional(ScenarioSampler):
             return self.prior
         if self.kernel is not None:
             loss = smooth_scores(self.kernel, loss - loss.mean(), self.ridge)
-        q = scipy.special.softmax(
-            _logarithm(self.prior) + self.inverse_temperature * standardise(loss)
-        )
-        return (1 - self.mixing) * self.prior + self.mixing * q
+        logits = _logarithm(self.prior) + self.inverse_temperature * standardise(loss)
+        return (1 - self.mixing) * self.prior + self.mixing * scipy.special.softmax(logits)
 
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
         """Update the averages in the order of the batch."""
@@ -117,13 +108,7 @@ class GroupDRO(ScenarioSampler):
 
     q starts as the prior, and q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
     2020, Algorithm 1, with scenarios as groups). Their group is drawn uniformly and its loss is
-    weighted by q; here it is drawn from p = (1 - mixing) prior + mixing q, so that an observed loss
-    is divided by K p_k.
-
-    Args:
-        prior: Prior probabilities, [K].
-        step: Step size eta.
-        mixing: Weight of q.
+    weighted by q; here it is drawn from p, so that an observed loss is divided by K p_k.
     """
 
     _kept = ("log_weights",)
@@ -154,16 +139,8 @@ class KernelGroupDRO(LossProportional):
     With many scenarios each is drawn seldom, and its loss is known badly. The running means of the
     losses are therefore smoothed by kernel ridge regression, K (K + ridge I)^-1, around their mean;
     the ridge is the likeliest one for the losses so far (`probabilities.likeliest_ridge`). Every
-    step then multiplies q_k by exp(step * smoothed loss_k / K) for all scenarios. As in `GroupDRO`,
-    p = (1 - mixing) prior + mixing q.
-
-    Args:
-        prior: Prior probabilities, [K].
-        start: First q, such as p of LSGS, [K].
-        kernel: Kernel between scenarios, [K, K].
-        step: Step size.
-        mixing: Weight of q.
-        memory: Weight of the past in the running means.
+    step then multiplies q_k by exp(step * smoothed loss_k / K) for all scenarios. The first q is
+    `start`, such as p of LSGS, [K].
     """
 
     _kept = ("average", "count", "log_weights", "ridge")
@@ -204,14 +181,8 @@ class Exp3S(ScenarioSampler):
 
     The formulas are those of Graves et al. 2017, section 2.2, after Auer et al. 2002. The reward of
     a sample is its learning progress: the running average of its scenario's loss minus its loss,
-    rescaled to [-1, 1] by the 20th and 80th percentile of the latest rewards.
-
-    Args:
-        prior: Prior probabilities, [K], which exploration draws from.
-        step: Step size eta.
-        exploration: Weight epsilon of the prior.
-        memory: Weight of the past in the running averages.
-        window: Number of rewards from which the percentiles are computed.
+    rescaled to [-1, 1] by the 20th and 80th percentile of the latest rewards, of which there are
+    `window`. The weight of the prior is epsilon, the exploration.
     """
 
     _kept = ("log_weights", "average", "seen", "rewards", "time")
@@ -266,13 +237,10 @@ class Exp3S(ScenarioSampler):
 
 
 class Curriculum(ScenarioSampler):
-    """Easy scenarios first: p is proportional to prior * exp(-strength * z(D)), then to the prior.
+    """Easy scenarios first: p is proportional to prior * exp(-beta * z(D)), then to the prior.
 
-    Args:
-        distortion: D, [K]; z standardises it.
-        prior: Prior probabilities, [K].
-        epochs: Number of epochs in which the strength decreases linearly to 0.
-        strength: Strength beta in the first epoch.
+    z standardises the distortion D, [K]. beta is the strength in the first epoch, and decreases
+    linearly to 0 in this number of epochs.
     """
 
     def __init__(
@@ -293,13 +261,8 @@ class Curriculum(ScenarioSampler):
 class Online(ScenarioSampler):
     """LSGS whose distortions are measured again every few epochs, on the network of that time.
 
-    Args:
-        probabilities: p of the pretrained network, [K], used until the first measurement.
-        measure: Scores the network that is being trained and returns p, [K].
-        every: Number of epochs between two measurements.
-
-    Raises:
-        InputError: `every` is below 1, or `measure` is no function.
+    The probabilities of the pretrained network, [K], are used until the first measurement; it
+    scores the network that is being trained and returns p, [K].
     """
 
     _kept = ("current", "measured")

@@ -22,9 +22,6 @@ class Batch:
         block_ids: int64 [B], the spatial block of each patch.
         seen: bool [B, M, H, W], True for pixels that a modality observes. None means that an
             available modality observes every pixel.
-
-    Raises:
-        InputError: A field is no tensor, or has another shape or kind of numbers.
     """
 
     images: tuple[torch.Tensor, ...]
@@ -60,20 +57,15 @@ class Batch:
                 raise InputError(f"{name}: expected booleans, or whole numbers for identifiers")
         if self.target is not None:
             check_type("target", self.target, torch.Tensor)
-            expected = [count, *([None] if self.target.ndim == 4 else []), *size]
-            check_shape("target", self.target, expected)
+            classes = [None] if self.target.ndim == 4 else []
+            check_shape("target", self.target, [count, *classes, *size])
 
     def counted(self, present: torch.Tensor) -> torch.Tensor:
         """Return the pixels that count in losses and metrics, bool [B, H, W].
 
-        These have a label and are observed by at least one modality that the network receives: no
-        network can be blamed for a pixel that clouds hide from all its inputs.
-
-        Args:
-            present: bool [B, M], the modalities that the network receives.
-
-        Raises:
-            InputError: The batch has no `valid`, or `present` has another form than `available`.
+        These have a label and are observed by at least one modality that the network receives
+        (`present`, bool [B, M]): no network can be blamed for a pixel that clouds hide from all its
+        inputs. Without `valid`, or where `present` has another form, `InputError` is raised.
         """
         check_type("valid", self.valid, torch.Tensor)
         check_type("present", present, torch.Tensor)
@@ -88,10 +80,10 @@ class Batch:
     @property
     def complete(self) -> torch.Tensor:
         """Return the patches in which all modalities observe the same pixels, bool [B]."""
-        all_available = self.available.all(dim=1)
-        if self.seen is None:
-            return all_available
-        return all_available & (self.seen.all(dim=1) == self.seen.any(dim=1)).flatten(1).all(dim=1)
+        complete = self.available.all(dim=1)
+        if self.seen is not None:
+            complete &= (self.seen.all(dim=1) == self.seen.any(dim=1)).flatten(1).all(dim=1)
+        return complete
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with all its tensors on `device`."""

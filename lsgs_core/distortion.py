@@ -5,8 +5,6 @@ With z(x, k) the latent of patch x under scenario k, d_k(x) is the mean over all
 scenario scoring). The network is in evaluation mode, so that D of the full scenario is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -60,19 +58,12 @@ class ScenarioScores:
 
 @dataclass(frozen=True)
 class BatchScores:
-    """The scores of one batch with B complete patches, for the K scenarios that are measured.
+    """The scores of one batch with B complete patches, for the K scenarios that are measured."""
 
-    Attributes:
-        distortion: d_k(x), float64 [B, K].
-        shift: Sum over the patches of their mean latent shift, float64 [K, C].
-        patch_ids: Identifiers of the patches, int64 [B].
-        block_ids: Spatial block of each patch, int64 [B].
-    """
-
-    distortion: NDArray[np.float64]
-    shift: NDArray[np.float64]
-    patch_ids: NDArray[np.int64]
-    block_ids: NDArray[np.int64]
+    distortion: NDArray[np.float64]  # d_k(x), [B, K]
+    shift: NDArray[np.float64]  # sum over the patches of their mean latent shift, [K, C]
+    patch_ids: NDArray[np.int64]  # [B]
+    block_ids: NDArray[np.int64]  # [B]
 
 
 def score_scenarios(
@@ -104,9 +95,6 @@ def score_scenarios(
         progress: True shows a progress bar over the batches.
         scenario_budget: Measure so many scenarios, and predict the others by
             `regression.regress_scenarios`; 0 measures all.
-
-    Returns:
-        Distortions with clustered standard errors, and the values that later steps use.
 
     Raises:
         InputError: No patch is complete, batches or latents have another form, a latent is not
@@ -144,20 +132,19 @@ def score_batches(
         raise InputError("model: expected a method `latent`; see `HookedModel` for other networks")
     check_type("scenarios", scenarios, ScenarioSet)
     check_type("progress", progress, bool)
-    if isinstance(batches, Tensor | Batch | np.ndarray | Mapping) or not hasattr(
-        batches, "__iter__"
-    ):
+    single = isinstance(batches, Tensor | Batch | np.ndarray | Mapping)
+    if single or not hasattr(batches, "__iter__"):
         raise InputError(f"batches: expected a list of batches, found {type(batches).__name__}")
     tensors = [*model.parameters(), *model.buffers()]
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    devices = [tensor.device for tensor in tensors]
-    names = {str(place) for place in devices} | {place.type for place in devices}
+    devices = [tensor.device for tensor in tensors] or [torch.device("cpu")]
     if device is not None:
         check_type("device", device, torch.device, str)
-    if device is not None and str(device) not in (names or {"cpu"}):
-        expected = sorted(names or {"cpu"})
-        raise InputError(f"device: expected {expected}, as the model has, found {shown(device)}")
-    target = torch.device(device or next(iter(devices), "cpu"))
+        expected = sorted({str(place) for place in devices} | {place.type for place in devices})
+        if str(device) not in expected:
+            found = f"as the model has, found {shown(device)}"
+            raise InputError(f"device: expected {expected}, {found}")
+    target = torch.device(device or devices[0])
     measured = measured_scenarios(scenarios, scenario_budget)
     masks = torch.tensor(scenarios.masks[measured], device=target)
     position = 0  # of the first patch of a batch
@@ -205,8 +192,7 @@ def joined_scores(
     latent_shift = np.sum([part.shift for part in parts], axis=0) / len(patch_distortion)
     predictive_error = np.zeros(len(scenarios))
     if len(measured) < len(scenarios):
-        means = patch_distortion.mean(axis=0)
-        regression = regress_scenarios(scenarios.masks, measured, means)
+        regression = regress_scenarios(scenarios.masks, measured, patch_distortion.mean(axis=0))
         patch_distortion = patch_distortion @ regression.weights.T
         latent_shift = regression.weights @ latent_shift
         predictive_error = regression.error
@@ -225,22 +211,12 @@ def joined_scores(
 def clustered_standard_error(
     values: NDArray[np.float64], clusters: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return the standard error of the mean when values within a cluster are dependent.
+    """Return the standard error of the mean of values [N, K] that depend within a cluster, [K].
 
     Overlapping patches of one block observe the same pixels, so that the block is the independent
     unit. With G clusters, se^2 = G / (G - 1) * sum over clusters of (sum of residuals)^2 / N^2,
     which is the sandwich estimator of Liang and Zeger (1986) for a mean. It is the usual standard
-    error when each value is a cluster of its own.
-
-    Args:
-        values: One row per observation, [N, K].
-        clusters: Cluster of each observation, [N].
-
-    Returns:
-        Standard error of each column, float64 [K]; NaN for a single cluster.
-
-    Raises:
-        InputError: The values are not finite, or an array has another shape.
+    error when each value is a cluster of its own, and NaN for a single cluster.
     """
     values = real_numbers("values", values, [None, None])
     clusters = array_of("clusters", clusters, "iu", [len(values)])
@@ -257,12 +233,10 @@ def clustered_standard_error(
 def _evaluation_mode(model: nn.Module) -> Iterator[Any]:
     """Give the network, or its copy for scoring, in evaluation mode, and restore all modes.
 
-    Raises:
-        InputError: Another thread is scoring a network that shares a module with this one.
+    Another thread that is scoring a network that shares a module with this one is an `InputError`.
     """
-    scored: Any = model
-    if hasattr(scored, "for_scoring"):
-        scored = scored.for_scoring()
+    network: Any = model
+    scored = network.for_scoring() if hasattr(network, "for_scoring") else network
     with _lock:
         modes = {module: module.training for module in scored.modules()}
         if not _in_use.isdisjoint(modes):
@@ -279,19 +253,14 @@ def _evaluation_mode(model: nn.Module) -> Iterator[Any]:
 
 
 def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
-    """Return an item of `batches` as a batch of `count` modalities in one of the model's dtypes.
-
-    Raises:
-        InputError: The item has another form, such as the images of a single batch have.
-    """
+    """Return an item of `batches` as a batch of `count` modalities in one of the model's dtypes."""
     images: Any = item.images if isinstance(item, Batch) else item
     if isinstance(images, Tensor) and images.ndim == 5:
         images = images.unbind(dim=1)
     right = isinstance(images, list | tuple) and len(images) == count
+    right = right and all(isinstance(image, Tensor) and image.ndim == 4 for image in images)
     if not right or not all(
-        isinstance(image, Tensor)
-        and image.ndim == 4
-        and len(image) == len(images[0])
+        len(image) == len(images[0])
         and image.is_floating_point()
         and (not dtypes or image.dtype in dtypes)
         for image in images
@@ -301,10 +270,9 @@ def _checked(item: Any, count: int, dtypes: set[torch.dtype]) -> Batch:
             f"batches: expected {count} tensors [B, D_m, H, W] or one [B, {count}, D, H, W] of "
             f"{names} in each, found {_form(images)}"
         )
-    shape = len(images[0]), count
-    if not isinstance(item, Batch):
-        return Batch(tuple(images), torch.ones(shape, dtype=torch.bool))
-    return item
+    if isinstance(item, Batch):
+        return item
+    return Batch(tuple(images), torch.ones(len(images[0]), count, dtype=torch.bool))
 
 
 def _form(value: Any) -> str:
@@ -322,11 +290,10 @@ def _complete_patches(
     """Return images, identifiers and blocks of the complete patches."""
     keep = batch.complete.cpu()
     images = [image if bool(keep.all()) else image[keep] for image in batch.images]
-    ids = np.arange(position, position + len(keep))
-    if batch.patch_ids is not None:
-        ids = batch.patch_ids.cpu().numpy().astype(np.int64)
-    blocks = ids if batch.block_ids is None else batch.block_ids.cpu().numpy().astype(np.int64)
-    return images, ids[keep.numpy()], blocks[keep.numpy()]
+    numbers = torch.arange(position, position + len(keep))
+    ids = numbers if batch.patch_ids is None else batch.patch_ids.cpu().long()
+    blocks = ids if batch.block_ids is None else batch.block_ids.cpu().long()
+    return images, ids[keep].numpy(), blocks[keep].numpy()
 
 
 def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Iterator[Tensor]:

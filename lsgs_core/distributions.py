@@ -4,8 +4,6 @@ Each function returns p as float64 [K]. `lsgs_core.methods` says which method us
 `lsgs_core.adaptive` has the samplers that change during training.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import scipy.optimize
 import scipy.special
@@ -23,9 +21,6 @@ def bernoulli(scenarios: ScenarioSet, keep: float) -> Probabilities:
     """Return p when each modality is kept independently, until at least one is (ModDrop).
 
     The method is that of Neverova et al. 2016. It is uniform over the scenarios at a rate of 1/2.
-
-    Raises:
-        InputError: The probability `keep` of a modality is not between 0 and 1.
     """
     check_type("scenarios", scenarios, ScenarioSet)
     keep = check_number("keep", keep, lambda x: 2**-53 <= x < 1, "a number between 0 and 1")
@@ -33,19 +28,14 @@ def bernoulli(scenarios: ScenarioSet, keep: float) -> Probabilities:
 
 
 def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probabilities:
-    """Return p when sensors fail independently and at least one of them works.
-
-    Raises:
-        InputError: The failure rates are not one number from 0 to 1 per modality, or all are 1.
-    """
+    """Return p when sensors fail independently, at rates [M], and at least one of them works."""
     check_type("scenarios", scenarios, ScenarioSet)
     rates = real_numbers("failure_rates", failure_rates)
     count = len(scenarios.modalities)
     if rates.shape != (count,) or not ((rates >= 0) & (rates <= 1)).all() or (rates == 1).all():
-        raise InputError(
-            f"failure_rates: expected {count} numbers from 0 to 1, not all 1, "
-            f"found {shown(np.round(rates, 6).tolist())}"
-        )
+        expected = f"{count} numbers from 0 to 1, not all 1"
+        found = shown(np.round(rates, 6).tolist())
+        raise InputError(f"failure_rates: expected {expected}, found {found}")
     weights = np.where(scenarios.masks, 1 - rates, rates).prod(axis=1)
     return weights / weights.sum()
 
@@ -54,9 +44,6 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
     """Return the deployment prior of failure rates written as "RGB:0.1,SWIR:0.3".
 
     A sensor without a rate never fails. The prior of an empty text is None.
-
-    Raises:
-        InputError: A name is repeated or unknown, or a rate is no number from 0 to 1.
     """
     check_type("failure_rates", text, str)
     check_type("scenarios", scenarios, ScenarioSet)
@@ -66,10 +53,8 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.partition(":"))
         if name not in scenarios.modalities or name in rates:
-            raise InputError(
-                f"failure_rates: expected some of {list(scenarios.modalities)}, each once, "
-                f"found {shown(name)}"
-            )
+            expected = f"some of {list(scenarios.modalities)}, each once"
+            raise InputError(f"failure_rates: expected {expected}, found {shown(name)}")
         try:
             rates[name] = float(number)
         except ValueError:
@@ -91,28 +76,24 @@ def by_cardinality(scenarios: ScenarioSet, target: ArrayLike) -> Probabilities:
     def excess(beta: float) -> float:
         return float(scipy.special.softmax(beta * missing) @ missing) - expected
 
-    bound = 50.0
-    if not excess(-bound) < 0 < excess(bound):  # all probability is on one cardinality
+    if not excess(-50.0) < 0 < excess(50.0):  # all probability is on one cardinality
         only = missing == round(expected)
-        return np.where(only, 1.0, 0.0) / only.sum()
-    return scipy.special.softmax(scipy.optimize.brentq(excess, -bound, bound) * missing)
+        return only / only.sum()
+    return scipy.special.softmax(scipy.optimize.brentq(excess, -50.0, 50.0) * missing)
 
 
 def permuted(
     scenarios: ScenarioSet, target: ArrayLike, seed: int, within_cardinality: bool
 ) -> Probabilities:
-    """Return p assigned to other scenarios at random: a control for the information in D.
+    """Return p, the target, assigned to other scenarios at random: a control for what D says.
 
-    Args:
-        scenarios: K scenarios.
-        target: Probabilities p to permute, [K].
-        seed: Random seed of the permutation, which is never the identity.
-        within_cardinality: True permutes only scenarios with the same number of modalities.
+    The permutation is never the identity. Within the cardinality, only scenarios with the same
+    number of modalities are exchanged.
     """
     check_type("scenarios", scenarios, ScenarioSet)
     check_type("within_cardinality", within_cardinality, bool)
     p = check_probabilities(target, len(scenarios))
-    groups = scenarios.missing if within_cardinality else np.zeros(len(scenarios), dtype=np.int64)
+    groups = scenarios.missing if within_cardinality else 0 * scenarios.missing
     random = generator("permutation", seed)
     order = np.arange(len(p))
     while (order == np.arange(len(p))).all():
@@ -131,10 +112,7 @@ def dirichlet(count: int, seed: int, concentration: float) -> Probabilities:
 
 
 def coverage(
-    utility: ArrayLike,
-    kernel: NDArray[np.float64],
-    mixing: float,
-    prior: ArrayLike | None = None,
+    utility: ArrayLike, kernel: NDArray[np.float64], mixing: float, prior: ArrayLike | None = None
 ) -> Probabilities:
     """Return coverage sampling, in which every scenario is near to scenarios that are drawn.
 
@@ -148,14 +126,7 @@ def coverage(
         kernel: Kernel between scenarios, [K, K], such as `rbf_kernel` of their latent shifts.
         mixing: Weight of q, from 0 to 1.
         prior: Distribution that is mixed with q, [K]; None is uniform. A scenario of prior 0 does
-            not count.
-
-    Returns:
-        p, or the prior where all utilities are 0. Where scenarios are exactly alike, p is one of
-        several equally good answers.
-
-    Raises:
-        InputError: A number is out of its range, or the problem could not be solved.
+            not count. p is the prior where all utilities are 0.
     """
     weights = real_numbers("utility", utility, [None])
     count = len(weights)
@@ -205,12 +176,10 @@ def _cover(weights: Probabilities, kernel: NDArray[np.float64]) -> Probabilities
         options={"ftol": 1e-15, "maxiter": 1000},
     )
     q = normalised(solved.x)
-    if factors(q).max() - 1 < COVERAGE_GAP:
-        return q
-    q = (q + 1 / count) / 2  # the update never changes a 0
-    for _ in range(200_000):
+    for step in range(200_000):
         update = factors(q)
         if update.max() - 1 < COVERAGE_GAP:
             return q
-        q = normalised(q * update)
+        # The update never changes a 0.
+        q = normalised(q * update) if step else (q + 1 / count) / 2
     raise InputError("coverage: the optimisation did not converge; try a shorter lengthscale")

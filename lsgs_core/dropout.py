@@ -1,7 +1,5 @@
 """The method in a training loop of one's own: which modalities each sample has."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +28,6 @@ class ScenarioDropout:
         seed: Random seed of the run; it, `stream` and `stage` are those of `draw_scenarios`.
         stream: Purpose of the random numbers.
         stage: Stage of the training.
-
-    Raises:
-        InputError: The sampler draws other scenarios than these, or an argument is wrong.
 
     Example:
         >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])
@@ -89,9 +84,6 @@ class ScenarioDropout:
             indices: Index of each sample in its data set, [B].
             epoch: Epoch, counted from 0.
             available: bool [B, M], the modalities that a sample has files of; None is all.
-
-        Raises:
-            InputError: An argument has another form, or as `draw_scenarios`.
         """
         check_type("images", images, Sequence)
         present = torch.from_numpy(self.scenarios.masks[self.draw(indices, epoch, available)])
@@ -107,9 +99,6 @@ class ScenarioDropout:
             loss: Loss of each sample, [B]. NaN stands for a sample without a labelled pixel, which
                 is skipped.
             drawn: Scenario of each sample, int64 [B]; None takes those of the last draw, once.
-
-        Raises:
-            InputError: There are more or fewer losses than samples, or a loss is infinite.
         """
         scenario = self._drawn if drawn is None else array_of("drawn", drawn, "iu", [None])
         self._drawn = self._drawn[:0]

@@ -1,7 +1,5 @@
 """The exception for input that a user can correct, and the checks of arguments that raise it."""
 
-from __future__ import annotations
-
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +14,9 @@ Shape = Sequence[int | None]  # None stands for any length
 
 
 class InputError(ValueError):
-    """A file, field or parameter is not what it has to be.
+    """One sentence that names a file, field or parameter, what was expected and what was found.
 
-    The message is one sentence that names the file or field, says what was found and what was
-    expected. It is raised before any long computation starts.
+    It is raised before any long computation starts.
     """
 
 
@@ -36,11 +33,7 @@ def shown(value: Any) -> str:
 
 
 def real_numbers(field: str, values: Any, shape: Shape | None = None) -> NDArray[np.float64]:
-    """Return numbers as a new float64 array.
-
-    Raises:
-        InputError: The values are no array of finite real numbers, or have another shape.
-    """
+    """Return finite real numbers as a new float64 array; else raise `InputError`."""
     try:
         array = np.asarray(values)
         if array.dtype.kind not in "iuf":
@@ -56,10 +49,9 @@ def real_numbers(field: str, values: Any, shape: Shape | None = None) -> NDArray
 
 
 def array_of(field: str, values: Any, kinds: str, shape: Shape) -> NDArray[Any]:
-    """Return an array of booleans (kinds "b") or integers ("iu"); an empty list fits both.
+    """Return an array of booleans (kinds "b") or integers ("iu"); else raise `InputError`.
 
-    Raises:
-        InputError: The values are of another kind or have another shape.
+    An empty list fits both.
     """
     try:
         array = np.asarray(values)
@@ -76,10 +68,8 @@ def array_of(field: str, values: Any, kinds: str, shape: Shape) -> NDArray[Any]:
 def check_shape(field: str, array: Any, shape: Shape | None) -> None:
     """Raise `InputError` where an array or tensor has another shape than expected."""
     found = list(array.shape)
-    if shape is not None and (
-        len(found) != len(shape)
-        or any(n not in (None, m) for n, m in zip(shape, found, strict=True))
-    ):
+    fitted = [m if n is None else n for n, m in zip(shape or [], found, strict=False)]
+    if shape is not None and (fitted != found or len(found) != len(shape)):
         lengths = ", ".join("any" if n is None else str(n) for n in shape)
         raise InputError(f"{field}: expected shape [{lengths}], found {found}")
 
@@ -96,9 +86,8 @@ def check_count(field: str, value: Any, least: int = 1, most: int = LARGEST_COUN
     """Return an integer within limits, which no boolean is; else raise `InputError`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or not least <= int(value) <= most:
-        raise InputError(
-            f"{field}: expected an integer from {least} to {most}, found {shown(value)}"
-        )
+        expected = f"an integer from {least} to {most}"
+        raise InputError(f"{field}: expected {expected}, found {shown(value)}")
     return int(value)
 
 

@@ -4,8 +4,6 @@ A new method is one function in this file, which turns the scoring of a pretrain
 sampler.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,8 +41,7 @@ class Evidence:
         distortion: D, [K]; None where the authors' scoring file does not contain it.
         latent_shift: Mean shift of the latent per channel, [K, C]; None as above.
         prior: Probability of each scenario in deployment, [K]; None is the paper's uniform prior.
-        settings: Settings of the scoring: direction, lengthscale, ridge, inverse_temperature,
-            mixing and smooth.
+        settings: Settings of the scoring, by the names in `SETTINGS`.
         descriptor: What the kernel compared; see `scenario_descriptors`.
         seed: Random seed of the run, for methods that draw their distribution.
         epochs: Number of epochs of the run.
@@ -52,9 +49,6 @@ class Evidence:
         measure: Scores the network in training and returns p, [K], for methods that measure again.
         prediction_distortion: D measured at the prediction instead of the latent, [K]; None where
             it was not measured (`lsgs_core.models.adapter.PredictionModel`).
-
-    Raises:
-        InputError: A field has another type or shape, or is out of its range.
     """
 
     scenarios: ScenarioSet
@@ -76,11 +70,10 @@ class Evidence:
         check_probabilities(self.probabilities, count)
         if self.prior is not None:
             check_probabilities(self.prior, count, "prior")
-        for name in ("distortion", "prediction_distortion"):
+        for name in ("distortion", "prediction_distortion", "latent_shift"):
             if getattr(self, name) is not None:
-                real_numbers(name, getattr(self, name), [count])
-        if self.latent_shift is not None:
-            real_numbers("latent_shift", self.latent_shift, [count, None])
+                shape = [count, None] if name == "latent_shift" else [count]
+                real_numbers(name, getattr(self, name), shape)
         check_type("settings", self.settings, Mapping)
         for name, value in self.settings.items():
             check_choice("settings", name, SETTINGS)
@@ -93,11 +86,7 @@ class Evidence:
             check_type("measure", self.measure, Callable)
 
     def required(self, name: str) -> Any:
-        """Return an attribute that a method needs.
-
-        Raises:
-            InputError: The attribute is None.
-        """
+        """Return an attribute that a method needs; raise `InputError` where it is None."""
         check_choice("name", name, vars(self))
         value = getattr(self, name)
         if value is None:
@@ -125,16 +114,13 @@ class Evidence:
     ) -> FixedSampler:
         """Return LSGS with other settings than those of the scoring, or from another score.
 
-        Args:
-            descriptor: What the kernel compares; "" takes that of the scoring.
-            measured: "distortion" or "prediction_distortion".
-            **changes: Arguments of `scenario_probabilities` that differ.
+        The measured score is "distortion" or "prediction_distortion". A descriptor of "", and
+        changes of None to arguments of `scenario_probabilities`, are those of the scoring.
         """
-        distortion = self.required(measured)
-        rows = scenario_descriptors(
-            descriptor or self.descriptor, self.scenarios.masks, distortion, self.latent_shift
-        )
-        settings: dict[str, Any] = {"prior": self.prior, **self.settings, **changes}
+        distortion, kind = self.required(measured), descriptor or self.descriptor
+        rows = scenario_descriptors(kind, self.scenarios.masks, distortion, self.latent_shift)
+        settings: dict[str, Any] = {"prior": self.prior, **self.settings}
+        settings |= {name: value for name, value in changes.items() if value is not None}
         result = scenario_probabilities(distortion, descriptors=rows, **settings)
         return FixedSampler(result.probabilities)
 
@@ -149,22 +135,16 @@ def without_evidence(scenarios: ScenarioSet) -> Evidence:
 class Method:
     """A method of fine-tuning.
 
-    Attributes:
-        title: Name in tables and figures.
-        about: One line for the table of methods.
-        family: Its role in this study, one of `FAMILIES`; it decides the colour in figures.
-        sampler: Function that builds the sampler of the scenarios.
-        low_rank: True trains low-rank updates (LoRA) instead of all weights.
-        stream: Purpose of the random numbers that scenarios are drawn with. All methods share one,
-            so that their draws agree where their probabilities do; the second uniform arm differs.
+    All methods share one stream, so that their draws agree where their probabilities do; the second
+    uniform arm differs.
     """
 
-    title: str
-    about: str
-    family: str
+    title: str  # in tables and figures
+    about: str  # one line for the table of methods
+    family: str  # its role in this study, one of `FAMILIES`; it decides the colour in figures
     sampler: Callable[[Evidence], ScenarioSampler]
-    low_rank: bool = False
-    stream: str = "scenario"
+    low_rank: bool = False  # True trains low-rank updates (LoRA) instead of all weights
+    stream: str = "scenario"  # purpose of the random numbers that scenarios are drawn with
 
 
 METHODS: dict[str, Method] = {}
@@ -179,9 +159,7 @@ def method(
 ) -> Callable[..., Any]:
     """Return the decorator that enters a function into `METHODS` under its own name.
 
-    Raises:
-        InputError: The family is unknown, or the function has no docstring, whose first line is
-            shown in tables.
+    Arguments are those of `Method`; the first line of the function's docstring is its `about`.
     """
     check_type("title", title, str)
     check_choice("family", family, FAMILIES)
@@ -198,34 +176,28 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """Return the method of a name, with the settings that follow it.
+    """Return the method of a name, such as "lsgs" or "group_dro@mixing=1@step=50".
 
-    Args:
-        name: Such as "lsgs", or "lsgs@mixing=1@inverse_temperature=2": the settings are the
-            keyword arguments of the method's function, non-negative numbers.
-
-    Raises:
-        InputError: The name is unknown (the message lists the methods), or a setting is.
+    The settings that follow "@" are the keyword arguments of the method's function, non-negative
+    numbers.
     """
     check_type("method", name, str)
     own, *texts = name.split("@")
     check_choice("method", own, METHODS)
-    settings: dict[str, float] = {}
+    chosen, settings = METHODS[own], dict[str, float]()
+    _, *possible = signature(chosen.sampler).parameters
     for text in texts:
         setting, _, number = text.partition("=")
-        check_choice(
-            f"method {own}: setting", setting, [*signature(METHODS[own].sampler).parameters][1:]
-        )
+        check_choice(f"method {own}: setting", setting, possible)
         # One way to write a number: two names of one method would be two runs.
         right = re.fullmatch(r"(0|[1-9][0-9]{0,8})(\.[0-9]{0,8}[1-9])?", number)
         if not right or setting in settings:
             raise InputError(f"method {own}: expected one number for {setting}, found {name!r}")
         settings[setting] = float(number)
     if not settings:
-        return METHODS[own]
-    described = ", ".join(f"{setting} = {number:g}" for setting, number in settings.items())
-    sampler = partial(METHODS[own].sampler, **settings)
-    return replace(METHODS[own], title=f"{METHODS[own].title}, {described}", sampler=sampler)
+        return chosen
+    title = ", ".join([chosen.title, *(f"{key} = {value:g}" for key, value in settings.items())])
+    return replace(chosen, title=title, sampler=partial(chosen.sampler, **settings))
 
 
 @method("uniform", "uniform")
@@ -269,9 +241,9 @@ def lsgs_prediction(
     evidence: Evidence, mixing: float | None = None, inverse_temperature: float | None = None
 ) -> ScenarioSampler:
     """LSGS from the distortion of the predictions, which networks have more in common."""
-    given = {"mixing": mixing, "inverse_temperature": inverse_temperature}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return evidence.scored(measured="prediction_distortion", **changes)
+    return evidence.scored(
+        measured="prediction_distortion", mixing=mixing, inverse_temperature=inverse_temperature
+    )
 
 
 @method("LSGS, latent shifts", "LSGS")
@@ -283,8 +255,7 @@ def lsgs_latent_shift(evidence: Evidence) -> ScenarioSampler:
 @method("cardinality", "control")
 def cardinality(evidence: Evidence) -> ScenarioSampler:
     """Depends on the number of missing modalities alone, fitted to LSGS: a control."""
-    p = distributions.by_cardinality(evidence.scenarios, evidence.probabilities)
-    return FixedSampler(p)
+    return FixedSampler(distributions.by_cardinality(evidence.scenarios, evidence.probabilities))
 
 
 @method("permuted", "control")
@@ -305,8 +276,7 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
 def coverage(evidence: Evidence) -> ScenarioSampler:
     """Coverage sampling: U is the distortion, K compares latent shifts at half the median distance.
 
-    This is the study's successor to LSGS; see `lsgs_core.distributions.coverage`. At the median
-    distance itself, q is a single scenario.
+    At the median distance itself, q is a single scenario.
     """
     shift = evidence.required("latent_shift")
     _, median = rbf_kernel(shift, "median")
@@ -337,11 +307,9 @@ def full_only(evidence: Evidence) -> ScenarioSampler:
 @method("specialist", "positive control")
 def specialist(evidence: Evidence, scenario: float = 0) -> ScenarioSampler:
     """One scenario alone, by its position: a bound of what sampling can give this scenario."""
-    position = check_number(
-        "scenario", scenario, lambda k: k in range(len(evidence.scenarios)), "a position"
-    )
     weights = np.full(len(evidence.scenarios), NEVER)
-    weights[int(position)] = 1.0
+    check_number("scenario", scenario, lambda k: k in range(len(weights)), "a position")
+    weights[int(scenario)] = 1.0
     return FixedSampler(weights / weights.sum())
 
 
@@ -368,11 +336,9 @@ def loss_proportional(
     evidence: Evidence, mixing: float | None = None, inverse_temperature: float | None = None
 ) -> ScenarioSampler:
     """Observes the training loss: scenarios with a high running mean are drawn more often."""
-    temperature = (
-        evidence.inverse_temperature if inverse_temperature is None else inverse_temperature
-    )
+    tau = evidence.inverse_temperature if inverse_temperature is None else inverse_temperature
     mixing = evidence.mixing if mixing is None else mixing
-    return adaptive.LossProportional(evidence.base, temperature, mixing)
+    return adaptive.LossProportional(evidence.base, tau, mixing)
 
 
 @method("smoothed loss", "successor")

@@ -5,8 +5,6 @@ are documented where they appear: a prior over the scenarios, descriptors other 
 distortion, the median heuristic, and a cutoff relative to the size of the scores.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,8 +68,7 @@ def scenario_probabilities(
         distortion: D, one finite non-negative number per scenario, [K].
         direction: The paper's alpha. Its size cancels in the standardisation; a positive sign
             prefers scenarios of high distortion, a negative sign those of low distortion.
-        lengthscale: Lengthscale of the RBF kernel in units of the descriptors, or "median" for the
-            median of the non-zero distances between scenarios.
+        lengthscale: As in `rbf_kernel`.
         ridge: The paper's lambda, the ridge of the kernel regression; positive.
         inverse_temperature: The paper's tau, non-negative. It is 0 for q = prior, and larger
             values concentrate q.
@@ -80,19 +77,11 @@ def scenario_probabilities(
             paper's uniform prior. A scenario of prior 0 is never drawn.
         descriptors: Features that the kernel compares, [K] or [K, F]; None takes the distortion.
         smooth: False skips the smoothing, so that r = U.
-
-    Returns:
-        Every step of the computation; `probabilities` has a sum of 1.
-
-    Raises:
-        InputError: An argument has the wrong shape, is not finite, or is out of its range.
     """
     D = _scenario_numbers("distortion", distortion)
     count = D.size
     direction = check_number("direction", direction, lambda x: x != 0, "a number other than 0")
-    inverse_temperature = check_number(
-        "inverse_temperature", inverse_temperature, lambda x: x >= 0, "0 or more"
-    )
+    tau = check_number("inverse_temperature", inverse_temperature, lambda x: x >= 0, "0 or more")
     mixing = check_number("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
     ridge = check_number("ridge", ridge, lambda x: x > 0, "a positive number")
     if not isinstance(smooth, bool | np.bool_):
@@ -113,20 +102,12 @@ def scenario_probabilities(
     smoothed = smooth_scores(kernel, utility, ridge) if smooth else utility.copy()
     standardised = standardise(smoothed)
     with np.errstate(divide="ignore", over="ignore"):  # the logarithm of a prior of 0
-        logits = np.log(base) + inverse_temperature * standardised
+        logits = np.log(base) + tau * standardised
         if not (logits < np.inf).all():
-            raise InputError(f"inverse_temperature: expected less than {inverse_temperature!r}")
+            raise InputError(f"inverse_temperature: expected less than {tau!r}")
         softmax = scipy.special.softmax(logits)
-    return ScenarioProbabilities(
-        utility=utility,
-        kernel=kernel,
-        smoothed=smoothed,
-        standardised=standardised,
-        softmax=softmax,
-        probabilities=(1 - mixing) * base + mixing * softmax,
-        prior=base,
-        lengthscale=width,
-    )
+    p = (1 - mixing) * base + mixing * softmax
+    return ScenarioProbabilities(utility, kernel, smoothed, standardised, softmax, p, base, width)
 
 
 def scenario_descriptors(
@@ -135,19 +116,10 @@ def scenario_descriptors(
     distortion: ArrayLike,
     latent_shift: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
-    """Return the features that the kernel compares, by name.
+    """Return the features that the kernel compares, float64 [K, F].
 
-    Args:
-        kind: "distortion" (as in the paper), "latent_shift" or "availability".
-        masks: Availability mask of each scenario, [K, M].
-        distortion: D, [K].
-        latent_shift: Mean shift of the latent per channel, [K, C]; None where it is unknown.
-
-    Returns:
-        float64 [K, F].
-
-    Raises:
-        InputError: The name is unknown, or it asks for latent shifts that are None.
+    Their kind is "distortion" (D, [K], as in the paper), "latent_shift" (the mean shift of the
+    latent per channel, [K, C]; None where it is unknown) or "availability" (the masks, [K, M]).
     """
     count = len(array_of("masks", masks, "b", [None, None]))
     features = {
@@ -167,14 +139,11 @@ def rbf_kernel(
 
     Args:
         descriptors: One row per scenario, [K] or [K, F].
-        lengthscale: A positive number, or "median" for the median of the non-zero distances.
+        lengthscale: A positive number in units of the descriptors, or "median" for the median of
+            the non-zero distances between scenarios.
 
     Returns:
         The kernel, float64 [K, K], and its lengthscale as a number.
-
-    Raises:
-        InputError: The descriptors are not finite or have another shape, or the lengthscale is
-            neither a positive number nor "median".
     """
     rows = real_numbers("descriptors", descriptors)
     rows = rows[:, None] if rows.ndim == 1 else rows
@@ -205,15 +174,11 @@ def smooth_scores(
 
     Args:
         kernel: Positive semi-definite K, [K, K].
-        utility: U, [K], or several columns of it, [K, F].
+        utility: U, [K], or several columns of it, [K, F]; r has the same shape.
         ridge: Positive number.
 
-    Returns:
-        r, float64 of the shape of U.
-
     Raises:
-        InputError: The ridge is too small for a singular kernel, or an argument is not finite or
-            has another shape.
+        InputError: The ridge is too small for a singular kernel.
     """
     utility = real_numbers("utility", utility)
     count = utility.shape[0] if utility.ndim in (1, 2) else 0
@@ -242,22 +207,14 @@ def likeliest_ridge(
 ) -> float:
     """Return the ridge under which scores are likeliest, among 25 from 1e-3 to 1e3.
 
-    The scores are taken for a sample of N(0, s^2 (K + ridge I)), with the likeliest s for each
-    ridge (Rasmussen and Williams 2006, equation 5.8).
-
-    Args:
-        eigenvalues: Eigenvalues of the kernel K, [K], as `numpy.linalg.eigh` returns them.
-        eigenvectors: Its eigenvectors, one in each column, [K, K].
-        utility: Scores with mean 0, [K].
-
-    Raises:
-        InputError: An argument is not finite or has another shape.
+    The scores (the utility, [K], with mean 0) are taken for a sample of N(0, s^2 (K + ridge I)),
+    with the likeliest s for each ridge (Rasmussen and Williams 2006, equation 5.8). Eigenvalues and
+    eigenvectors of the kernel K are those that `numpy.linalg.eigh` returns, [K] and [K, K].
     """
     values = real_numbers("eigenvalues", eigenvalues, [None])
     scores = real_numbers("utility", utility, [len(values)])
-    turned = real_numbers("eigenvectors", eigenvectors, [len(values)] * 2).T @ (
-        scores / _unit(scores)
-    )
+    vectors = real_numbers("eigenvectors", eigenvectors, [len(values)] * 2)
+    turned = vectors.T @ (scores / _unit(scores))
     if not turned.any():
         return 1.0
     ridges = np.logspace(-3, 3, 25)
@@ -295,9 +252,8 @@ def total_variation(first: ArrayLike, second: ArrayLike) -> float:
 def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     numbers = real_numbers(name, values)
     if numbers.ndim != 1 or numbers.size < 2 or (numbers < 0).any():
-        raise InputError(
-            f"{name}: expected one non-negative number per scenario, found {shown(values)}"
-        )
+        expected = "one non-negative number per scenario"
+        raise InputError(f"{name}: expected {expected}, found {shown(values)}")
     return numbers
 
 

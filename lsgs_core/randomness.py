@@ -1,7 +1,5 @@
 """Random numbers that depend on stage, purpose, seed, epoch and sample, in any order of drawing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -34,16 +32,8 @@ def generator(
 ) -> np.random.Generator:
     """Return the counter-based generator (Philox) of one stage, purpose, epoch and sample.
 
-    Args:
-        stream: Purpose of the numbers, a name in `STREAMS`.
-        seed: Random seed of the run, from 0 to 2^64 - 1.
-        epoch: Epoch, non-negative.
-        index: Index of the sample, non-negative.
-        stage: The stage of training that uses the numbers.
-
-    Raises:
-        InputError: The seed, epoch or index is no integer, negative or too large, or the stream or
-            stage is unknown.
+    The stream, a name in `STREAMS`, is the purpose of the numbers. Seed, epoch and the index of the
+    sample in its data set are from 0 to 2^64 - 1.
     """
     most = 2**64 - 1
     seed, epoch = check_count("seed", seed, 0, most), check_count("epoch", epoch, 0, most)

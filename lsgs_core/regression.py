@@ -6,8 +6,6 @@ availability: K_ij = exp(-sum of w_m over the modalities in which i and j differ
 with a lengthscale for each modality, so that modalities of similar content count for little.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,33 +20,21 @@ from lsgs_core.scenarios import ScenarioSet
 
 @dataclass(frozen=True)
 class ScenarioRegression:
-    """How the K scenarios follow from the S measured ones.
+    """How the K scenarios follow from the S measured ones, which keep their values.
 
-    Attributes:
-        weights: Anything linear in D, such as d_k(x), is weights @ its S measured values, [K, S];
-            measured scenarios keep their values.
-        error: Standard deviation of the predicted D, [K]; 0 where it was measured.
+    Anything linear in D, such as d_k(x), is weights @ its S measured values.
     """
 
-    weights: NDArray[np.float64]
-    error: NDArray[np.float64]
+    weights: NDArray[np.float64]  # [K, S]
+    error: NDArray[np.float64]  # standard deviation of the predicted D, [K]; 0 where measured
 
 
 def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]:
-    """Choose which scenarios are measured.
+    """Return which scenarios are measured, ascending indices, int64 [S].
 
     They are all with one modality, with all but one, and the full one. The others are shared out
     over the sizes in between, by the square root of how many each has, far from those taken so far.
-
-    Args:
-        scenarios: The scenarios.
-        budget: Number to measure, at least 2 M + 1; 0, or as many as there are, takes all.
-
-    Returns:
-        Their indices, ascending, int64 [S]; the last one is the full scenario.
-
-    Raises:
-        InputError: The budget is too small.
+    The budget S is at least 2 M + 1; 0, or as many as there are, takes all.
     """
     check_type("scenarios", scenarios, ScenarioSet)
     masks, sizes = scenarios.masks, scenarios.masks.sum(axis=1)
@@ -82,15 +68,8 @@ def regress_scenarios(
     D is taken for a sample of N(mean, s^2 (K + ridge I)) with the measured mean, and w and the
     ridge are those under which it is likeliest, with the likeliest s for each (Rasmussen and
     Williams 2006, chapters 2 and 5). As few scenarios say little of a single w, its logarithm has
-    a normal prior with mean log(1 / M) and variance 1/2.
-
-    Args:
-        masks: Availability mask of each scenario, bool [K, M].
-        measured: Indices of the measured scenarios, [S], at least two different ones.
-        distortion: Their D, [S].
-
-    Raises:
-        InputError: An argument is not finite or has another shape.
+    a normal prior with mean log(1 / M) and variance 1/2. The distortion is D of the measured
+    scenarios, [S], of which at least two are different.
     """
     masks = array_of("masks", masks, "b", [None, None])
     measured = array_of("measured", measured, "iu", [None])

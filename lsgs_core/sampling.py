@@ -7,10 +7,8 @@ Two methods with the same seed share their random numbers, so that their draws a
 their probabilities do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +28,7 @@ def draw_scenarios(
     stream: str = "scenario",
     stage: Stage = "finetuning",
 ) -> NDArray[np.int64]:
-    """Draw one scenario for each sample by the inverse of the cumulative probabilities.
+    """Draw one scenario for each sample, and return their indices, int64 [B].
 
     Args:
         probabilities: Probabilities p of the scenarios, [K], with a sum of 1.
@@ -43,9 +41,6 @@ def draw_scenarios(
             different ones.
         stage: The stage of training; pretraining and fine-tuning share no random number.
 
-    Returns:
-        Index of the scenario of each sample, int64 [B].
-
     Raises:
         InputError: p is not a distribution, or a sample can serve no scenario with p > 0.
     """
@@ -54,12 +49,10 @@ def draw_scenarios(
     rows = np.broadcast_to(p, (len(numbers), p.size))
     if servable is not None:
         rows = np.where(array_of("servable", servable, "b", rows.shape), p, 0.0)
-        impossible = rows.sum(axis=1) <= 0
-        if impossible.any():
-            raise InputError(
-                f"samples {np.asarray(indices)[impossible].tolist()}: expected files for a "
-                "scenario with p > 0, found no scenario"
-            )
+        impossible = np.asarray(indices)[rows.sum(axis=1) <= 0].tolist()
+        if impossible:
+            expected = "files for a scenario with p > 0"
+            raise InputError(f"samples {impossible}: expected {expected}, found no scenario")
     cumulative = np.cumsum(rows, axis=1)
     # Scaled by the last sum and not by 1: rounding must not leave a gap above the last scenario.
     drawn = (cumulative <= (numbers * cumulative[:, -1])[:, None]).sum(axis=1)
@@ -69,17 +62,11 @@ def draw_scenarios(
 def check_probabilities(
     probabilities: ArrayLike, count: int | None = None, name: str = "probabilities"
 ) -> Probabilities:
-    """Return p, or another distribution of that name, as float64 [K].
-
-    Raises:
-        InputError: p is not a distribution over the scenarios, of which there are `count`.
-    """
+    """Return a distribution over `count` scenarios as float64 [K]; else raise `InputError`."""
     p = real_numbers(name, probabilities)
     if p.ndim != 1 or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
-        raise InputError(
-            f"{name}: expected non-negative numbers that sum to 1, one per scenario, "
-            f"found {shown(np.round(p, 6).tolist())}"
-        )
+        expected = "non-negative numbers that sum to 1, one per scenario"
+        raise InputError(f"{name}: expected {expected}, found {shown(np.round(p, 6).tolist())}")
     if count is not None and p.size != count:
         raise InputError(f"{name}: expected one per scenario ({count}), found {p.size}")
     return p
@@ -101,20 +88,12 @@ class ScenarioSampler:
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
         """Learn from the scenario and the loss of each sample of a step, [B] each."""
 
-    def report(self) -> dict[str, float]:
-        """Return numbers for the training history, by name."""
-        return {}
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state, a dictionary for JSON."""
         return {name: np.asarray(getattr(self, name)).tolist() for name in self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state.
-
-        Raises:
-            InputError: The state belongs to another sampler or to other scenarios.
-        """
+        """Restore a saved state; raise `InputError` where it is that of another sampler."""
         check_type("training state", state, dict)
         if surplus := state.keys() - {*self._kept}:
             raise InputError(f"state: expected {self._kept} alone, found {shown(surplus)}")
@@ -127,26 +106,20 @@ class ScenarioSampler:
             except (TypeError, ValueError):
                 right = False
             if not right:
-                found = shown(state.get(name))
-                raise InputError(
-                    f"training state: expected {name} of shape {expected}, found {found}"
-                )
+                wanted, found = f"{name} of shape {expected}", shown(state.get(name))
+                raise InputError(f"training state: expected {wanted}, found {found}")
             restored[name] = values if values.ndim else float(values)
         vars(self).update(restored)
 
 
 class FixedSampler(ScenarioSampler):
-    """The same probabilities in every epoch, as in uniform sampling and in the paper's LSGS.
-
-    Args:
-        probabilities: Probabilities p of the scenarios, [K].
-    """
+    """The same probabilities in every epoch, as in uniform sampling and in the paper's LSGS."""
 
     def __init__(self, probabilities: ArrayLike) -> None:
         self._probabilities = check_probabilities(probabilities)
 
     @classmethod
-    def uniform(cls, count: int) -> FixedSampler:
+    def uniform(cls, count: int) -> Self:
         """Return uniform sampling of `count` scenarios, the standard modality dropout."""
         return cls(np.full(check_count("count", count), 1 / count))
 
@@ -159,11 +132,7 @@ class FixedSampler(ScenarioSampler):
         return {"probabilities": self._probabilities.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that the saved run drew from the same probabilities.
-
-        Raises:
-            InputError: The saved run drew from other probabilities.
-        """
+        """Raise `InputError` where the saved run drew from other probabilities."""
         check_type("training state", state, dict)
         if state != self.state_dict():
             raise InputError("training state: expected the same scenario probabilities")

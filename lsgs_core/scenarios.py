@@ -5,12 +5,11 @@ the same order everywhere (method of arXiv 2605.20372): by the number of availab
 then as `itertools.combinations` returns them. The full scenario is therefore always the last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, islice
+from itertools import combinations, compress, islice
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,16 +46,14 @@ class ScenarioSet:
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise InputError(f"modalities: expected a list of names, found {shown(names)}")
         if not 2 <= len(names) <= LARGEST_MODALITY_COUNT:
-            raise InputError(
-                f"modalities: expected 2 to {LARGEST_MODALITY_COUNT} names, found {len(names)}"
-            )
+            expected = f"2 to {LARGEST_MODALITY_COUNT} names"
+            raise InputError(f"modalities: expected {expected}, found {len(names)}")
         if len(set(names)) != len(names) or "" in names or any("+" in name for name in names):
-            raise InputError(
-                f"modalities: expected different, non-empty names without '+', found {list(names)}"
-            )
+            expected = "different, non-empty names without '+'"
+            raise InputError(f"modalities: expected {expected}, found {list(names)}")
 
     @classmethod
-    def of(cls, modalities: Iterable[str]) -> ScenarioSet:
+    def of(cls, modalities: Iterable[str]) -> Self:
         """Return the scenarios of names in any ordered iterable; errors are those of the class."""
         scalar = not isinstance(modalities, Iterable) or getattr(modalities, "ndim", 1) == 0
         if scalar or isinstance(modalities, str | Set):
@@ -66,27 +63,21 @@ class ScenarioSet:
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
         """Availability mask of each scenario, bool [K, M]; read-only."""
-        count = len(self.modalities)
-        masks = np.zeros((len(self), count), dtype=bool)
-        subsets = (s for size in range(1, count + 1) for s in combinations(range(count), size))
-        for mask, subset in zip(masks, subsets, strict=True):
-            mask[list(subset)] = True
+        places = range(len(self.modalities))
+        subsets = (subset for size in places for subset in combinations(places, size + 1))
+        masks = np.array([[place in subset for place in places] for subset in subsets])
         masks.setflags(write=False)
         return masks
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Names such as 'RGB+NIR', in the order of `masks`."""
-        return tuple(
-            "+".join(name for name, present in zip(self.modalities, mask, strict=True) if present)
-            for mask in self.masks
-        )
+        return tuple("+".join(compress(self.modalities, mask)) for mask in self.masks)
 
     def index(self, available: Sequence[bool]) -> int:
         """Return the index of the scenario in which exactly these modalities are available.
 
-        Raises:
-            InputError: There is not one boolean per modality, or no modality is available.
+        There must be one boolean per modality, at least one of them True; else raise `InputError`.
         """
         wanted = array_of("available", available, "b", [len(self.modalities)])
         if not wanted.any():

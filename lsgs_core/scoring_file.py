@@ -4,8 +4,6 @@ The authors' trainer reads `final_probs` alone, in the order of the scenarios, s
 replace theirs and theirs can be used by our fine-tuning.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,8 +58,7 @@ def published_scoring(
         model_type: Name of the backbone.
         checkpoint: Path of the weights, as it should be recorded.
         output: Path of the JSON file itself, as it should be recorded.
-        meta_info: Further values, such as foldNo (counted from 1), inputType and
-            num_training_samples.
+        meta_info: Further values, such as foldNo (counted from 1) and num_training_samples.
         prediction_distortion: D measured at the prediction, [K], where it was measured.
 
     Raises:
@@ -87,18 +84,14 @@ def published_scoring(
     if prediction_distortion is not None:
         values = real_numbers("prediction_distortion", prediction_distortion, [len(scenarios)])
         further["prediction_distortion"] = values.tolist()
-    features = scenario_descriptors(
-        descriptor, scenarios.masks, scores.distortion, scores.latent_shift
-    )
+    shift = scores.latent_shift
+    features = scenario_descriptors(descriptor, scenarios.masks, scores.distortion, shift)
+    used = {**settings, "lengthscale": numbers["lengthscale"]}
     return {
         "modelType": model_type,
         "checkpoint_path": checkpoint,
         "output_json": output,
-        "alpha": settings["direction"],
-        "tau": settings["inverse_temperature"],
-        "gamma_floor": settings["mixing"],
-        "lambda": settings["ridge"],
-        "rbf_sigma": numbers["lengthscale"],
+        **{field: used[ours] for ours, field in SETTINGS.items()},
         "scenario_names": list(scenarios.names),
         "mask_array": scenarios.masks.astype(int).tolist(),
         "meta_info": dict(meta_info),
@@ -111,7 +104,7 @@ def published_scoring(
         "softmax_probs": numbers["softmax"],
         "final_probs": numbers["probabilities"],
         # Fields of this study, for its other samplers.
-        "latent_shift": real_numbers("scores.latent_shift", scores.latent_shift).tolist(),
+        "latent_shift": real_numbers("scores.latent_shift", shift).tolist(),
         "prior": numbers["prior"],
         "descriptor": descriptor,
         **further,
@@ -159,14 +152,12 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     }
     for field, values in expected.items():
         if content.get(field, values) != values:
-            raise InputError(
-                f"{field}: expected the scenarios of {scenarios.modalities}, "
-                f"found {shown(content[field])}"
-            )
-    arrays: dict[str, Any] = {}
+            wanted, found = f"the scenarios of {scenarios.modalities}", shown(content[field])
+            raise InputError(f"{field}: expected {wanted}, found {found}")
+    fields: dict[str, Any] = {"descriptor": content.get("descriptor", "distortion")}
     for field, (ours, ndim) in ARRAYS.items():
         if field in content:
-            arrays[ours] = values = real_numbers(field, content[field])
+            fields[ours] = values = real_numbers(field, content[field])
             if values.ndim != ndim or len(values) != len(scenarios):
                 raise InputError(f"{field}: expected finite numbers for every scenario")
     settings: dict[str, Any] = {}
@@ -178,6 +169,5 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
         check_type("smooth", content["smooth"], bool)
     if content.get("lengthscale") == "median":  # used where D is measured again
         settings["lengthscale"] = "median"
-    descriptor = content.get("descriptor", "distortion")
     probabilities = check_probabilities(content["final_probs"], len(scenarios), "final_probs")
-    return Evidence(scenarios, probabilities, settings=settings, descriptor=descriptor, **arrays)
+    return Evidence(scenarios, probabilities, settings=settings, **fields)

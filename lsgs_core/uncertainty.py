@@ -1,7 +1,5 @@
 """How precisely the patches that were scored determine p, and how much the smoothing changes it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,10 +47,6 @@ def bootstrap_probabilities(
 
     Returns:
         float64 [R, K]; the standard deviations over R are the standard errors of p.
-
-    Raises:
-        InputError: There is no patch, or an argument or a result of the function is not finite, out
-            of its range or of another shape.
     """
     patch_distortion = real_numbers("patch_distortion", patch_distortion, [None, None])
     check_count("patch_distortion", len(patch_distortion))
@@ -92,11 +86,7 @@ def stopping_error(
         patches: Number N of patches of the whole pass.
 
     Returns:
-        The standard error of every p.
-
-    Raises:
-        InputError: There are fewer than two patches or more than N, or an argument or a result of
-            the function is not finite or has another shape.
+        The standard error of every p, float64 [K].
     """
     values = real_numbers("patch_distortion", patch_distortion, [None, None])
     count = check_count("patches", patches, 2, 2**53)
@@ -121,14 +111,6 @@ def stop_when_precise(
     The rule is met once the `stopping_error` of every p is at most the tolerance. The patches must
     come in random order, across blocks. The error is computed after `FEWEST_PATCHES` and then
     whenever there are a tenth more, because one that is computed often is small once by chance.
-
-    Args:
-        tolerance: Largest standard error of p that is allowed, against the whole pass.
-        to_probabilities: Function from D [K] to p.
-        patches: Number of patches of the whole pass.
-
-    Raises:
-        InputError: The tolerance is no positive number, there is no function, or no two patches.
     """
     tolerance = check_number("tolerance", tolerance, lambda x: x > 0, "a positive number")
     check_type("to_probabilities", to_probabilities, Callable)
@@ -162,9 +144,6 @@ def smoothing_report(
         effective_scenarios: exp of the entropy of p, from 1 to the number of scenarios;
         degrees_of_freedom: trace of K (K + lambda I)^-1, or K without smoothing;
         kernel_condition: condition number of K + lambda I.
-
-    Raises:
-        InputError: As in `scenario_probabilities`, or a setting is no argument of it.
     """
     check_type("settings", settings, Mapping)
     defaults = inspect.signature(scenario_probabilities).parameters
@@ -172,15 +151,15 @@ def smoothing_report(
         check_choice("settings", name, [*defaults][1:])
     result = scenario_probabilities(distortion, **settings)
     unsmoothed = scenario_probabilities(distortion, **{**settings, "smooth": False})
-    p, identity = result.probabilities, np.eye(len(distortion))
-    ridge = settings.get("ridge", defaults["ridge"].default)
-    drawn = p[p > 0]
-    is_smoothed = settings.get("smooth", True)
-    smoother = smooth_scores(result.kernel, identity, ridge) if is_smoothed else identity
+    p, smoother = result.probabilities, np.eye(len(distortion))
+    ridge, drawn = settings.get("ridge", defaults["ridge"].default), p[p > 0]
+    regularised = result.kernel + ridge * smoother
+    if settings.get("smooth", True):
+        smoother = smooth_scores(result.kernel, smoother, ridge)
     return {
         "total_variation_from_unsmoothed": total_variation(p, unsmoothed.probabilities),
         "total_variation_from_prior": total_variation(p, result.prior),
         "effective_scenarios": float(np.exp(-(drawn * np.log(drawn)).sum())),
         "degrees_of_freedom": float(np.trace(smoother)),
-        "kernel_condition": float(np.linalg.cond(result.kernel + ridge * identity)),
+        "kernel_condition": float(np.linalg.cond(regularised)),
     }

@@ -1,6 +1,8 @@
 """Fixtures that more than one test file uses."""
 
-from collections.abc import Callable, Mapping
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +58,19 @@ def prepared(raw: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFacto
 def reference() -> Callable[[str], Mapping[str, np.ndarray]]:
     """Numbers that a backbone and its scoring must give, by the backbone's name."""
     return lambda name: np.load(REFERENCE / f"{name}.golden.npz")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of its own, of so many bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mounted(size: int) -> Path:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("a file system can only be mounted by root")
+        return place
+
+    yield mounted
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)

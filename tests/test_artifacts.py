@@ -17,7 +17,6 @@ from study.artifacts import (
     save_json,
     save_table,
     save_weights,
-    sidecar_path,
 )
 from study.figures import save_figure, use_style
 from study.files import file_sha256, written_beside
@@ -66,19 +65,6 @@ def test_other_parameters_are_refused(tmp_path):
         check(path, {"preset": "demo"})  # it says nothing about it
     with pytest.raises(InputError, match="another weights"):
         check(path, made_from={"weights": "abd"})
-
-
-def test_damage_is_noticed(tmp_path):
-    path = save_table(tmp_path / "t.csv", TABLE, RECORD)
-    path.write_text(path.read_text().replace("A", "C"))
-    with pytest.raises(InputError, match="not the file"):
-        load_table(path)
-    sidecar_path(path).write_text("{}")
-    with pytest.raises(InputError, match="record"):
-        load_table(path)
-    sidecar_path(path).unlink()
-    with pytest.raises(InputError, match="not there"):
-        load_table(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -201,6 +201,10 @@ def scored(scores: Any) -> None:
     assert scores.distortion[-1] == 0
 
 
+def reported(report: Any) -> None:
+    finite([number for name, number in report.items() if name != "kernel_condition"])
+
+
 def adapted(kind: Any) -> Any:
     """A sampler that is made, learns and is restored."""
 
@@ -278,110 +282,71 @@ FILE = scoring_file.published_scoring(
 SCORING: dict[str, Any] = {"model": HOOKED, "batches": [IMAGES, BATCH], "scenarios": SET}
 SCORING |= {"device": "cpu", "progress": False}
 DRAWING: dict[str, Any] = {"seed": 1, "epoch": 2, "indices": np.arange(3), "stage": "pretraining"}
+
+
+def direct(function: Any, oracle: Any, /, **right: Any) -> dict[str, Any]:
+    """A function, its right arguments and the oracle of its result, by its name."""
+    return {function.__name__: (function, right, oracle)}
+
+
+def learning(kind: Any, /, **right: Any) -> dict[str, Any]:
+    """The same of a sampler that adapts."""
+    return {kind.__name__: (adapted(kind), LEARNS | right, any_p)}
+
+
 # Function, right arguments and an oracle of its result, by the public name.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]]] = {
-    "ScenarioSet": (ScenarioSet, {"modalities": ("A", "B")}, lambda s: in_unit(s.masks)),
+    **direct(ScenarioSet, lambda s: in_unit(s.masks), modalities=("A", "B")),
     "ScenarioSet.of": (ScenarioSet.of, {"modalities": ["A", "B"]}, lambda s: in_unit(s.masks)),
     "ScenarioSet.index": (SET.index, {"available": [True, False, True]}, indices),
-    "generator": (
-        randomness.generator,
-        {"stream": "order", "seed": 1, "epoch": 2, "index": 3, "stage": "finetuning"},
-        lambda random: in_unit(random.random()),
-    ),
-    "uniform_numbers": (randomness.uniform_numbers, {"stream": "order", **DRAWING}, in_unit),
-    "draw_scenarios": (
-        sampling.draw_scenarios,
-        {"probabilities": P, "servable": np.ones((3, K), bool), "stream": "scenario", **DRAWING},
-        indices,
-    ),
-    "check_probabilities": (sampling.check_probabilities, {"probabilities": P}, any_p),
+    **direct(randomness.generator, lambda random: in_unit(random.random()), stream="order", seed=1,
+        epoch=2, index=3, stage="finetuning"),
+    **direct(randomness.uniform_numbers, in_unit, stream="order", **DRAWING),
+    **direct(sampling.draw_scenarios, indices, probabilities=P, servable=np.ones((3, K), bool),
+        stream="scenario", **DRAWING),
+    **direct(sampling.check_probabilities, any_p, probabilities=P),
     "ScenarioSampler": (sampling.ScenarioSampler().load_state_dict, {"state": {}}, lambda n: None),
     "FixedSampler": (adapted(lambda prior: sampling.FixedSampler(prior)), LEARNS, any_p),
     "FixedSampler.uniform": (
         lambda count: sampling.FixedSampler.uniform(count).probabilities(0), {"count": K}, any_p,
     ),
-    "bernoulli": (distributions.bernoulli, {"scenarios": SET, "keep": 0.8}, any_p),
-    "deployment_prior": (
-        distributions.deployment_prior,
-        {"scenarios": SET, "failure_rates": np.array([0.1, 0.5, 1])},
-        any_p,
-    ),
-    "read_failure_rates": (
-        distributions.read_failure_rates,
-        {"text": "A:0.1,B:0.2", "scenarios": SET},
-        lambda p: None if p is None else any_p(p),
-    ),
-    "by_cardinality": (distributions.by_cardinality, {"scenarios": SET, "target": P}, any_p),
-    "permuted": (
-        distributions.permuted,
-        {"scenarios": SET, "target": P, "seed": 1, "within_cardinality": True},
-        any_p,
-    ),
-    "dirichlet": (distributions.dirichlet, {"count": K, "seed": 1, "concentration": 5.0}, any_p),
-    "coverage": (
-        distributions.coverage,
-        {"utility": D, "kernel": KERNEL, "mixing": 0.5, "prior": P},
-        any_p,
-    ),
-    "LossProportional": (
-        adapted(adaptive.LossProportional),
-        {**LEARNS, "inverse_temperature": 0.5, "mixing": 0.5, "memory": 0.9, "kernel": KERNEL,
-         "ridge": 0.3},
-        any_p,
-    ),
-    "GroupDRO": (adapted(adaptive.GroupDRO), {**LEARNS, "step": 0.1, "mixing": 0.9}, any_p),
-    "KernelGroupDRO": (
-        adapted(adaptive.KernelGroupDRO),
-        {**LEARNS, "start": P, "kernel": KERNEL, "step": 0.1, "mixing": 0.9, "memory": 0.9},
-        any_p,
-    ),
-    "Exp3S": (
-        adapted(adaptive.Exp3S),
-        {**LEARNS, "step": 0.1, "exploration": 0.2, "memory": 0.9, "window": 3},
-        any_p,
-    ),
-    "Curriculum": (
-        adapted(adaptive.Curriculum),
-        {**LEARNS, "distortion": D, "epochs": 3, "strength": 1.0},
-        any_p,
-    ),
+    **direct(distributions.bernoulli, any_p, scenarios=SET, keep=0.8),
+    **direct(distributions.deployment_prior, any_p, scenarios=SET,
+        failure_rates=np.array([0.1, 0.5, 1])),
+    **direct(distributions.read_failure_rates, lambda p: None if p is None else any_p(p),
+        text="A:0.1,B:0.2", scenarios=SET),
+    **direct(distributions.by_cardinality, any_p, scenarios=SET, target=P),
+    **direct(distributions.permuted, any_p, scenarios=SET, target=P, seed=1,
+        within_cardinality=True),
+    **direct(distributions.dirichlet, any_p, count=K, seed=1, concentration=5.0),
+    **direct(distributions.coverage, any_p, utility=D, kernel=KERNEL, mixing=0.5, prior=P),
+    **learning(adaptive.LossProportional, inverse_temperature=0.5, mixing=0.5, memory=0.9,
+        kernel=KERNEL, ridge=0.3),
+    **learning(adaptive.GroupDRO, step=0.1, mixing=0.9),
+    **learning(adaptive.KernelGroupDRO, start=P, kernel=KERNEL, step=0.1, mixing=0.9, memory=0.9),
+    **learning(adaptive.Exp3S, step=0.1, exploration=0.2, memory=0.9, window=3),
+    **learning(adaptive.Curriculum, distortion=D, epochs=3, strength=1.0),
     "Online": (
         adapted(lambda prior, measure, every: adaptive.Online(prior, measure, every)),
         {**LEARNS, "measure": lambda: P, "every": 1},
         any_p,
     ),
-    "scenario_probabilities": (
-        probabilities.scenario_probabilities,
-        {"distortion": D, **PAPER, "lengthscale": "median", "prior": P, "descriptors": SHIFT,
-         "smooth": True},
-        every_step,
-    ),
-    "scenario_descriptors": (
-        probabilities.scenario_descriptors,
-        {"kind": "latent_shift", "masks": MASKS, "distortion": D, "latent_shift": SHIFT},
-        finite,
-    ),
+    **direct(probabilities.scenario_probabilities, every_step, distortion=D, **PAPER,
+        lengthscale="median", prior=P, descriptors=SHIFT, smooth=True),
+    **direct(probabilities.scenario_descriptors, finite, kind="latent_shift", masks=MASKS,
+        distortion=D, latent_shift=SHIFT),
     "rbf_kernel": (
         lambda descriptors, lengthscale: probabilities.rbf_kernel(descriptors, lengthscale)[0],
         {"descriptors": SHIFT, "lengthscale": 1.0},
         in_unit,
     ),
-    "smooth_scores": (
-        probabilities.smooth_scores, {"kernel": KERNEL, "utility": D, "ridge": 0.1}, finite,
-    ),
-    "likeliest_ridge": (
-        probabilities.likeliest_ridge,
-        {"eigenvalues": EIGEN[0], "eigenvectors": EIGEN[1], "utility": D},
-        lambda ridge: in_unit(ridge / 1000),
-    ),
-    "standardise": (probabilities.standardise, {"scores": D}, finite),
-    "total_variation": (probabilities.total_variation, {"first": P, "second": P}, finite),
-    "bootstrap_probabilities": (
-        uncertainty.bootstrap_probabilities,
-        {"patch_distortion": PATCHES, "blocks": BLOCKS, "to_probabilities": np.square,
-         "resamples": 5, "seed": 1, "predictive_error": D},
-        finite,
-    ),
+    **direct(probabilities.smooth_scores, finite, kernel=KERNEL, utility=D, ridge=0.1),
+    **direct(probabilities.likeliest_ridge, lambda ridge: in_unit(ridge / 1000),
+        eigenvalues=EIGEN[0], eigenvectors=EIGEN[1], utility=D),
+    **direct(probabilities.standardise, finite, scores=D),
+    **direct(probabilities.total_variation, finite, first=P, second=P),
+    **direct(uncertainty.bootstrap_probabilities, finite, patch_distortion=PATCHES, blocks=BLOCKS,
+        to_probabilities=np.square, resamples=5, seed=1, predictive_error=D),
     "stop_when_precise": (
         lambda tolerance, to_probabilities, patches, **scored: uncertainty.stop_when_precise(
             tolerance, to_probabilities, patches
@@ -390,69 +355,39 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
          "blocks": BLOCKS},
         in_unit,
     ),
-    "smoothing_report": (
-        uncertainty.smoothing_report,
-        {"distortion": D, "settings": PAPER},
-        lambda report: finite([v for k, v in report.items() if k != "kernel_condition"]),
-    ),
-    "score_scenarios": (
-        distortion.score_scenarios,
-        {**SCORING, "until": lambda d, blocks: True, "scenario_budget": 7},
-        scored,
-    ),
+    **direct(uncertainty.smoothing_report, reported, distortion=D, settings=PAPER),
+    **direct(distortion.score_scenarios, scored, **SCORING, until=lambda d, blocks: True,
+        scenario_budget=7),
     "score_batches": (
         lambda **arguments: [*distortion.score_batches(**arguments)],
         SCORING,
         lambda parts: finite([part.distortion.sum() for part in parts]),
     ),
-    "measured_scenarios": (
-        regression.measured_scenarios, {"scenarios": ScenarioSet.of([*"ABCD"]), "budget": 10},
-        lambda found: in_unit(found / 14),
-    ),
-    "regress_scenarios": (
-        regression.regress_scenarios,
-        {"masks": MASKS, "measured": np.array([0, 1, 5, 6]), "distortion": D[[0, 1, 5, 6]]},
-        lambda result: finite([*result.weights.T, result.error]),
-    ),
-    "stopping_error": (
-        uncertainty.stopping_error,
-        {"patch_distortion": PATCHES, "to_probabilities": np.square, "patches": 30},
-        finite,
-    ),
-    "joined_scores": (
-        distortion.joined_scores, {"parts": [PART], "scenarios": SET, "scenario_budget": 0},
-        lambda scores: finite(scores.distortion),
-    ),
-    "clustered_standard_error": (
-        distortion.clustered_standard_error, {"values": PATCHES, "clusters": BLOCKS},
-        lambda error: in_unit(error >= 0),
-    ),
-    "published_scoring": (
-        scoring_file.published_scoring,
-        {"scores": SCORES, "result": probabilities.scenario_probabilities(D),
-         "descriptor": "distortion", "settings": PAPER, "model_type": "cmx", "checkpoint": "a",
-         "output": "b", "meta_info": {"foldNo": 1}},
-        lambda content: any_p(np.array(content["final_probs"])),
-    ),
-    "read_evidence": (
-        read_evidence, {"content": FILE, "scenarios": SET}, lambda e: any_p(e.probabilities),
-    ),
+    **direct(regression.measured_scenarios, lambda found: in_unit(found / 14),
+        scenarios=ScenarioSet.of([*"ABCD"]), budget=10),
+    **direct(regression.regress_scenarios, lambda result: finite([*result.weights.T, result.error]),
+        masks=MASKS, measured=np.array([0, 1, 5, 6]), distortion=D[[0, 1, 5, 6]]),
+    **direct(uncertainty.stopping_error, finite, patch_distortion=PATCHES,
+        to_probabilities=np.square, patches=30),
+    **direct(distortion.joined_scores, lambda scores: finite(scores.distortion), parts=[PART],
+        scenarios=SET, scenario_budget=0),
+    **direct(distortion.clustered_standard_error, lambda error: in_unit(error >= 0),
+        values=PATCHES, clusters=BLOCKS),
+    **direct(scoring_file.published_scoring, lambda found: any_p(np.array(found["final_probs"])),
+        scores=SCORES, result=probabilities.scenario_probabilities(D), descriptor="distortion",
+        settings=PAPER, model_type="cmx", checkpoint="a", output="b", meta_info={"foldNo": 1}),
+    **direct(read_evidence, lambda e: any_p(e.probabilities), content=FILE, scenarios=SET),
     "Evidence": (of_method, {"evidence": EVIDENCE, "name": "coverage", "epoch": 0}, any_p),
     "Evidence.required": (EVIDENCE.required, {"name": "distortion"}, lambda found: None),
-    "without_evidence": (
-        methods.without_evidence, {"scenarios": SET}, lambda e: any_p(e.probabilities),
-    ),
+    **direct(methods.without_evidence, lambda e: any_p(e.probabilities), scenarios=SET),
     "method": (
         entered, {"title": "x", "family": "LSGS", "low_rank": False, "stream": "order"}, callable,
     ),
-    "find_method": (methods.find_method, {"name": "lsgs"}, lambda found: callable(found.sampler)),
+    **direct(methods.find_method, lambda found: callable(found.sampler), name="lsgs"),
     "Batch": (of_samples, {"batch": BATCH, "present": AVAILABLE}, in_unit),
-    "build_backbone": (
-        build_backbone,
-        {"name": "cmx", "preset": "demo", "bands": [2, 2], "classes": 2, "stem_width": 8,
-         "stage_widths": [8, 8, 8, 8], "dropout": 0.1},
-        lambda model: in_unit([len(model.bands) > 1]),
-    ),
+    **direct(build_backbone, lambda model: in_unit([len(model.bands) > 1]), name="cmx",
+        preset="demo", bands=[2, 2], classes=2, stem_width=8, stage_widths=[8, 8, 8, 8],
+        dropout=0.1),
     "Backbone": (
         lambda images, available: DEMO.eval()(images, available).detach(),
         {"images": [torch.ones(1, 2, 64, 64) for _ in range(3)], "available": AVAILABLE[:1]},
@@ -484,12 +419,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         {"model": DEMO, "exclusive": True, "images": IMAGES, "available": AVAILABLE},
         lambda predicted: in_unit(predicted.numpy()),
     ),
-    "load_author_weights": (
-        lsgs_core.load_author_weights, {"model": DEMO, "weights": {"a": torch.ones(1)}}, None,
-    ),
+    **direct(lsgs_core.load_author_weights, None, model=DEMO, weights={"a": torch.ones(1)}),
     "add_lora": (with_lora, {"rank": 2}, lambda count: finite(count)),
-    "trained_parameters": (lora.trained_parameters, {"model": DEMO}, finite),
-    "accelerate_on_cpu": (accelerate_on_cpu, {"model": DEMO}, lambda model: None),
+    **direct(lora.trained_parameters, finite, model=DEMO),
+    **direct(accelerate_on_cpu, lambda model: None, model=DEMO),
 }  # fmt: skip
 # Results of functions in the table, what they call with them, and parts of networks.
 ELSEWHERE = {

@@ -28,18 +28,12 @@ def test_bernoulli() -> None:
     kept = kept[kept.any(axis=1)]
     drawn = [(kept == mask).all(axis=1).mean() for mask in THREE.masks]
     np.testing.assert_allclose(p, drawn, atol=0.004)
-    for wrong in (0, 1, -0.1, float("nan")):
-        with pytest.raises(InputError, match="keep"):
-            distributions.bernoulli(THREE, wrong)
 
 
 def test_deployment_prior() -> None:
     p = distributions.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
     np.testing.assert_allclose(p, [0.5, 0, 0, 0.5, 0, 0, 0])
     np.testing.assert_allclose(distributions.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
-    for wrong in ([0.1, 0.2], [1, 1, 1], [0.1, 0.2, 1.2], [0.1, 0.2, np.nan], ["a"] * 3):
-        with pytest.raises(InputError, match="failure_rates: expected"):
-            distributions.deployment_prior(THREE, wrong)
 
 
 def test_cardinality_is_the_nearest_that_knows_only_the_number_missing() -> None:
@@ -89,9 +83,6 @@ def test_coverage_without_relations_is_proportional_to_utility() -> None:
     p = distributions.coverage(utility, np.eye(4), mixing=0.5)
     np.testing.assert_allclose(p, 0.125 + utility / 12, atol=1e-4)
     np.testing.assert_allclose(distributions.coverage(np.zeros(4), np.eye(4), 1), 0.25)
-    for wrong in ([1.0, -1, 0, 0], [1.0, np.nan, 0, 0], [1.0, 2, 3]):
-        with pytest.raises(InputError, match=r"(utility|kernel): expected"):
-            distributions.coverage(wrong, np.eye(4), 1)
 
 
 def test_coverage_shares_the_mass_of_twins() -> None:
@@ -220,16 +211,6 @@ def test_failure_rates_from_text() -> None:
         distributions.read_failure_rates("SWIR:0.5, RGB:0.2", THREE),
         distributions.deployment_prior(THREE, [0.2, 0.0, 0.5]),
     )
-    for wrong, message in (
-        ("RGB", "name:number"),
-        ("RGB:often", "name:number"),
-        ("UV:0.1", "UV"),
-        ("RGB:2", "0 to 1"),
-        ("RGB:nan", "failure_rates"),
-        ("RGB:0.1,RGB:0.3", "each once, found 'RGB'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            distributions.read_failure_rates(wrong, THREE)
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])

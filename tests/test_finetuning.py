@@ -14,7 +14,7 @@ from study.finetuning import Start, finetune
 from study.settings import TrainingSettings
 from test_training import Blobs, small
 
-from lsgs_core import InputError, ScenarioSet
+from lsgs_core import ScenarioSet
 from lsgs_core.methods import METHODS, Evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
@@ -48,17 +48,11 @@ def start():
     rng = np.random.default_rng(0)
     distortion = np.array([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0])
     settings = {"inverse_temperature": 0.5, "mixing": 0.5, "ridge": 1e-3, "lengthscale": 1.0}
+    p, shift = np.full(7, 1 / 7), rng.normal(size=(7, 4))
+    evidence = Evidence(SCENARIOS, p, distortion, shift, None, settings)
     return Start(
         build=build,
-        evidence=Evidence(
-            SCENARIOS,
-            np.full(7, 1 / 7),
-            distortion,
-            rng.normal(size=(7, 4)),
-            None,
-            settings,
-            prediction_distortion=distortion**2,
-        ),
+        evidence=replace(evidence, prediction_distortion=distortion**2),
         training=Patches(10),
         validation=Patches(4),
         test=Patches(6),
@@ -142,8 +136,3 @@ def test_a_model_card_lies_beside_the_weights(start, tmp_path):
     assert [row.split(" | ")[1] for row in rows] == ["0.000"] * 6 + ["1.000"]
     scores = scenario_scores(run.records.assign(model=""), ["model"])
     assert [row.split(" | ")[2] for row in rows] == [f"{iou:.3f}" for iou in scores["iou"]]
-
-
-def test_unknown_method(start, tmp_path):
-    with pytest.raises(InputError, match="expected one of"):
-        finetune(start, "magic", tmp_path)

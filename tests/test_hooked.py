@@ -24,11 +24,12 @@ SCENARIOS = ScenarioSet.of(["A", "B", "C"])
 class Foreign(nn.Module):
     """A network with another call: one tensor of all bands, and a decoder after the latent."""
 
+    decoded = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Conv2d(9, 8, 3, stride=4), nn.ReLU())
         self.decoder = nn.ConvTranspose2d(8, 1, 4, stride=4)
-        self.decoded = 0
 
     def forward(self, bands: torch.Tensor) -> torch.Tensor:
         latent = self.encoder(bands)
@@ -127,14 +128,11 @@ def test_ours_hooked_is_ours():
     available = torch.tensor([[True, True, False], [True, True, True], [False, True, True]])
     hooked = HookedModel(model, "fusions.3", lambda net, images: net(images, available))
     with torch.no_grad():
-        torch.testing.assert_close(
-            hooked.latent(images, available), model.latent(images, available)
-        )
+        found, expected = (net.latent(images, available) for net in (hooked, model))
+    torch.testing.assert_close(found, expected)
 
 
 def test_mistakes():
-    with pytest.raises(InputError, match=r"module: expected one of .*found 'encodre'"):
-        HookedModel(Foreign(), "encodre")
     images, available = images_of(1, 8), torch.ones(1, 3, dtype=torch.bool)
     recurrent = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 2))
     for network, module, call, message in (
@@ -143,9 +141,6 @@ def test_mistakes():
     ):
         with pytest.raises(InputError, match=message):
             HookedModel(network, module, call).latent(images, available)
-    for calls in (0, 1.5, "two"):
-        with pytest.raises(InputError, match="calls: expected an integer from 1"):
-            HookedModel(Foreign(), "encoder", calls=calls)
 
 
 class Shared(nn.Module):

@@ -562,10 +562,10 @@ def test_a_killed_preparation_resumes(
     layout, original = layout_of("hunan"), preparation._write_scene
     one, _, third, *_ = layout.record.scenes
 
-    def killed(scene: Any, folder: Path) -> Any:
+    def killed(scene: Any, *more: Any) -> Any:
         if scene.name == third:
             raise KeyboardInterrupt
-        return original(scene, folder)
+        return original(scene, *more)
 
     monkeypatch.setattr(preparation, "_write_scene", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -163,6 +163,32 @@ def test_a_map_that_was_interrupted_goes_on(parameters, monkeypatch, tmp_path):
     assert not [*plan.folder.glob("unfinished*")]
 
 
+def test_a_disk_that_fills_in_the_middle_loses_nothing(parameters, monkeypatch, disk):
+    """Its rasters have their room from the start; only their copies do not fit any more."""
+    for module in (mapping, alignment):
+        monkeypatch.setattr(module, "STEP", 64)
+    [whole] = plan_maps(parameters)
+    make_map(whole)
+    [plan] = plan_maps(parameters | {"work": str(disk(16_000_000))})
+    blocks, right, filler = [], mapping._map_block, plan.folder / "of_somebody_else"
+
+    def filling(*arguments: Any) -> Any:
+        blocks.append(arguments)
+        if len(blocks) == 8:
+            filler.write_bytes(bytes(shutil.disk_usage(plan.folder).free - 16_384))
+        return right(*arguments)
+
+    monkeypatch.setattr(mapping, "_map_block", filling)
+    with pytest.raises(OSError, match=r"the disk is full; \w+\.tif was not written"):
+        make_map(plan)
+    filler.unlink()
+    predicted = len(blocks)
+    make_map(plan)
+    assert len(blocks) == predicted
+    for layer in plan.layers:
+        assert plan.path(layer).read_bytes() == whole.path(layer).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changed", "without", "message"),
     [

@@ -42,13 +42,7 @@ def patches(batch: int, bands: tuple[int, ...], size: int = 64) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("bands", "classes", "size"),
-    [
-        ((3, 3, 3), 1, 64),
-        ((3, 3, 3), 5, 32),
-        ((2, 4), 1, 64),
-        ((3, 1, 2), 2, 64),
-        ((4, 3, 1, 2), 1, 96),
-    ],
+    [((3, 3, 3), 5, 32), ((2, 4), 1, 64), ((3, 1, 2), 2, 64), ((4, 3, 1, 2), 1, 96)],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes(name: str, bands: tuple[int, ...], classes: int, size: int) -> None:
@@ -177,10 +171,9 @@ def test_low_rank_layers(name: str) -> None:
     layers = model.low_rank_layers()
     assert all(model.get_submodule(key) is layer for key, layer in layers.items())
     if name == "cmx":
-        wanted = {
-            key for key, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and not key.startswith("decoder")
-        }  # fmt: skip
+        kinds = nn.Linear | nn.Conv2d
+        every = {key for key, module in model.named_modules() if isinstance(module, kinds)}
+        wanted = {key for key in every if not key.startswith("decoder")}
     else:
         wanted = {"multimodal.qkv", "multimodal.proj"}
         wanted |= {f"fusions.level{level}.conv" for level in (2, 3, 4, 6)}
@@ -190,12 +183,8 @@ def test_low_rank_layers(name: str) -> None:
 def test_initialisation() -> None:
     model = build_backbone("cbc_slp", "demo")
     refinement = next(part for part in model.modules() if isinstance(part, Refinement))
-    for layer in (
-        refinement[1].conv,
-        model.encoders[0].stages.level1[0],
-        model.between[0],
-        model.to_latent,
-    ):
+    stem = model.encoders[0].stages.level1[0]
+    for layer in (refinement[1].conv, stem, model.between[0], model.to_latent):
         fan_in = layer.weight[0].numel()
         assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
     assert all(not position.any() for position in model.positions)
@@ -222,36 +211,19 @@ def test_learns(name: str) -> None:
         optimiser.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
-    assert all(
-        parameter.grad is not None and parameter.grad.isfinite().all()
-        for parameter in model.parameters()
-    )
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "unet"}, "backbone: .*cbc_slp.*'unet'"),
-        ({"name": "cbc", "preset": "huge"}, "preset: .*demo.*'huge'"),
-        ({"name": "cbc", "token_with": 64}, "'token_with'.*token_width"),
         ({"name": "cmx", "token_width": 64}, "'token_width'.*stage_widths"),
-        ({"name": "cmx", "bands": (3,)}, "bands: expected 2 to 12"),
-        ({"name": "cmx", "bands": (3, 0)}, "at least 1"),
-        ({"name": "cmx", "classes": 0}, "classes: .*found 0"),
         ({"name": "cmx", "stage_widths": (24, 32, 64, 97)}, "stage_widths"),
         ({"name": "cbc", "decoder_depths": 4}, "decoder_depths'.*found 4"),
         ({"name": "cbc", "decoder_depths": ()}, "decoder_depths"),
         ({"name": "cbc", "decoder_depths": (2, 2, 2, 2)}, "decoder_channels"),
         ({"name": "cbc", "attention_heads": 7}, "token_width"),
-        ({"name": "cmx", "dropout": 1.0}, "dropout.*a rate below 1"),
-        ({"name": "cmx", "dropout": float("nan")}, "dropout"),
         ({"name": "cmx", "decoder_width": 0}, "decoder_width.*counts from 1"),
-        ({"name": "cmx", "decoder_width": 10**400}, "decoder_width"),
-        ({"name": "cmx", "stage_widths": (24, 32, 64, "96")}, "stage_widths"),
-        ({"name": "cmx", "bands": (3, 3.5)}, "bands: expected 2 to 12"),
-        ({"name": "cmx", "bands": 3}, "bands: expected 2 to 12"),
-        ({"name": "cmx", "classes": 10**400}, "classes"),
-        ({"name": "cmx", "classes": "one"}, "classes"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
@@ -266,7 +238,6 @@ GOOD = torch.ones(2, 3, dtype=torch.bool)
     ("images", "available", "message"),
     [
         (torch.zeros(2, 3, 64, 64), GOOD, r"\[B, M, D, H, W\]"),
-        (torch.zeros(2, 2, 3, 64, 64), GOOD, "expected 3 modalities, found 2"),
         (torch.zeros(2, 3, 4, 64, 64), GOOD, r"modality 0: .*found \[2, 4, 64, 64\]"),
         ([torch.zeros(2, 3, 64, 64)] * 2 + [torch.zeros(2, 3, 32, 32)], GOOD, "modality 2"),
         ([torch.zeros(3, 64, 64)] * 3, GOOD, "modality 0"),
@@ -297,18 +268,6 @@ def test_wrong_masks(name: str, masks: Tensor) -> None:
 # The loader, on CMX of the paper's size, whose author names are the quickest to fill.
 
 
-def author_state(name: str) -> dict[str, Tensor]:
-    shapes = json.loads(
-        (Path(__file__).parent / "reference" / f"{name}.state_dict.json").read_text()
-    )
-    return {
-        key: torch.full(entry["shape"], 0.5, dtype=getattr(torch, entry["dtype"])).clone()
-        if "num_batches" not in key
-        else torch.zeros(entry["shape"], dtype=torch.int64)
-        for key, entry in shapes.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def cmx() -> Backbone:
     return build_backbone("cmx", "paper")
@@ -316,7 +275,11 @@ def cmx() -> Backbone:
 
 @pytest.fixture
 def state() -> dict[str, Tensor]:
-    return author_state("cmx")
+    """Entries of 0.5, or of 0 where they are integers."""
+    listed = Path(__file__).parent / "reference" / "cmx.state_dict.json"
+    shapes = json.loads(listed.read_text()).items()
+    dtypes = {key: getattr(torch, entry["dtype"]) for key, entry in shapes}
+    return {key: torch.full(entry["shape"], 0.5).to(dtypes[key]) for key, entry in shapes}
 
 
 @pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module.", ".pt", ".safetensors"])
@@ -340,42 +303,20 @@ def test_author_weights_in_every_form(
     assert all((parameter == 0.5).all() for parameter in cmx.parameters())
 
 
-def test_author_weights_that_do_not_fit(cmx: Backbone, state: dict[str, Tensor]) -> None:
+def test_author_weights_that_do_not_fit(
+    cmx: Backbone, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Nothing is loaded of them; hostile.yaml has further ones."""
     before = cmx.state_dict()["starts.1.0.weight"].clone()
-    bias = "core.decode_head.linear_pred.bias"
-    for change, message in (
-        ({bias: None}, r"decoder.head.bias \(our name\) is missing"),
-        ({bias: torch.zeros(2)}, r"linear_pred.bias has shape \[2\]"),
-        ({bias: torch.tensor([float("nan")])}, "linear_pred.bias is not finite"),
-        ({bias: "zero"}, "linear_pred.bias is a str"),
-        ({bias: torch.tensor([1e300], dtype=torch.float64)}, "linear_pred.bias is not finite"),
-        ({bias: torch.tensor([1j])}, "linear_pred.bias has dtype torch.complex64"),
-        ({bias: torch.tensor([1])}, "linear_pred.bias has dtype torch.int64"),
-        ({"core.extra.weight": torch.zeros(1)}, "core.extra.weight is unexpected"),
-        ({f"core.extra{i}": torch.zeros(1) for i in range(9)}, "core.extra4 is.* and 4 more"),
+    (tmp_path / "a.safetensors").write_bytes(b"hello")
+    of_cbc_slp = {"RGB_pos": torch.zeros(1), "shared_conv.bias": torch.zeros(1)}
+    for weights, message in (
+        (state | {"core.decode_head.linear_pred.bias": torch.ones(1) * 1j}, "dtype torch.complex"),
+        (state | {f"core.x{i}": torch.zeros(1) for i in range(9)}, "core.x4 is.* and 4 more"),
+        (of_cbc_slp, "expected weights of cmx, found those of cbc_slp"),
+        ({3: torch.zeros(1)}, "expected a state dict"),
+        (tmp_path / "a.safetensors", "a.safetensors: expected a file of plain tensors"),
     ):
-        broken = {key: value for key, value in {**state, **change}.items() if value is not None}
         with pytest.raises(InputError, match=message):
-            load_author_weights(cmx, broken)
+            load_author_weights(cmx, weights)
     assert torch.equal(cmx.state_dict()["starts.1.0.weight"], before)
-
-
-def test_author_weights_of_another_model(cmx: Backbone, state: dict[str, Tensor]) -> None:
-    with pytest.raises(InputError, match="expected weights of cmx, found those of cbc_slp"):
-        load_author_weights(cmx, {"RGB_pos": torch.zeros(1), "shared_conv.bias": torch.zeros(1)})
-    with pytest.raises(InputError, match="unknown model"):
-        load_author_weights(cmx, {"layer.weight": torch.zeros(1)})
-    with pytest.raises(InputError, match="expected a state dict"):
-        load_author_weights(cmx, {3: torch.zeros(1)})
-    for other in ({"preset": "demo"}, {"classes": 2}, {"bands": (3, 3)}):
-        with pytest.raises(InputError, match="need a model with"):
-            load_author_weights(build_backbone(**{"name": "cmx", **other}), state)
-
-
-def test_unreadable_files(cmx: Backbone, tmp_path: Path) -> None:
-    for name, content in (("empty.pt", b""), ("text.pt", b"hello"), ("a.safetensors", b"hello")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=name):
-            load_author_weights(cmx, tmp_path / name)
-    with pytest.raises(InputError, match="no such file"):
-        load_author_weights(cmx, tmp_path / "none.pt")

@@ -117,14 +117,6 @@ def test_weights_of_something_else_are_named(copy, wanted, message):
     refused(copy, message, wanted)
 
 
-def test_a_pickle_under_another_name_is_never_read(copy):
-    path = copy[1]
-    content = record_of(path)
-    torch.save({"a": torch.zeros(1)}, path)
-    sidecar_path(path).write_text(json.dumps(content | {"sha256": file_sha256(path)}))
-    refused(copy, "expected weights as safetensors", sha256=file_sha256(path))
-
-
 def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
     network, _, write = copy
     wanted = made_with(network)

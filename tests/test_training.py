@@ -165,20 +165,9 @@ def test_a_process_that_is_killed_three_times_loses_nothing(tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for one training state, not for two."""
+def test_a_full_disk_is_said_and_leaves_the_last_state(tmp_path, disk):
     size = sum(value.numel() * 4 for value in small().state_dict().values())  # and twice for Adam
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(4.5 * size)}", "tmpfs", str(place)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a file system can only be mounted by root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_is_said_and_leaves_the_last_state(tmp_path, small_disk):
+    small_disk = disk(int(4.5 * size))  # room for one training state, not for two
     with pytest.raises(OSError, match=r"the disk is full; training_state\.pt was not written"):
         run(small_disk)
     assert [path.name for path in small_disk.iterdir()] == [STATE]  # nothing half-written
@@ -296,8 +285,6 @@ def test_low_rank_updates(tmp_path, name):
 
 def test_low_rank_updates_only_once():
     model = small()
-    with pytest.raises(InputError, match="rank"):
-        add_lora(model, rank=0)
     add_lora(model)
     with pytest.raises(InputError, match="low-rank"):
         add_lora(model)

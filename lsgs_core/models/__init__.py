@@ -42,29 +42,23 @@ def build_backbone(
         bands: Number of bands of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
         **settings: Fields of the backbone's settings that replace those of the preset.
-
-    Raises:
-        InputError: A name, preset or setting is unknown, or values do not fit together.
     """
     check_choice("backbone", name, BACKBONES)
     kind, presets = BACKBONES[name]
     check_choice("preset", preset, presets)
     defaults = asdict(presets[preset])
     for key, value in settings.items():
+        field = f"setting {key!r}"
         if key not in defaults:
-            raise InputError(f"setting {key!r}: expected one of {[*defaults]} for {name}")
+            raise InputError(f"{field}: expected one of {[*defaults]} for {name}")
         value = tuple(value) if isinstance(value, list) else value
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise InputError(
-                f"setting {key!r}: expected one like {default!r}, found {shown(value)}"
-            )
+            raise InputError(f"{field}: expected one like {default!r}, found {shown(value)}")
         right = [_fits(one, default) for one in (value if isinstance(value, tuple) else (value,))]
         if not all(right):
-            raise InputError(
-                f"setting {key!r}: expected counts from 1 to {LARGEST_COUNT} or a rate below 1, "
-                f"found {shown(value)}"
-            )
+            expected = f"counts from 1 to {LARGEST_COUNT} or a rate below 1"
+            raise InputError(f"{field}: expected {expected}, found {shown(value)}")
         settings[key] = value if isinstance(value, tuple) else type(default)(value)
     chosen = replace(presets[preset], **settings)
     with torch.device("meta"):  # its size is known before any memory is taken

@@ -1,7 +1,5 @@
 """Any network: scored at its latent or its prediction, and as a backbone of the study."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -34,9 +32,6 @@ class HookedModel(nn.Module):
         absent: What stands for an absent modality: M tensors [D_m] with a value per band, such as
             a mean; an `nn.Parameter` is a token that training learns. None is zero.
         low_rank: Names of the layers that `add_lora` adapts.
-
-    Raises:
-        InputError: The network has no such module, or `calls` is no positive integer.
 
     Example:
         >>> import torch
@@ -79,10 +74,6 @@ class HookedModel(nn.Module):
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
         """Return the output of the hooked module, [B, C, ...].
 
-        Args:
-            images: M tensors [B, D_m, H, W].
-            available: bool [B, M].
-
         Raises:
             InputError: The module runs more or less often than `calls` says, or its outputs are no
                 tensors, or cannot be concatenated.
@@ -91,10 +82,8 @@ class HookedModel(nn.Module):
 
         def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
-                raise InputError(
-                    f"module: expected {self._module!r} to return a tensor, found "
-                    f"{type(output).__name__}"
-                )
+                expected, found = f"{self._module!r} to return a tensor", type(output).__name__
+                raise InputError(f"module: expected {expected}, found {found}")
             outputs.append(output)
             if self._counted and len(outputs) == self.calls:
                 raise _Reached
@@ -108,10 +97,8 @@ class HookedModel(nn.Module):
         finally:
             handle.remove()
         if len(outputs) != self.calls:
-            raise InputError(
-                f"calls: expected {self._module!r} to run {self.calls} times in a forward pass, "
-                f"found {len(outputs)}"
-            )
+            expected = f"{self._module!r} to run {self.calls} times in a forward pass"
+            raise InputError(f"calls: expected {expected}, found {len(outputs)}")
         self._counted = True
         if len({(output.ndim, output.shape[:1], output.shape[2:]) for output in outputs}) > 1:
             shapes = [list(output.shape) for output in outputs]
@@ -159,7 +146,7 @@ class PredictionModel(nn.Module):
         check_type("logits", logits, Tensor)
         return logits.softmax(dim=1) if self.exclusive else logits.sigmoid()
 
-    def for_scoring(self) -> PredictionModel:
+    def for_scoring(self) -> "PredictionModel":
         """Return a copy around the faster copy of a backbone; any other network is taken itself."""
         model: Any = self.model
         faster = model.for_scoring() if hasattr(model, "for_scoring") else model
@@ -169,16 +156,12 @@ class PredictionModel(nn.Module):
 class AdaptedBackbone(Backbone):
     """A backbone of any network with methods `forward` and `latent` of images and availability.
 
+    Other arguments are those of `Backbone`.
+
     Args:
         network: Returns logits [B, classes, H, W] and a latent [B, C, ...], such as `HookedModel`.
             Its method `low_rank_layers`, if it has one, names what `add_lora` adapts. M networks
             see one modality each; the results are means over those that are available.
-        bands: As in `Backbone`.
-        classes: As in `Backbone`.
-
-    Raises:
-        InputError: A network has no method `latent` or no parameter, there is another number of
-            networks, or what they return has another form.
     """
 
     head_count = 1
@@ -219,13 +202,12 @@ class AdaptedBackbone(Backbone):
             field = f"result of the network's {method.replace('__call__', 'forward')}"
             check_type(field, found, Tensor)
             if not found.is_floating_point() or found.ndim < 2:
+                form = f"{found.dtype} {list(found.shape)}"
                 raise InputError(
-                    f"{field}: expected floating-point numbers [B, C, ...], found {found.dtype} "
-                    f"{list(found.shape)}"
+                    f"{field}: expected floating-point numbers [B, C, ...], found {form}"
                 )
-            first = parts[0].shape[1:] if parts else found.shape[1:]
-            check_shape(field, found, [len(available), *first])
             parts.append(found)
+            check_shape(field, found, [len(available), *parts[0].shape[1:]])
         used = torch.stack([there.any(dim=1) for there in columns], dim=1)
         total = zero_absent(torch.stack(parts, dim=1), used).sum(dim=1)
         return total / used.sum(dim=1).view(-1, *(1,) * (total.ndim - 1))
@@ -236,7 +218,7 @@ class AdaptedBackbone(Backbone):
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return the layers that the networks name, by their name in this model."""
-        named: list[dict[str, nn.Module]]
-        named = [getattr(network, "low_rank_layers", dict)() for network in self.networks]
-        layers = [layer for one in named for layer in one.values()]
+        layers: list[nn.Module] = []
+        for network in self.networks:
+            layers += getattr(network, "low_rank_layers", dict)().values()
         return {name: module for name, module in self.named_modules() if module in layers}

@@ -36,16 +36,13 @@ class Backbone(nn.Module, ABC):
 
     `images` are M tensors of shape [B, D_m, H, W] or, when every modality has D bands, one tensor
     [B, M, D, H, W], in the floating dtype of the model. `available` is bool [B, M] with at least
-    one True per sample. Any other input raises `InputError`. In evaluation mode, the pixels of an
-    absent modality do not influence the output.
+    one True per sample. In evaluation mode, the pixels of an absent modality do not influence the
+    output.
 
     Args:
         bands: Number of bands D_m of each of the M >= 2 modalities.
         classes: Number of classes, 1 for a binary mask.
         settings: Dataclass with the sizes of the backbone.
-
-    Raises:
-        InputError: There are fewer than two modalities, a modality without bands, or no class.
     """
 
     head_count = 3  # the paper has three heads for the same mask
@@ -54,10 +51,8 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         right = isinstance(bands, Sequence) and 2 <= len(bands) <= LARGEST_MODALITY_COUNT
         if not right or not all(map(is_count, bands)):
-            raise InputError(
-                f"bands: expected 2 to {LARGEST_MODALITY_COUNT} counts of at least 1, found "
-                f"{shown(bands)}"
-            )
+            expected = f"2 to {LARGEST_MODALITY_COUNT} counts of at least 1"
+            raise InputError(f"bands: expected {expected}, found {shown(bands)}")
         if not is_count(classes):
             raise InputError(f"classes: expected a count of at least 1, found {shown(classes)}")
         self.bands, self.classes, self.settings = tuple(bands), classes, settings
@@ -108,15 +103,9 @@ class Backbone(nn.Module, ABC):
         """Return the layers that low-rank adaptation changes, by their name in the model."""
 
     def check(self, images: Images, masks: Tensor, scenarios: bool = False) -> list[Tensor]:
-        """Return the images as M tensors [B, D_m, H, W].
+        """Return the images as M tensors [B, D_m, H, W], or raise `InputError`; see the class.
 
-        Args:
-            images: As in the class.
-            masks: bool [B, M], or [K, M] for K scenarios.
-            scenarios: True where the masks are those of K scenarios.
-
-        Raises:
-            InputError: Images or masks have another shape or dtype, or a row of masks is empty.
+        The masks are bool [B, M], or [K, M] for K scenarios, with a True in each row.
         """
         check_type("images", images, Tensor, list, tuple)
         if isinstance(images, Tensor) and images.ndim != 5:
@@ -128,21 +117,19 @@ class Backbone(nn.Module, ABC):
         first = patches[0].shape if isinstance(patches[0], Tensor) else ()
         for index, (patch, bands) in enumerate(zip(patches, self.bands, strict=True)):
             field = f"images of modality {index}"
+            shape = [first[0], bands, *first[2:]] if len(first) == 4 else [None] * 4
             check_type(field, patch, Tensor)
-            check_shape(
-                field, patch, [*first[:1], bands, *first[2:4]] if len(first) == 4 else [None] * 4
-            )
+            check_shape(field, patch, shape)
             if patch.dtype != dtype or not patch.numel():
+                found = f"shape {list(patch.shape)} of {patch.dtype}"
                 raise InputError(
-                    f"{field}: expected the model's {dtype}, with B, H, W above 0, found shape "
-                    f"{list(patch.shape)} of {patch.dtype}"
+                    f"{field}: expected the model's {dtype}, with B, H, W above 0, found {found}"
                 )
         field = "masks" if scenarios else "available"
         check_type(field, masks, Tensor)
         check_shape(field, masks, [None if scenarios else len(patches[0]), count])
         if masks.dtype != torch.bool or not len(masks) or not bool(masks.any(dim=1).all()):
-            raise InputError(
-                f"{field}: expected torch.bool with at least one modality in each row, found "
-                f"{masks.dtype} of shape {list(masks.shape)}"
-            )
+            expected = "torch.bool with at least one modality in each row"
+            found = f"{masks.dtype} of shape {list(masks.shape)}"
+            raise InputError(f"{field}: expected {expected}, found {found}")
         return patches

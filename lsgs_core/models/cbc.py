@@ -16,11 +16,7 @@ from lsgs_core.models.backbone import Backbone, Images, zero_absent
 
 @dataclass(frozen=True)
 class CBCSettings:
-    """Sizes of CBC and CBC-SLP; the defaults are the paper's.
-
-    Raises:
-        InputError: The values do not fit together.
-    """
+    """Sizes of CBC and CBC-SLP; the defaults are the paper's."""
 
     private_branches: bool = True  # CBC-SLP has them, CBC not
     stem_width: int = 64  # encoder channels after the stem

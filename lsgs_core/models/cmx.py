@@ -16,11 +16,7 @@ STREAMS = (slice(0, 1), slice(1, None))  # the modalities of each stream
 
 @dataclass(frozen=True)
 class CMXSettings:
-    """Sizes of CMX; the defaults are the paper's.
-
-    Raises:
-        InputError: The stage widths do not fit.
-    """
+    """Sizes of CMX; the defaults are the paper's."""
 
     stem_width: int = 64  # channels after the stem of a stream
     stage_widths: tuple[int, ...] = (64, 128, 320, 512)  # and after each of the four stages

@@ -18,12 +18,11 @@ pass, and a dropout decision takes 16 random bits, so that the rate is rounded t
 2^-16.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -108,19 +107,16 @@ def _refined(refinement: Refinement, volume: Tensor) -> Tensor:
 
 
 def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
-    """Return a unit's output for the resized and concatenated inputs, [B, *size, outputs].
+    """Return the output of a unit with kernel 3, or 1 and a single input, [B, *size, outputs].
 
-    Args:
-        module: Unit of kernel 3, or of kernel 1 with a single input of the final size.
-        size: Depth, height and width of the result.
-        *inputs: Volumes [B, d, h, w, C_i], each with its way of resizing, "linear" (with aligned
-            corners) or "nearest".
+    The inputs, volumes [B, d, h, w, C_i], are resized to depth, height and width of the size, each
+    in its way, "linear" (with aligned corners) or "nearest", and concatenated. A unit of kernel 1
+    does not resize.
     """
-    weights = module.conv.weight.split([volume.shape[4] for volume, _ in inputs], dim=1)
-    pairs = [part for (volume, _), weight in zip(inputs, weights, strict=True)
-             for part in (volume, weight)]  # fmt: skip
-    rule = _Rule(size, tuple(mode for _, mode in inputs), module.conv.padding_mode, module.norm.eps)
-    return _Unit.apply(rule, module.conv.bias, *pairs)
+    volumes, modes = zip(*inputs, strict=True)
+    weights = module.conv.weight.split([volume.shape[4] for volume in volumes], dim=1)
+    rule = _Rule(size, modes, module.conv.padding_mode, module.norm.eps)
+    return _Unit.apply(rule, module.conv.bias, *chain(*zip(volumes, weights, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -251,8 +247,7 @@ class _Unit(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         bias = None
         if needed[0]:
-            count = before[..., 0].numel()
-            bias = _channel_means(before, lambda slab: slab).mean(dim=0) * count
+            bias = _channel_means(before, lambda slab: slab).mean(dim=0) * before[..., 0].numel()
         grads: list[Tensor | None] = [bias]
         for index in range(len(ctx.rule.modes)):
             volume, weight = pairs[2 * index : 2 * index + 2]
@@ -331,11 +326,8 @@ def _columns(values: Tensor, width: int) -> Tensor:
 def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
     """Return softmax(Q Kᵀ / √width) V with dropout on the weights of the softmax.
 
-    Args:
-        query: [B, heads, N, width], on the CPU.
-        key: Tensor of the same shape.
-        value: Tensor of the same shape.
-        rate: Probability that a weight is set to 0; the others are divided by 1 - rate.
+    All tensors are [B, heads, N, width], on the CPU. A weight is set to 0 with a probability of
+    `rate`, and the others are divided by 1 - rate.
     """
     seed = int(torch.randint(2**62, ()))  # from the global generator, as in other dropout
     batch = query.shape[:2]

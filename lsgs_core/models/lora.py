@@ -4,8 +4,6 @@ W becomes W + B A, with `rank` rows in A, B at zero in the beginning and no scal
 layers that a backbone names in `low_rank_layers()`. All other parameters are frozen.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
@@ -16,11 +14,9 @@ from lsgs_core.models.backbone import Backbone
 
 
 class LowRankUpdate(nn.Module):
-    """Adds a product of two small matrices to a weight.
+    """Adds a product of two small matrices to a weight [out, in, ...].
 
-    Args:
-        weight: The weight to adapt, [out, in, ...]; trailing kernel axes count as inputs.
-        rank: Number of rows of A, limited by the shape of the weight.
+    Trailing kernel axes count as inputs, and the shape of the weight limits the rank.
     """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -37,14 +33,10 @@ class LowRankUpdate(nn.Module):
 
 
 def add_lora(model: Backbone, rank: int = 4) -> int:
-    """Freeze a backbone and add low-rank updates to the layers that it names.
+    """Freeze a backbone, add low-rank updates, and return the number of trained parameters.
 
-    Args:
-        model: Backbone, changed in place; its outputs stay the same until training begins.
-        rank: Rank of the updates, 4 in the paper.
-
-    Returns:
-        Number of trained parameters.
+    The backbone is changed in place; its outputs stay the same until training begins. The paper's
+    rank is 4.
 
     Raises:
         InputError: The rank is below 1, the model already has low-rank updates, or it names no
@@ -55,9 +47,8 @@ def add_lora(model: Backbone, rank: int = 4) -> int:
     layers = model.low_rank_layers()
     kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
     if not layers or not all(isinstance(layer, kinds) for layer in layers.values()):
-        raise InputError(
-            f"low_rank_layers: expected linear or convolutional layers, found {shown(layers)}"
-        )
+        expected = "linear or convolutional layers"
+        raise InputError(f"low_rank_layers: expected {expected}, found {shown(layers)}")
     if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         raise InputError("model: expected one without low-rank updates, found one that has them")
     model.requires_grad_(False)
@@ -91,6 +82,6 @@ def training_mode(model: nn.Module) -> None:
     check_type("model", model, nn.Module)
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            frozen = [not parameter.requires_grad for parameter in module.parameters()]
-            module.train(not (frozen and all(frozen)))
+        parameters = [*module.parameters()]
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and parameters:
+            module.train(any(parameter.requires_grad for parameter in parameters))

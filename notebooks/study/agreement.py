@@ -30,7 +30,7 @@ DECISIVE = [
 # Parameters of a tier that change no number that is compared.
 INDIFFERENT = {"manifest", "downloads", "raw", "shown_fold", "workers", "device", "threads"}
 INDIFFERENT |= {"keep_weights", "explored", "reference", "primary_metric", "contrasts"}
-INDIFFERENT |= {"resamples", "shown_patches", "predictions"}
+INDIFFERENT |= {"resamples", "shown_patches", "damaged_patches", "predictions"}
 # Values of parameters that committed results may lack because they are older.
 BEFORE = {"processes": 1, "scenario_budget": 0, "tested_on": "test"}
 
@@ -38,8 +38,7 @@ BEFORE = {"processes": 1, "scenario_budget": 0, "tested_on": "test"}
 def scoring_difference(here: Path, committed: Path) -> tuple[float, float]:
     """Return the largest differences of D, relative to the committed D, and of p of two scorings.
 
-    Raises:
-        InputError: A file is no scoring; or the scenarios, settings or numbers of patches differ.
+    Raises `InputError` where a file is no scoring, or scenarios, settings or patches differ.
     """
     first, second = _scoring(here), _scoring(committed)
     for name in DECISIVE:

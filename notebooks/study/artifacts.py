@@ -6,10 +6,7 @@ commit, date). Reading an output checks hash and parameters; the environment is 
 compared. Times and dates stand in sidecars only, so that equal runs give equal files.
 """
 
-from __future__ import annotations
-
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -34,17 +31,11 @@ RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas
 
 @dataclass(frozen=True)
 class Record:
-    """What an output was made with and from.
+    """What an output was made with and from."""
 
-    Attributes:
-        parameters: Everything that decides the output's content, JSON-able.
-        inputs: Hash (SHA-256) of every input, by a name that says its part.
-        device: Where it was computed.
-    """
-
-    parameters: Mapping[str, Any]
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
+    parameters: Mapping[str, Any]  # everything that decides the content, JSON-able
+    inputs: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each, by name
+    device: str = "cpu"  # where it was computed
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -77,20 +68,10 @@ def sidecar_path(path: Path) -> Path:
 
 
 def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
-    """Write an output and its record, each beside and renamed, the record first.
+    """Write an output and its record, each beside and renamed, the record first; return the path.
 
-    Of the processes that share a run, the first one writes.
-
-    The record carries the output's hash, so an output that a kill left without its own record, or
-    with an older one, is noticed when it is read.
-
-    Args:
-        path: Where the output goes; folders are made.
-        write: Writes the output to the path that it is given.
-        record: Parameters and inputs.
-
-    Returns:
-        `path`.
+    Of the processes that share a run, the first one writes. The record carries the output's hash,
+    so an output that a kill left without its own record, or with an older one, is noticed.
     """
     if not is_first_process():
         return path
@@ -103,9 +84,8 @@ def save(path: Path, write: Callable[[Path], object], record: Record) -> Path:
 
 def describe(path: Path, record: Record) -> None:
     """Write the record of an output that is there already."""
-    if not is_first_process():
-        return
-    _write_record(path, file_sha256(path), record)
+    if is_first_process():
+        _write_record(path, file_sha256(path), record)
 
 
 def save_table(path: Path, table: pd.DataFrame, record: Record) -> Path:
@@ -115,7 +95,8 @@ def save_table(path: Path, table: pd.DataFrame, record: Record) -> Path:
 
 def save_json(path: Path, content: Mapping[str, Any], record: Record) -> Path:
     """Write JSON; a number that is not finite is written as null."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
     return save(path, lambda to: to.write_text(text), record)
 
 
@@ -140,9 +121,7 @@ def check(
     Returns:
         The record: file, sha256, parameters, inputs, environment.
 
-    Raises:
-        InputError: The output or its record is absent, the output is not the one that the record
-            describes, or it was made with other parameters.
+    Raises `InputError` where output or record is absent, or the output is not the one described.
     """
     sidecar = sidecar_path(path)
     for needed in (path, sidecar):
@@ -175,9 +154,8 @@ def is_made(path: Path, record: Record) -> bool:
         found = check(path)
     except InputError:
         return False
-    return _same(found["parameters"], dict(record.parameters)) and _same(
-        found["inputs"], dict(record.inputs)
-    )
+    same = _same(found["parameters"], dict(record.parameters))
+    return same and _same(found["inputs"], dict(record.inputs))
 
 
 def load_weights(
@@ -187,11 +165,8 @@ def load_weights(
     record = check(path, expected)
     try:
         return safetensors.torch.load_file(path), record
-    except (
-        SafetensorError,
-        ValueError,
-        KeyError,
-    ) as error:  # it is never read in another way, which could run code
+    except (SafetensorError, ValueError, KeyError) as error:
+        # It is never read in another way, which could run code.
         raise InputError(f"{path}: expected weights as safetensors: {error}") from error
 
 
@@ -217,16 +192,6 @@ def _write_record(path: Path, sha256: str, record: Record) -> None:
 def _same(recorded: object, wanted: object) -> bool:
     """Equal once both are what JSON makes of them (tuples are lists, keys are strings)."""
     return recorded == json.loads(json.dumps(wanted))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _commit() -> str | None:

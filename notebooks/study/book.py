@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,10 +58,8 @@ INDEX = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{ti
 def executed_notebooks(folder: Path) -> dict[str, NotebookNode]:
     """Read the first executed copy of every notebook, without progress bars, by its name.
 
-    Every figure gets a text that stands for it, as metadata `alt`: where it stands.
-
-    Raises:
-        InputError: There is none, one failed, or one shows a path of the machine.
+    Every figure gets a text that stands for it, as metadata `alt`: where it stands. Raises
+    `InputError` where there is none, one failed, or one shows a path of the machine.
     """
     paths: dict[str, Path] = {}
     for path in sorted(folder.glob("[0-9A]*.ipynb")):
@@ -126,28 +124,21 @@ def _cleaned(path: Path) -> NotebookNode:
         if cell.cell_type != "code":
             above = _plain("\n\n".join(cell.source.split("\n\n")[:2]))
             continue
-        cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
+        said = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [output for output in said if PROGRESS not in output.get("data", {})]
         for output in cell.outputs:
+            data = output.get("data", {})
             if output.output_type == "error":
-                raise InputError(
-                    f"{path}: expected a notebook that ran to its end: {output.evalue}"
-                )
-            if "image/png" in output.get("data", {}):
+                why = output.evalue
+                raise InputError(f"{path}: expected a notebook that ran to its end: {why}")
+            if "image/png" in data:
                 number += 1
                 output.metadata = NotebookNode(alt=f"Figure {number}: {above}")
-            for text in _texts(output):
+            texts = [text for kind, text in data.items() if kind.startswith("text/")]
+            for text in (output.get("text", ""), *texts):
                 if found := MACHINE_PATH.search(text):
                     raise InputError(f"{path}: expected no path of this machine, found {found[0]}")
     return notebook
-
-
-def _is_noise(output: NotebookNode) -> bool:
-    return output.get("name") == "stderr" or PROGRESS in output.get("data", {})
-
-
-def _texts(output: NotebookNode) -> Iterator[str]:
-    yield output.get("text", "")
-    yield from (text for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
 
 
 def _plain(markdown: str) -> str:

@@ -15,35 +15,18 @@ from study.statistics import UNIFORM_ARMS, differences, pooled, sensor_values
 
 @dataclass(frozen=True)
 class Case:
-    """What notebook 05 wrote about one data set and backbone.
-
-    Attributes:
-        dataset: Name of the data set.
-        backbone: Name of the backbone.
-        scenarios: Its scenarios.
-        records: Counts of pixels of every run on test blocks.
-        networks: Scores of the scenarios, and the IoU that they lost, for each pretrained network.
-        trivial: IoU of the predictor that says yes everywhere.
-    """
+    """What notebook 05 wrote about one data set and backbone."""
 
     dataset: str
     backbone: str
     scenarios: ScenarioSet
-    records: pd.DataFrame
-    networks: pd.DataFrame
-    trivial: float
+    records: pd.DataFrame  # counts of pixels of every run on test blocks
+    networks: pd.DataFrame  # scores and lost IoU of every scenario, by pretrained network
+    trivial: float  # IoU of the predictor that says yes everywhere
 
 
 def read_cases(results: Path, tiers: Sequence[str]) -> list[Case]:
-    """Read the tables of published tiers.
-
-    Args:
-        results: Folder with a folder for each tier.
-        tiers: Their names.
-
-    Raises:
-        InputError: A tier is not published.
-    """
+    """Read the tables of published tiers. Raises `InputError` when one is not published."""
     cases = []
     for tier in tiers:
         folder = results / tier / "evaluation"
@@ -68,18 +51,12 @@ def differences_of_cases(
     cases: Sequence[Case], metrics: Sequence[str], resamples: int
 ) -> pd.DataFrame:
     """Return the differences of every method to uniform in every case; see `differences`."""
-    tables = [
-        differences(case.records, case.scenarios, metrics, resamples=resamples) for case in cases
-    ]
+    tables = (differences(of.records, of.scenarios, metrics, resamples=resamples) for of in cases)
     return pd.concat(tables, ignore_index=True)
 
 
 def pooled_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the random-effects analysis of each metric and method that has three cases or more.
-
-    Args:
-        table: Result of `differences_of_cases`.
-    """
+    """Return the random-effects analysis of `differences_of_cases` where three are there."""
     rows = []
     for (metric, method), cases in table.groupby(["metric", "method"], sort=False):
         if len(cases) > 2:
@@ -90,12 +67,11 @@ def pooled_differences(table: pd.DataFrame) -> pd.DataFrame:
 
 def worth_of_sensors(cases: Sequence[Case], resamples: int) -> pd.DataFrame:
     """Return what each sensor is worth in every case, after fine-tuning with uniform scenarios."""
-    tables = [
-        sensor_values(
-            case.records, case.scenarios, UNIFORM_ARMS[0], case.trivial, resamples
-        ).assign(dataset=case.dataset, backbone=case.backbone)
-        for case in cases
-    ]
+    tables = []
+    for case in cases:
+        method = UNIFORM_ARMS[0]
+        table = sensor_values(case.records, case.scenarios, method, case.trivial, resamples)
+        tables.append(table.assign(dataset=case.dataset, backbone=case.backbone))
     return pd.concat(tables, ignore_index=True)
 
 

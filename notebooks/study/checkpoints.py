@@ -50,9 +50,7 @@ def load_pretrained(
             task, fold, normalisation, pretraining_seed and patches_sha256. Only the first three
             are looked at in the user's own weights.
 
-    Raises:
-        InputError: No such network or file, another hash than the manifest lists, weights of
-            another model, band order, class list or fold, or a file that is no plain tensors.
+    Raises `InputError` for no such network or file, or for weights of another network.
     """
     if weights != "committed":
         path, origin = Path(weights), "a checkpoint of this study"
@@ -61,9 +59,8 @@ def load_pretrained(
             accepted = "'committed', 'train' or the path of a checkpoint"
             raise InputError(f"weights: no such file: {weights!r}; expected {accepted}")
     else:
-        names = ("dataset", "backbone", "fold", "pretraining_seed")
-        wanted = {**made_with, "backbone": made_with["model"]["name"]}
-        network = load_manifest(manifest).network(*(wanted[name] for name in names))
+        point = made_with["dataset"], made_with["model"]["name"], made_with["fold"]
+        network = load_manifest(manifest).network(*point, made_with["pretraining_seed"])
         path, origin = manifest.parent / network.weights, f"committed: {network.origin}"
         expected = {name: made_with[name] for name in COMMITTED}
         again = f"`git checkout -- {network.weights}` brings it, `make networks` trains it anew"
@@ -91,11 +88,7 @@ def load_pretrained(
 def build_network(
     backbone: str, preset: str, patches: PatchDataset, device: torch.device | str = "cpu"
 ) -> Backbone:
-    """Return a network with fresh weights for the bands and classes of patches, in its fast form.
-
-    Raises:
-        InputError: The backbone or the preset is unknown, or the patches do not fit them.
-    """
+    """Return a network with fresh weights for the bands and classes of patches, in fast form."""
     sizes = patches.bands, len(patches.classes)
     if is_own(backbone):
         return build_own(backbone, *sizes).to(device)
@@ -114,17 +107,8 @@ def network_configuration(backbone: str, preset: str, patches: PatchDataset) -> 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
     """Load pretrained weights: ours, known by the record beside them, or the authors'.
 
-    Args:
-        model: Changed in place.
-        path: The checkpoint.
-        expected: Parameters that a checkpoint of ours must have been made with.
-
-    Returns:
-        "ours" or "authors".
-
-    Raises:
-        InputError: It is the checkpoint of another model, or damaged, or made with other
-            parameters.
+    Raises `InputError` for the checkpoint of another model, a damaged one, or one of ours that was
+    made with other parameters than `expected`. Returns "ours" or "authors".
     """
     if not sidecar_path(path).is_file():
         load_author_weights(model, path)
@@ -154,21 +138,13 @@ def _fits(value: torch.Tensor, target: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network with all that using it takes.
+    """A network with all that using it takes."""
 
-    Attributes:
-        model: In evaluation mode: `model(images, available)` returns logits [B, C, H, W].
-        scenarios: Scenarios of its modalities, in the order of the images.
-        description: Its bands, classes and normalisation.
-        weights: File of the weights.
-        sha256: Hash of that file.
-    """
-
-    model: nn.Module
-    scenarios: ScenarioSet
-    description: Description
+    model: nn.Module  # in evaluation mode: `model(images, available)` returns logits [B, C, H, W]
+    scenarios: ScenarioSet  # of its modalities, in the order of the images
+    description: Description  # bands, classes and normalisation
     weights: Path
-    sha256: str
+    sha256: str  # of the file of the weights
 
 
 def load_network(
@@ -185,8 +161,7 @@ def load_network(
             or the command line names its file.
         device: Where the network computes.
 
-    Raises:
-        InputError: Weights or record are missing, damaged, or of another network.
+    Raises `InputError` where weights or record are missing, damaged, or of another network.
     """
     path = Path(weights) / WEIGHTS if Path(weights).is_dir() else Path(weights)
     record = check(path)

@@ -23,62 +23,44 @@ from study.statistics import whole_replicates
 from study.tiers import StudyFolder, Tier, load_tier, network_seed
 
 NETWORK = ["dataset", "backbone", "fold", "network"]
+RUN = ["dataset", "backbone", "fold", "seed", "method"]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """The runs of a grid with what they were tested on.
-
-    Attributes:
-        study: Folder of the runs.
-        tier: Tier whose grid is complete; None if notebooks were run one by one.
-        points: Methods of every (dataset, backbone, fold, seed).
-        tests: Test patches of every (dataset, fold).
-        scenarios: The K scenarios.
-        prior: Probability of each scenario in deployment, [K]; None is uniform.
-        records: Counts of pixels of every run, whole replicates alone; see `collect`.
-        histories: Learning curves, likewise.
-        left_out: Number of rows of replicates that lack folds.
-        parameters: Parameters of the notebook.
-        record: What the results are made with.
-        device: Where networks compute.
-    """
+    """The runs of a grid with what they were tested on."""
 
     study: StudyFolder
-    tier: Tier | None
+    tier: Tier | None  # None if notebooks were run one by one
+    # methods of (dataset, backbone, fold, seed)
     points: Mapping[tuple[str, str, int, int], Sequence[str]]
-    tests: Mapping[tuple[str, int], PatchDataset]
+    tests: Mapping[tuple[str, int], PatchDataset]  # test patches of every (dataset, fold)
     scenarios: ScenarioSet
-    prior: NDArray[np.float64] | None
-    records: pd.DataFrame
-    histories: pd.DataFrame
-    left_out: int
-    parameters: Mapping[str, Any]
-    record: Record
-    device: torch.device
+    prior: NDArray[np.float64] | None  # of each scenario in deployment, [K]; None is uniform
+    records: pd.DataFrame  # of whole replicates, see `collect`
+    histories: pd.DataFrame  # learning curves, likewise
+    left_out: int  # number of rows of replicates that lack folds
+    parameters: Mapping[str, Any]  # of the notebook
+    record: Record  # what the results are made with
+    device: torch.device  # where networks compute
 
     def trivial(self) -> pd.DataFrame:
         """Return the IoU of the predictor that says yes everywhere, by data set and class."""
         protocol, size = self.parameters["protocol"], self.parameters["batch_size"]
-        counted = [
-            evaluate(
-                AlwaysPositive(len(test.classes)), test.batches(size), self.scenarios,
-                test.classes, test.task_kind, protocol=protocol,
-            ).assign(dataset=dataset)
-            for (dataset, _), test in self.tests.items()
-        ]  # fmt: skip
+        counted = []
+        for (dataset, _), test in self.tests.items():
+            model, about = AlwaysPositive(len(test.classes)), (test.classes, test.task_kind)
+            records = evaluate(model, test.batches(size), self.scenarios, *about, protocol)
+            counted.append(records.assign(dataset=dataset))
         return class_scores(pd.concat(counted), ["dataset"])
 
     def scores(self) -> pd.DataFrame:
         """Return distortions and probabilities of every network and scenario."""
-        seed = self.parameters["pretraining_seed"]
-        networks = dict.fromkeys(
-            (*point[:3], network_seed(seed, point[3])) for point in self.points
-        )
-        tables = {
-            network: load_table(self.study.scores(*network) / "distortion.csv")
-            for network in networks
-        }
+        tables, seed = {}, self.parameters["pretraining_seed"]
+        for dataset, backbone, fold, own in self.points:
+            network = dataset, backbone, fold, network_seed(seed, own)
+            if network not in tables:
+                tables[network] = load_table(self.study.scores(*network) / "distortion.csv")
         return pd.concat(tables, names=NETWORK).reset_index(NETWORK).reset_index(drop=True)
 
     def lost(self, scores: pd.DataFrame) -> pd.DataFrame:
@@ -95,14 +77,7 @@ class Collected:
 
 
 def open_grid(notebook: Mapping[str, Any]) -> Collected:
-    """Open all runs of a tier, or all that are there, from the parameters of notebook 05.
-
-    Args:
-        notebook: Names and values of the notebook, as `globals()` gives them there.
-
-    Raises:
-        InputError: A parameter cannot be used, or `collect` raises it.
-    """
+    """Open all runs of a tier, or all that are there, from `globals()` of notebook 05."""
     parameters = checked_parameters("05_evaluation", notebook)
     make_deterministic(parameters["threads"])
     device = choose_device(parameters["device"])
@@ -154,24 +129,18 @@ def collect(
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
             every seed that started from it (see `network_seed`); None: do not.
 
-    Raises:
-        InputError: A run does not exist, is damaged, or was made with other parameters; or there
-            is none at all.
+    Raises `InputError` where a run is not there, damaged, or made with other parameters.
     """
     tables = []
     for (dataset, backbone, fold, seed), methods in points.items():
-        folder = study.runs(dataset, backbone, fold, seed)
-        paths = {method: folder / method for method in methods}
+        folder, paths = study.runs(dataset, backbone, fold, seed), {}
         if pretraining_seed is not None:
             network = network_seed(pretraining_seed, seed)
-            start = study.pretrained(dataset, backbone, fold, network)
-            paths = {"pretrained": start, **paths}
-        for method, folder in paths.items():
-            table = load_table(folder / name, {**expected[dataset], "fold": fold})
-            keys: dict[str, Any] = {"dataset": dataset, "backbone": backbone}
-            keys |= {"fold": fold, "seed": seed, "method": method}
-            table = table.assign(**keys)
-            tables.append(table[[*keys, *table.columns.difference(list(keys), sort=False)]])
-    if not tables:
-        raise InputError(f"{study.root}/runs: no run is there; has notebook 04 been run?")
+            paths["pretrained"] = study.pretrained(dataset, backbone, fold, network)
+        paths |= {method: folder / method for method in methods}
+        for method, path in paths.items():
+            table = load_table(path / name, {**expected[dataset], "fold": fold})
+            point: tuple[Any, ...] = dataset, backbone, fold, seed, method
+            table = table.assign(**dict(zip(RUN, point, strict=True)))
+            tables.append(table[[*RUN, *table.columns.difference(RUN, sort=False)]])
     return pd.concat(tables, ignore_index=True)

@@ -4,8 +4,6 @@ What Snakemake leaves to its caller after a `kill -9` is done here: processes of
 that still write are ended, the stale lock is removed, and incomplete outputs are made again.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json
@@ -13,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,6 @@ import psutil
 from lsgs_core.errors import InputError
 from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
-from study.data.manifest import Dataset
 from study.durations import durations, estimate, executed, read_executed
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.networks import NETWORKS as NETWORKS_FILE
@@ -54,9 +51,6 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
 
     Returns:
         Exit status of Snakemake.
-
-    Raises:
-        InputError: Another process runs a study of this checkout now, or there is no such profile.
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
@@ -86,16 +80,8 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
 def reproduce(tier: Tier, run: str, cores: int) -> int:
     """Run one committed result again in a folder of its own, and say whether it is the same.
 
-    Args:
-        tier: With that run.
-        run: Such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone.
-        cores: CPU cores.
-
-    Returns:
-        0 where it is the same, 1 where it is not or did not finish.
-
-    Raises:
-        InputError: The tier has no such run, or it is not published.
+    The run is such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone. Returns 0
+    where it is the same, 1 where it is not or did not finish.
     """
     again = load_tier(tier.name, ROOT, Path("work") / "reproduction")
     if not run:
@@ -124,17 +110,10 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
 
 
 def make_networks(tier: Tier, cores: int) -> int:
-    """Pretrain the networks of a tier and put them into `results/networks`.
+    """Pretrain the networks of a tier, such as scratch, and put them into `results/networks`.
 
     Nothing else writes there. Whether a network is the one that the manifest lists is said, with
-    the hash to write there where it is not.
-
-    Args:
-        tier: One that trains its networks, such as scratch.
-        cores: CPU cores.
-
-    Returns:
-        Exit status of Snakemake.
+    the hash to write there where it is not. Returns the exit status of Snakemake.
     """
     folders = [tier.folder.pretrained(*network) for network in tier.networks()]
     with _only_one(ROOT):
@@ -170,9 +149,7 @@ def _expect_folders(tier: Tier) -> None:
 def _clear_up(tier: Tier, elsewhere: bool = False) -> None:
     """End what an earlier run that was killed left behind, and take its lock and files away.
 
-    Args:
-        tier: The tier that is to run.
-        elsewhere: Jobs may run on other machines, whose temporary files are left alone.
+    Where jobs may run elsewhere, their temporary files are left alone.
     """
     if ended := end_orphans(ROOT):
         print(f"ended {ended} processes that an earlier run had left behind", flush=True)
@@ -243,16 +220,9 @@ def _snakemake(
 def publish(tier: Tier) -> list[Path]:
     """Copy tables and figures of a finished tier into `results/<tier>`, in place of older ones.
 
-    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole.
-
-    Records with dates and package versions stay behind but for one, `provenance.json`, so that
+    All of it or nothing: a folder beside, which git ignores, is renamed when it is whole. Records
+    with dates and package versions stay behind but for one, `provenance.json`, so that
     `git diff results` shows what changed in the figures and not that time went by.
-
-    Returns:
-        The files written.
-
-    Raises:
-        InputError: The tier was not evaluated yet.
     """
     record = check(ROOT / tier.folder.evaluation / "summary.csv")
     target = ROOT / "results" / tier.name
@@ -284,14 +254,9 @@ def publish(tier: Tier) -> list[Path]:
         "evaluation": {"parameters": record["parameters"], "environment": record["environment"]},
         "runs": _runs_by_commit(tier),
     }
-    with written_beside(beside / "provenance.json") as temporary:
-        temporary.write_text(json.dumps(provenance, indent=2) + "\n")
-    with written_beside(beside / "NOTICE.txt") as temporary:
-        temporary.write_text(
-            _notice({n: tier.manifest.dataset(n) for n in tier.grid.datasets}), "utf-8"
-        )
-    with written_beside(beside / "README.md") as temporary:
-        temporary.write_text(tier_page(beside), "utf-8")
+    (beside / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    (beside / "NOTICE.txt").write_text(_notice(tier), "utf-8")
+    (beside / "README.md").write_text(tier_page(beside), "utf-8")
     if target.is_dir():
         target.replace(old)
     beside.replace(target)
@@ -307,22 +272,19 @@ def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
         parameters, environment = record["parameters"], record["environment"]
         keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
         found.setdefault(keys, []).append(environment["date"])
-    names = ("dataset", "backbone", "commit")
-    return [
-        {**dict(zip(names, keys, strict=True)), "runs": len(d), "from": min(d), "to": max(d)}
-        for keys, d in found.items()
-    ]
+    names = "dataset", "backbone", "commit", "runs", "from", "to"
+    rows = [(*keys, len(dates), min(dates), max(dates)) for keys, dates in found.items()]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _notice(datasets: Mapping[str, Dataset]) -> str:
-    """Under which licences pictures, labels and predictions of these data sets are."""
+def _notice(tier: Tier) -> str:
+    """Under which licences pictures, labels and predictions of a tier's data sets are."""
     lines = ["Pictures, labels, predictions and networks here are derived from these data,"]
     lines += ["and are passed on under their licences.", ""]
-    for name, dataset in datasets.items():
+    for name in tier.grid.datasets:
+        dataset = tier.manifest.dataset(name)
         lines.append(f"{name}: {dataset.title}")
-        lines += [
-            f"  {entry.covers}: {entry.name}. {entry.attribution}." for entry in dataset.licences
-        ]
+        lines += [f"  {of.covers}: {of.name}. {of.attribution}." for of in dataset.licences]
     return "\n".join([*lines, ""])
 
 

@@ -31,8 +31,6 @@ def make_deterministic(threads: int) -> None:
 
     One and two threads differ after some steps, so the number is a parameter that is recorded.
     """
-    if threads < 1:
-        raise InputError(f"threads: expected 1 or more, found {threads}")
     torch.set_num_threads(threads)
     # Only a warning, since some CUDA backward passes (3-D resizing) have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -46,13 +44,10 @@ def seed_weights(seed: int, stage: Stage) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is the GPU where there is one.
+    """Return the device of a name; "auto" is the GPU where there is one. Raises `InputError`.
 
     Of the processes of one machine, each gets a GPU of its own. A GPU is only counted here, not
     used, so that processes can still be started afterwards.
-
-    Raises:
-        InputError: The device is unknown or not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,15 +83,10 @@ def in_processes(
 ) -> Any:
     """Run a function in several processes, and return what it returns in the first of them.
 
-    Args:
-        function: Called in every process. It chooses its device itself.
-        arguments: Arguments of the function; they reach the processes by a fork.
-        processes: Number of processes; 1 calls the function here.
-        device: Name of the device. On GPUs accelerate's `notebook_launcher` starts one process per
-            GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
+    Every process calls it with these arguments, which reach it by a fork, and chooses its device
+    itself; one process calls it here. On GPUs accelerate's `notebook_launcher` starts one process
+    per GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
     """
-    if processes < 1:
-        raise InputError(f"processes: expected 1 or more, found {processes}")
     if processes == 1:
         return function(*arguments)
     from accelerate import debug_launcher, notebook_launcher  # takes seconds to import
@@ -121,14 +111,10 @@ def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) ->
 class Processes:
     """The processes that share a run, as they were launched, and the precision of a forward pass.
 
-    Attributes:
-        rank: Number of this process, from 0.
-        count: Number of processes.
+    `rank` is the number of this process, from 0, and `count` how many there are.
     """
 
     def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
-        if precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision: expected 'float32' or 'bfloat16', found {precision!r}")
         self._device, self._mixed = device, precision == "bfloat16"
         self.rank = _rank()
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -156,13 +142,11 @@ class Processes:
         """
         if self.count == 1:
             return module
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        devices = None
+        if self._device.type == "cuda":
+            devices, module = [self._device.index], nn.SyncBatchNorm.convert_sync_batchnorm(module)
         # CBC has layers that its forward pass does not use.
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=[self._device.index] if on_gpu else None, find_unused_parameters=True
-        )
+        return nn.parallel.DistributedDataParallel(module, devices, find_unused_parameters=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the forward pass runs in the precision of the run."""

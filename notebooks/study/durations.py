@@ -4,8 +4,6 @@ The estimate is a product: seconds per patch, measured once on one core, times t
 tier. It is for CPUs and small networks (the preset "demo"); for others nothing was measured.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,13 +35,7 @@ RESIZED |= {"block_size": 0, "margin": -1, "validation_blocks": -1}
 
 
 def estimate(tier: Tier, cores: int, root: Path) -> str:
-    """Return a sentence that says how long a whole tier takes, and what this is based on.
-
-    Args:
-        tier: The tier.
-        cores: CPU cores that the notebooks are shared out among.
-        root: The project's root.
-    """
+    """Return a sentence that says how long a whole tier takes, and what this is based on."""
     other_size = any(section.get("preset", "demo") != "demo" for section in tier.sections.values())
     if other_size or {backbone for _, backbone, *_ in tier.networks()} - SECONDS.keys():
         measured = f"the preset 'demo' of {', '.join(SECONDS)}"
@@ -60,9 +52,8 @@ def estimate(tier: Tier, cores: int, root: Path) -> str:
         stage = next(stage for stage, name in NOTEBOOKS.items() if job.startswith(name))
         seconds = float(BESIDES[stage])
         if "backbone" in parameters:
-            dataset = parameters["dataset"]
-            seconds += _computing(stage, parameters, counts[dataset] or (0, 0, 0),
-                                  scenarios[dataset])  # fmt: skip
+            name = parameters["dataset"]
+            seconds += _computing(stage, parameters, counts[name] or (0, 0, 0), scenarios[name])
         stages[stage].append(seconds)
     total = sum(max(max(jobs), sum(jobs) / cores) for jobs in stages.values())
     return (
@@ -79,9 +70,8 @@ def _computing(
     size, training, test = patches
     training = min(training, parameters.get("training_patches") or training)
     test = min(test, parameters.get("evaluation_patches") or test)
-    step, evaluated, scored = (
-        seconds * (size / SIZE) ** 2 for seconds in SECONDS[parameters["backbone"]]
-    )
+    of_size = SECONDS[parameters["backbone"]]
+    step, evaluated, scored = (seconds * (size / SIZE) ** 2 for seconds in of_size)
     if stage == "scoring":
         return training * scenarios * (scored + evaluated * parameters["predictions"])
     trained = stage == "finetuning" or parameters["weights"] == "train"
@@ -119,9 +109,7 @@ def read_executed(path: Path) -> dict[str, Any]:
 def durations(before: Mapping[Path, int], after: Mapping[Path, int]) -> Iterator[str]:
     """Yield a line per stage: how many notebooks were executed, and how long they took together.
 
-    Args:
-        before: Result of `executed` before the run.
-        after: The same after it; what is as before was not executed again.
+    What is after a run as it was before (results of `executed`) was not executed again.
     """
     for stage, notebook in NOTEBOOKS.items():
         new = [p for p in after if p.name.startswith(notebook) and after[p] != before.get(p)]

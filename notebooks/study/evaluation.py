@@ -9,7 +9,8 @@ Protocol "paper": one row per patch, scenario and class with the soft Jaccard in
 authors, which are then averaged over patches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,28 +65,23 @@ def evaluate(
     kind: TaskKind,
     protocol: Protocol = "strict",
 ) -> pd.DataFrame:
-    """Compare predictions with the truth under every scenario.
+    """Compare predictions with the truth under every scenario, by a protocol of the module.
 
     A patch that lacks modalities of a scenario is evaluated with those it has; pixels that no
     modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes,
     all are given the same batches and share the work (`study.devices`).
 
     Args:
-        model: Called as `model(images, available)` for logits [B, C, H, W]; in evaluation mode, on
-            the device of its parameters.
-        batches: Batches with targets.
+        model: Called in evaluation mode as `model(images, available)` for logits [B, C, H, W].
+        batches: Batches with targets; without any, or without a target, `InputError` is raised.
         scenarios: The scenarios, each evaluated separately.
         classes: Names of the C classes.
         kind: Kind of the target.
-        protocol: See the module.
+        protocol: Decides the rows.
 
     Returns:
-        Strict: one row per block, scenario and class: block, scenario, class, tp, fp, fn (pixels).
-        Paper: one row per patch, scenario and class: patch, block, scenario, class, soft_iou,
-        soft_f1 (NaN where no pixel counts).
-
-    Raises:
-        InputError: There is no batch, or a batch without a target.
+        Strict: the columns block, scenario, class, tp, fp and fn (pixels). Paper: patch, block,
+        scenario, class, soft_iou and soft_f1 (NaN where no pixel counts).
     """
     parameter = next(model.parameters(), torch.empty(0))
     masks = torch.tensor(scenarios.masks, device=parameter.device)
@@ -114,11 +110,12 @@ def evaluate(
     if protocol == "strict":
         table = table.groupby(keys, sort=False)[COUNTS].sum().astype("int64").reset_index()
     order = {name: position for position, name in enumerate([*scenarios.names, *classes])}
-    return table[[*keys, *(COUNTS if protocol == "strict" else SOFT)]].sort_values(
-        keys,
-        key=lambda column: column if column.name in places else column.map(order),
-        ignore_index=True,
-    )
+
+    def in_order(column: pd.Series) -> pd.Series:
+        return column if column.name in places else column.map(order)
+
+    table = table[[*keys, *(COUNTS if protocol == "strict" else SOFT)]]
+    return table.sort_values(keys, key=in_order, ignore_index=True)
 
 
 @torch.inference_mode()
@@ -161,13 +158,10 @@ def validation_scores(
 
 
 def class_scores(records: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Compute IoU and F1 of every class, within the groups of `by`.
+    """Compute IoU and F1 of every class, within the groups of `by`, NaN where undefined.
 
-    Strict records: from pooled counts. Paper records: the mean over patches.
-
-    Returns:
-        The columns of `by`, class, iou and f1, NaN where undefined (see the module); for paper
-        records also the standard deviations over patches, iou_deviation and f1_deviation.
+    They are from pooled counts, or for paper records the mean over patches, with the standard
+    deviations iou_deviation and f1_deviation.
     """
     grouped = records.groupby([*by, "class"], sort=False)
     if "tp" not in records:
@@ -195,38 +189,27 @@ def summary(
     by: list[str],
     prior: NDArray[np.float64] | None = None,
 ) -> pd.DataFrame:
-    """Summarise the IoU over the scenarios.
+    """Summarise the IoU, averaged over classes, over the scenarios, within the groups of `by`.
 
-    Args:
-        records: Records of `evaluate`.
-        scenarios: The K scenarios.
-        by: Columns to group by, such as ["backbone", "method"].
-        prior: Probability of every scenario in deployment, [K]; None is uniform.
+    The prior is the probability of every scenario in deployment, [K]; None is uniform.
 
     Returns:
         The columns of `by`, mean_iou, worst_iou, lowest_quarter_iou, worst_scenario, expected_iou
-        (under the prior), full_iou and drop (full minus mean), from the IoU averaged over classes.
-        A scenario in which no class is in truth or prediction is left out.
+        (under the prior), full_iou and drop (full minus mean). A scenario in which no class is in
+        truth or prediction is left out.
     """
     names = list(scenarios.names)
     weights = np.full(len(names), 1 / len(names)) if prior is None else prior
     rows = []
     for keys, group in scenario_scores(records, by).groupby(by, sort=False):
         iou = group.set_index("scenario")["iou"].reindex(names)
-        full = iou.iloc[scenarios.full]
-        rows.append(
-            {
-                **dict(zip(by, keys if isinstance(keys, tuple) else (keys,), strict=True)),
-                "mean_iou": iou.mean(),
-                "worst_iou": iou.min(),
-                "lowest_quarter_iou": float(lowest_quarter(iou.to_numpy(dtype=float))),
-                "worst_scenario": iou.idxmin() if iou.notna().any() else "",
-                "expected_iou": float(expected(iou.to_numpy(), weights)),
-                "full_iou": full,
-                "drop": full - iou.mean(),
-            }
-        )
-    return pd.DataFrame(rows)
+        values = iou.to_numpy(dtype=float)
+        row: dict[str, Any] = {name: float(of(values, weights)) for name, of in SUMMARIES.items()}
+        row["worst_scenario"] = iou.idxmin() if iou.notna().any() else ""
+        row["drop"] = row["full_iou"] - row["mean_iou"]
+        rows.append(dict(zip(by, keys, strict=True)) | row)
+    columns = ["mean_iou", "worst_iou", "lowest_quarter_iou", "worst_scenario", "expected_iou"]
+    return pd.DataFrame(rows)[[*by, *columns, "full_iou", "drop"]]
 
 
 def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -239,13 +222,22 @@ def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray
 def lowest_quarter(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean of the lowest quarter, rounded up, of scores [..., K] that are not NaN.
 
-    It is less noisy than the lowest score alone where there are many scenarios: the mean of two of
-    7, and of eight of 31.
+    Of many scenarios it is less noisy than the lowest: the mean of two of 7, and of eight of 31.
     """
     kept = -(-(~np.isnan(scores)).sum(axis=-1) // 4)
     ranks = np.arange(scores.shape[-1])
     lowest = np.where(ranks < kept[..., None], np.sort(scores, axis=-1), 0.0)  # NaN comes last
     return np.divide(lowest.sum(axis=-1), kept, out=np.full(kept.shape, np.nan), where=kept > 0)
+
+
+# Summaries of the IoU of K scenarios, [..., K] with NaN where undefined, under a prior [K].
+SUMMARIES: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {
+    "worst_iou": lambda scores, _: np.fmin.reduce(scores, axis=-1),  # ignores NaN
+    "lowest_quarter_iou": lambda scores, _: lowest_quarter(scores),
+    "mean_iou": lambda scores, prior: expected(scores, np.ones_like(prior)),
+    "expected_iou": expected,
+    "full_iou": lambda scores, _: scores[..., -1],
+}
 
 
 def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:
@@ -265,10 +257,10 @@ def _counts(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 
 def _soft_scores(logits: Tensor, truth: Tensor, counted: Tensor, kind: TaskKind) -> Tensor:
-    """Return the soft Jaccard index and F1 per sample and class, [B, C, 2].
+    """Return the soft Jaccard index and F1 per sample and class, [B, C, 2], without threshold.
 
-    They are sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y), without threshold.
-    Where the truth is empty, p and y are inverted first, as the authors do.
+    They are sum p y / (sum p + sum y - sum p y) and 2 sum p y / (sum p + sum y). Where the truth is
+    empty, p and y are inverted first, as the authors do.
     """
     probability = (logits.softmax(dim=1) if kind == "multiclass" else logits.sigmoid()).double()
     positive = truth.double()

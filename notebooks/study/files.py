@@ -21,16 +21,8 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Write a file beside its place and rename it when it is whole.
 
     A kill leaves at most a file with the process id in its name, which nothing reads; an exception
-    leaves nothing. The suffix is kept, since writers choose a format by it.
-
-    Args:
-        path: Where the file is to be; its folder exists.
-
-    Yields:
-        A path in the same folder to write to.
-
-    Raises:
-        OSError: The disk is full; what was there before is whole.
+    leaves nothing. The suffix is kept, since writers choose a format by it. Raises `OSError` when
+    the disk is full; what was there before is whole.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     said = f"{path.name} was not written, what it held before is whole"
@@ -57,11 +49,7 @@ def explaining_a_full_disk(path: Path, said: str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder, with those around it, and return its path.
-
-    Raises:
-        InputError: It is not there and cannot be made, or it is a file.
-    """
+    """Make a folder, with those around it, and return its path; raise `InputError` else."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,19 @@ from study.training import discard_state, train
 
 @dataclass(frozen=True)
 class Start:
-    """What the runs of one backbone, fold and seed have in common: all but the method.
+    """What the runs of one backbone, fold and seed have in common: all but the method."""
 
-    Attributes:
-        build: Returns the pretrained network, anew for every run, on its device.
-        evidence: What the scoring of this network says.
-        validation: Patches for the learning curve.
-        test: Patches that no training saw.
-        seed: Random seed of order, scenarios, augmentation, dropout, and what a method draws.
-        lora_learning_rate: Low-rank updates start at zero and need larger steps.
-        parameters: What else decides the result, for the records.
-        inputs: Hashes of weights and probabilities.
-    """
-
-    build: Callable[[], Backbone]
-    evidence: Evidence
+    build: Callable[[], Backbone]  # the pretrained network, anew for every run
+    evidence: Evidence  # what its scoring says
     training: PatchDataset
-    validation: PatchDataset
-    test: PatchDataset
+    validation: PatchDataset  # for the learning curve
+    test: PatchDataset  # that no training saw
     settings: TrainingSettings
-    seed: int
-    lora_learning_rate: float
+    seed: int  # of order, scenarios, augmentation, dropout, and what a method draws
+    lora_learning_rate: float  # low-rank updates start at zero and need larger steps
     lora_rank: int
-    parameters: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    parameters: Mapping[str, Any]  # what else decides the result
+    inputs: Mapping[str, str]  # hashes of weights and probabilities
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,9 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
 
     Args:
         start: What this run shares with those of other methods.
-        name: Name of the method.
+        name: Name of the method; `InputError` where it needs what the scoring does not hold.
         folder: Where it writes history.csv, records.csv, weights.safetensors and a model card.
         keep_weights: Write the weights too (low-rank updates merged).
-
-    Raises:
-        InputError: There is no such method, or it needs what the scoring does not hold.
     """
     method = find_method(name)
     model, settings = start.build(), start.settings
@@ -85,15 +72,9 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         add_lora(model, start.lora_rank)
         settings = replace(settings, learning_rate=start.lora_learning_rate)
     device = str(next(model.parameters()).device)
-    sampler = method.sampler(
-        replace(
-            start.evidence,
-            seed=start.seed,
-            epochs=settings.epochs,
-            steps=settings.epochs * len(settings.batch_sizes(len(start.training))),
-            measure=lambda: _scored_again(start, model),
-        )
-    )
+    steps = settings.epochs * len(settings.batch_sizes(len(start.training)))
+    evidence = replace(start.evidence, seed=start.seed, epochs=settings.epochs, steps=steps)
+    sampler = method.sampler(replace(evidence, measure=partial(_scored_again, start, model)))
     p, trained = sampler.probabilities(0), trained_parameters(model)
     decisive = {**start.parameters, "method": name, "seed": start.seed}
     decisive |= {"settings": asdict(settings)}
@@ -107,20 +88,12 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         return Run(name, load_table(paths[0]), load_table(paths[1]), p, trained)
     tested = start.evidence.scenarios, start.training.classes, start.training.task_kind
     size = settings.batch_size
+    identity = {**decisive, **record.inputs, "device": device}
     history = train(
-        model,
-        start.training,
-        start.evidence.scenarios,
-        sampler,
-        settings,
-        start.seed,
-        folder,
-        identity={**decisive, **record.inputs, "device": device},
-        validate=lambda network: validation_scores(
-            network, start.validation.batches(size), *tested
-        ),
-        stream=method.stream,
-    )
+        model, start.training, start.evidence.scenarios, sampler, settings, start.seed, folder,
+        identity, lambda net: validation_scores(net, start.validation.batches(size), *tested),
+        method.stream,
+    )  # fmt: skip
     merge_lora(model)
     records = evaluate(model, start.test.batches(size), *tested, protocol=settings.protocol)
     save_table(paths[0], history, record)

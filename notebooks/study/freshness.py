@@ -1,14 +1,10 @@
 """The one rule of freshness: an output is kept while parameters, inputs and code are the same.
 
-Notebooks ask `artifacts.is_made` with the parameters, the hashes of the inputs and the fingerprint
-of their stage's code, before they compute anything that takes long. Snakemake is given the same
-fingerprint as a parameter of each rule, so that it starts a notebook again for the same reasons.
-
-The code of a stage are the modules below with all that they import from this project, directly or
-not. Comments, docstrings and layout do not count, and neither does what only draws.
+Notebooks ask `artifacts.is_made` with parameters, hashes of inputs and the fingerprint of their
+stage's code before long work. Snakemake has the fingerprint as a parameter of each rule, so that it
+starts a notebook again for the same reasons. The code of a stage are the modules below with all
+that they import from this project. Comments, docstrings, layout and what only draws do not count.
 """
-
-from __future__ import annotations
 
 import ast
 import hashlib
@@ -26,20 +22,11 @@ NETWORK = ("study.checkpoints", "study.data.patches")
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),
     "pretraining": ("study.pretraining", *NETWORK),
-    "scoring": (
-        "study.scoring",
-        "lsgs_core.probabilities",
-        "lsgs_core.uncertainty",
-        *NETWORK,
-    ),
+    "scoring": ("study.scoring", "lsgs_core.probabilities", "lsgs_core.uncertainty", *NETWORK),
     "finetuning": ("study.finetuning", *NETWORK),
     "evaluation": (
-        "study.evaluation",
-        "study.statistics",
-        "study.agreement",
-        "study.collection",
-        "study.predictions",
-        "study.figures.study",
+        *("study.evaluation", "study.statistics", "study.agreement", "study.collection"),
+        *("study.predictions", "study.figures.study"),
     ),
     "mapping": ("study.mapping",),
 }
@@ -48,11 +35,7 @@ PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__
 
 @lru_cache
 def imported(module: str) -> frozenset[str]:
-    """Names of the modules of this project that a module imports, itself included.
-
-    Args:
-        module: Such as "study.training".
-    """
+    """Names of the modules of this project that a module imports, itself included."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
@@ -64,7 +47,7 @@ def imported(module: str) -> frozenset[str]:
             continue
         # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
-        for node in _without_imports_of_types(_parsed(name)):
+        for node in _without_imports_of_types(ast.parse(_path(name).read_text("utf-8"))):
             if not isinstance(node, ast.ImportFrom):
                 continue
             source = node.module or ""
@@ -76,11 +59,7 @@ def imported(module: str) -> frozenset[str]:
 
 @lru_cache
 def fingerprint(stage: NotebookStage) -> str:
-    """SHA-256 over the code that decides the results of a stage.
-
-    Args:
-        stage: One of `STAGES`.
-    """
+    """SHA-256 over the code that decides the results of a stage."""
     digest = hashlib.sha256()
     modules = frozenset[str]().union(*map(imported, STAGES[stage]))
     for name in sorted(modules):
@@ -98,26 +77,16 @@ def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
 
 @lru_cache
 def _written(code: str) -> str:
-    tree = ast.parse(code)
+    tree, documented = ast.parse(code), ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 
 def code_without_prose(path: Path) -> str:
     """Return the code of a file as Python would write it, without docstrings and comments."""
     return _written(path.read_text(encoding="utf-8"))
-
-
-def _parsed(module: str) -> ast.Module:
-    return ast.parse(_path(module).read_text(encoding="utf-8"))
 
 
 def _path(module: str) -> Path:

@@ -16,8 +16,8 @@ def segmentation_loss(
     """Cross-entropy plus soft Jaccard loss, over the pixels that count.
 
     Cross-entropy alone leaves rare classes below the threshold of 0.5 everywhere, and an IoU at
-    that threshold is what is reported. Binary cross-entropy, averaged over the classes, for binary
-    and multi-label targets; categorical cross-entropy for multi-class ones.
+    that threshold is what is reported. It is binary, averaged over the classes, for binary and
+    multi-label targets, and categorical for multi-class ones.
 
     Args:
         logits: [B, C, H, W].

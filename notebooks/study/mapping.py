@@ -6,6 +6,7 @@ the edge of a window. A scene is mapped in blocks of `STEP` pixels, each with al
 touch it; windows on the edge between blocks are predicted for each of them.
 """
 
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -48,39 +49,28 @@ DISK_FACTOR = 1 + 4 / 3 + 1 / 3
 
 
 class Layer(NamedTuple):
-    """A raster of a map; with name and colour of each category."""
+    """A raster of a map."""
 
     name: str
     kind: Any
     nodata: float
     bands: tuple[str, ...]
-    categories: Mapping[int, tuple[str, str]]
+    categories: Mapping[int, tuple[str, str]]  # name and colour of each
 
 
 @dataclass(frozen=True)
 class MapPlan:
-    """A map that is to be made; everything is checked that can be known before.
-
-    Attributes:
-        network: Network that maps.
-        scene: Scene with the modalities that are there.
-        grid: Grid of the map.
-        folder: Where the map is written.
-        size, stride: Side of a window, and pixels from one window to the next.
-        colours: Colours of classes, by name.
-        batch_size: Number of windows that are predicted together.
-        record: What the map is made with and from.
-    """
+    """A map that is to be made; everything is checked that can be known before."""
 
     network: TrainedNetwork
-    scene: Scene
+    scene: Scene  # with the modalities that are there
     grid: Grid
     folder: Path
-    size: int
-    stride: int
-    batch_size: int
-    colours: Mapping[str, str]
-    record: Record
+    size: int  # side of a window
+    stride: int  # pixels from one window to the next
+    batch_size: int  # windows that are predicted together
+    colours: Mapping[str, str]  # of classes, by name
+    record: Record  # what the map is made with and from
 
     @property
     def layers(self) -> tuple[Layer, Layer, Layer]:
@@ -94,16 +84,14 @@ class MapPlan:
         type_of_class = np.uint16 if masked and len(classes) > 7 else np.uint8
         names, masks = self.network.scenarios.names, self.network.scenarios.masks
         sensors = (masks << np.arange(masks.shape[1])).sum(axis=1).tolist()
-        scenarios = dict(
-            zip(sensors, zip(names, category_colours(len(names)), strict=True), strict=True)
-        )
+        shown = zip(names, category_colours(len(names)), strict=True)
+        scenarios = dict(zip(sensors, shown, strict=True))
         type_of_scenario = np.uint16 if masks.shape[1] > 8 else np.uint8
+        served = ("bit mask of sensors, first is 1",)
         return (
             Layer("classes", type_of_class, np.iinfo(type_of_class).max, bands, values),
             Layer("probabilities", np.float32, np.nan, classes, {}),
-            Layer(
-                "scenarios", type_of_scenario, 0, ("bit mask of sensors, first is 1",), scenarios
-            ),
+            Layer("scenarios", type_of_scenario, 0, served, scenarios),
         )
 
     def path(self, layer: Layer, finished: bool = True) -> Path:
@@ -123,13 +111,11 @@ class MapPlan:
 def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]:
     """Check what the maps of a data set need, before long work, and return a plan for each scene.
 
-    Args:
-        parameters: Those of notebook 06, which says what they are.
-        without: Modalities that are taken to be missing, joined by "+".
+    Parameters are those of notebook 06; `without` names modalities that are taken to be missing,
+    joined by "+".
 
-    Raises:
-        InputError: A name is unknown, weights or files are missing or damaged, the bands are not
-            those of the network, or a scene has another pixel size or is smaller than a window.
+    Raises `InputError` where a name is unknown, weights or files are missing or damaged, the bands
+    are not those of the network, or a scene has another pixel size or is smaller than a window.
     """
     name, raw = parameters["dataset"], parameters["raw"]
     dataset = load_manifest(Path(parameters["manifest"])).dataset(name)
@@ -167,19 +153,8 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
         parts = name, f"{chosen}-without-{without}" if without else chosen
         target = Path(parameters["work"]).joinpath("maps", *parts)
         record = Record(made_with, inputs, str(device))
-        plans.append(
-            MapPlan(
-                network,
-                scene,
-                grid,
-                target,
-                size,
-                stride,
-                parameters["batch_size"],
-                dataset.colours,
-                record,
-            )
-        )
+        how = size, stride, parameters["batch_size"], dataset.colours, record
+        plans.append(MapPlan(network, scene, grid, target, *how))
     return plans
 
 
@@ -336,11 +311,10 @@ def _values(plan: MapPlan, probabilities: Tensor, seen: Tensor) -> list[NDArray[
     reached, likeliest = probabilities >= THRESHOLD, probabilities.argmax(dim=0) + 1
     classes = [likeliest if kind == "multiclass" else likeliest * reached.any(dim=0)]
     classes += [_bits(reached)] * (kind == "multilabel")
-    rasters = zip(
-        (torch.stack(classes), probabilities, _bits(seen)[None]), plan.layers, strict=True
-    )
+    rasters = torch.stack(classes), probabilities, _bits(seen)[None]
     return [
-        bands.where(visible, layer.nodata).numpy().astype(layer.kind) for bands, layer in rasters
+        bands.where(visible, layer.nodata).numpy().astype(layer.kind)
+        for bands, layer in zip(rasters, plan.layers, strict=True)
     ]
 
 
@@ -350,15 +324,22 @@ def _bits(masks: Tensor) -> Tensor:
 
 
 def _create(path: Path, grid: Grid, layer: Layer) -> None:
-    """Make an empty raster of a map, with names and colours of its values."""
-    with create_raster(
-        path, grid, layer.bands, np.dtype(layer.kind), nodata=layer.nodata
-    ) as raster:
+    """Make an empty raster of a map, with names and colours of its values.
+
+    All its bytes are written now: what comes later is written over them, needs no more room, and
+    leaves a readable file wherever it is interrupted.
+    """
+    plain = {"nodata": layer.nodata, "compress": "NONE", "predictor": 1, "sparse_ok": False}
+    with create_raster(path, grid, layer.bands, np.dtype(layer.kind), **plain) as raster:
         raster.update_tags(**{f"id_{value}": name for value, (name, _) in layer.categories.items()})
         colours = {value: to_rgba(colour) for value, (_, colour) in layer.categories.items()}
         if colours:
             table = {value: tuple(round(255 * c) for c in rgba) for value, rgba in colours.items()}
             raster.write_colormap(1, {**table, int(layer.nodata): (0, 0, 0, 0)})
+    with path.open("rb+") as file:  # GDAL leaves holes where all is zero
+        while part := file.read(1 << 20):
+            file.seek(-len(part), os.SEEK_CUR)
+            file.write(part)
 
 
 def _copy(plan: MapPlan, layer: Layer, target: Path) -> None:

@@ -33,51 +33,34 @@ def save_model_card(
         column = f"drawn:{row.scenario}"
         drawn = "" if history is None or column not in history else f"{history[column].mean():.3f}"
         rows.append(f"| {row.scenario} | {drawn} | {row.iou:.3f} | {row.f1:.3f} |")
-    lines = [
+    modalities = made_with.get("modalities", {})
+    data = [
+        f"{dataset.title}; {len(training)} patches of {training.size} × {training.size} pixels, "
+        f"fold {made_with['fold']} held out for testing",
+        *[f"{entry.covers}: {entry.name}. {entry.attribution}" for entry in dataset.licences],
+        *([f"Cite: {dataset.citation}"] if dataset.citation else []),
+    ]
+    paragraphs = [
         f"# {name}, {made_with.get('method', 'pretrained')}: {dataset.title}",
-        "",
         f"Segments {', '.join(training.classes)} from any non-empty subset of "
         f"{', '.join(training.modalities)}.",
-        "",
         "## Intended use",
-        "",
         "Research on missing sensors, and maps of scenes with these bands, where sensors may be "
         "missing: `make map` or notebook 06. Not for decisions that concern people or property, "
         "and not tried on other places, dates or sensors than those below.",
-        "",
         "`study.checkpoints.load_network(folder)` gives the network with scenarios, normalisation "
         "and classes, where `folder` holds this page. It takes:",
-        "",
-        *[
-            f"- {name}: {', '.join(bands)}"
-            for name, bands in made_with.get("modalities", {}).items()
-        ],
-        "",
+        "\n".join(f"- {modality}: {', '.join(bands)}" for modality, bands in modalities.items()),
         "## Data",
-        "",
-        f"- {dataset.title}; {len(training)} patches of {training.size} × {training.size} pixels, "
-        f"fold {made_with['fold']} held out for testing",
-        *[f"- {entry.covers}: {entry.name}. {entry.attribution}" for entry in dataset.licences],
-        *([f"- Cite: {dataset.citation}"] if dataset.citation else []),
-        "",
+        "\n".join([f"- {entry}" for entry in data]),
         "The weights are derived from these data: see their licences before passing them on.",
-        "",
         "## Scenarios",
-        "",
         "IoU and F1 are averaged over the classes, on test patches that no training saw.",
-        "",
-        "| scenario | drawn in training | IoU | F1 |",
-        "|---|---|---|---|",
-        *rows,
-        "",
+        "\n".join(["| scenario | drawn in training | IoU | F1 |", "|---|---|---|---|", *rows]),
         "## How it was made",
-        "",
-        "```json",
-        json.dumps({**made_with, "inputs": inputs}, indent=1),
-        "```",
-        "",
-        f"`weights.safetensors.record.json` has its hash and the environment. Device: "
+        f"```json\n{json.dumps({**made_with, 'inputs': inputs}, indent=1)}\n```",
+        "`weights.safetensors.record.json` has its hash and the environment. Device: "
         f"{record.device}.",
-        "",
     ]
-    return save(folder / CARD, lambda path: path.write_text("\n".join(lines), "utf-8"), record)
+    page = "\n\n".join(paragraphs) + "\n"
+    return save(folder / CARD, lambda path: path.write_text(page, "utf-8"), record)

@@ -34,12 +34,8 @@ def is_own(backbone: str) -> bool:
 def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
     """Import the file that the command line names; return a function of it, and the code's hash.
 
-    Args:
-        name: Such as "my_networks:segformer".
-
-    Raises:
-        InputError: The command line names no file or another one, or the file is not there, cannot
-            be imported, or defines no such function.
+    Raises `InputError` where the command line names no file or another one than that of a name such
+    as "my_networks:segformer", or it cannot be imported, or defines no such function.
     """
     stem, _, function = name.partition(":")
     path = ROOT / os.environ.get(NETWORKS, "")
@@ -74,10 +70,10 @@ def build_own(name: str, bands: Sequence[int], classes: int) -> Backbone:
     build, _ = own_network(name)
     with errors_named(f"backbone {name}"):
         network = build([*bands], classes)
-        fits = isinstance(network, Backbone)
-        model = network if fits else AdaptedBackbone(network, bands, classes)
-    model.configuration = own_configuration(name, bands, classes)
-    return model
+        if not isinstance(network, Backbone):
+            network = AdaptedBackbone(network, bands, classes)
+    network.configuration = own_configuration(name, bands, classes)
+    return network
 
 
 @contextmanager

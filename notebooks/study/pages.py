@@ -79,32 +79,25 @@ def benchmark_page(folder: Path) -> str:
     memory = pd.read_csv(folder / "memory.csv").itertuples(index=False)
     times = pd.read_csv(folder / "time_to_probabilities.csv").round(3)
     case = ["task", "backbone", "preset", "modalities", "size", "batch"]
-    lines = [
-        "# Results of `make bench`",
-        "",
-        *_prose(
-            f"{record['parameters']['processor']}, {environment['threads']} threads, PyTorch "
-            f"{environment['packages']['torch']}, {environment['date'][:10]}. Medians in seconds, "
-            "the two forms measured in turns: *plain* is the form that defines the networks, "
-            "*ours* what runs. Distortions, outputs and gradients are the same up to rounding."
-        ),
-        f"Hours until p is known, for {record['parameters']['patches']} patches:",
-        "",
-        *_table([*times], times.itertuples(index=False)),
-        *_table(
-            [*case, "plain, seconds", "ours, seconds", "times as fast"],
-            ([*r[:6], f"{r.plain:.2f}", f"{r.ours:.2f}", f"{r.ratio:.1f}"] for r in ratios),
-        ),
-        "Memory that a training step adds, in GB:",
-        "",
-        *_table(
-            [*case, "plain", "ours", "ours of plain"],
-            ([*r[:6], f"{r.plain:.1f}", f"{r.ours:.1f}", f"{r.ratio:.0%}"] for r in memory),
-        ),
-        "![Where the time goes](speed_by_part.png)",
-        "",
-    ]
-    return "\n".join(lines)
+    lines = _prose(
+        f"{record['parameters']['processor']}, {environment['threads']} threads, PyTorch "
+        f"{environment['packages']['torch']}, {environment['date'][:10]}. Medians in seconds, "
+        "the two forms measured in turns: *plain* is the form that defines the networks, "
+        "*ours* what runs. Distortions, outputs and gradients are the same up to rounding."
+    )
+    lines += [f"Hours until p is known, for {record['parameters']['patches']} patches:", ""]
+    lines += _table([*times], times.itertuples(index=False))
+    lines += _table(
+        [*case, "plain, seconds", "ours, seconds", "times as fast"],
+        ([*r[:6], f"{r.plain:.2f}", f"{r.ours:.2f}", f"{r.ratio:.1f}"] for r in ratios),
+    )
+    lines += ["Memory that a training step adds, in GB:", ""]
+    lines += _table(
+        [*case, "plain", "ours", "ours of plain"],
+        ([*r[:6], f"{r.plain:.1f}", f"{r.ours:.1f}", f"{r.ratio:.0%}"] for r in memory),
+    )
+    ending = ["![Where the time goes](speed_by_part.png)", ""]
+    return "\n".join(["# Results of `make bench`", "", *lines, *ending])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

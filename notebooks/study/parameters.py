@@ -5,8 +5,6 @@ notebook's `parameters` cell and the table `TYPES`. What the definition of a dat
 as the number of folds, is checked with it, long before a notebook comes to use it.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -59,11 +57,6 @@ def _methods(text: str) -> str:
         _method(name)
     if len(set(names)) < len(names):
         raise ValueError("expected different methods")
-    return text
-
-
-def _contrasts(text: str) -> str:
-    planned_pairs(text)
     return text
 
 
@@ -124,7 +117,8 @@ TYPES: Mapping[str, Any] = {
     "methods": Annotated[Text, AfterValidator(_methods)],
     **dict.fromkeys(("patch_size", "patch_stride", "block_size"), Count),
     **dict.fromkeys(("margin", "validation_blocks"), OrDefault),
-    **dict.fromkeys(("training_patches", "evaluation_patches", "shown_patches"), Count),
+    **dict.fromkeys(("training_patches", "evaluation_patches"), Count),
+    **dict.fromkeys(("shown_patches", "damaged_patches"), Count),
     "scenario_budget": Count,
     "lora_learning_rate": Rate,
     "lora_rank": Annotated[int, Field(ge=1, le=1024)],
@@ -134,7 +128,7 @@ TYPES: Mapping[str, Any] = {
     "ridge": Annotated[float, Field(gt=0, le=10**6)],
     "mixing": Annotated[float, Field(ge=0, le=1)],
     "primary_metric": _one_of(METRICS),
-    "contrasts": Annotated[Text, AfterValidator(_contrasts)],
+    "contrasts": Annotated[Text, AfterValidator(lambda text: planned_pairs(text) and text)],
     "resamples": Annotated[int, Field(ge=1, le=10**6)],
     **dict.fromkeys(("repeats", "orders"), Positive),
     "modalities": Annotated[int, Field(ge=2, le=LARGEST_MODALITY_COUNT)],
@@ -147,35 +141,17 @@ TYPES: Mapping[str, Any] = {
 
 
 def notebook_model(notebook: str, folder: Path, left_out: Collection[str] = ()) -> type[BaseModel]:
-    """Return the model that checks the parameters of a notebook.
-
-    Args:
-        notebook: Name of the notebook, such as "04_finetuning".
-        folder: Folder of the notebooks.
-        left_out: Names of parameters that must not be given.
-
-    Raises:
-        InputError: As `notebook_parameters`.
-    """
+    """Return the model that checks the parameters of a notebook, but for those `left_out`."""
     defaults = notebook_parameters(folder / f"{notebook}.ipynb")
-    fields: dict[str, Any] = {
-        name: (TYPES.get(name, type(default)), default)
-        for name, default in defaults.items()
-        if name not in left_out
-    }
+    names = [name for name in defaults if name not in left_out]
+    fields: dict[str, Any] = {n: (TYPES.get(n, type(defaults[n])), defaults[n]) for n in names}
     return create_model(notebook, __base__=Strict, **fields)
 
 
 def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a notebook, after checking them; its first cell calls this.
+    """Return the parameters of a notebook from its `globals()`; its first cell calls this.
 
-    Args:
-        notebook: Name of the notebook, such as "04_finetuning".
-        names: Names and values of the notebook, as `globals()` gives them there.
-
-    Raises:
-        InputError: A parameter has a value that it cannot have, or that the definition of the
-            data set does not allow.
+    Raises `InputError` for a value that a parameter, or the data set's definition, does not allow.
     """
     model = notebook_model(notebook, NOTEBOOK_FOLDER)
     parameters: dict[str, Any] = {name: names.get(name) for name in model.model_fields}
@@ -190,13 +166,8 @@ def checked_parameters(notebook: str, names: Mapping[str, Any]) -> dict[str, Any
 def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
     """Check the parameters that the definition of a data set limits.
 
-    Args:
-        dataset: Definition of the data set.
-        parameters: Checked parameters of a notebook.
-
-    Raises:
-        InputError: The data set has no such task, folds, fold or modality, the backbone no such
-            preset, the budget of scenarios is too small, or a method cannot be used.
+    Raises `InputError` where the data set has no such task, folds, fold or modality, the backbone
+    no such preset, the budget of scenarios is too small, or a method cannot be used.
     """
     task, get = dataset.task(parameters["task"]), parameters.get
     if get("epochs") and get("protocol") == "paper" and task.kind == "multiclass":
@@ -220,9 +191,8 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
         given = {name: parameters[name] for name in ("margin", "validation_blocks")}
         given |= {"block_size": parameters["block_size"] or -1}
         changes = {name: value for name, value in given.items() if value >= 0}
-        folds[0].model_copy(update=changes).check_fit(
-            parameters["patch_size"] or dataset.patches.size
-        )
+        size = parameters["patch_size"] or dataset.patches.size
+        folds[0].model_copy(update=changes).check_fit(size)
     count = max(getattr(kind, "count", 1) for kind in folds)  # an official split is one fold
     for name in ("fold", "shown_fold"):
         if get(name, 0) >= count:
@@ -236,17 +206,14 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
     """Names and default values in a notebook's `parameters` cell.
 
     The cell is parsed, never run: every line is `name: type = literal`, perhaps with a comment.
-
-    Raises:
-        InputError: No such cell, or a line in it that is something else.
+    Raises `InputError` where there is no such cell, or a line in it is something else.
     """
     # Plain JSON: importing nbformat takes as long as importing torch, in every notebook.
     try:
         cells = read_json(path)["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-        lines: list[Any] = [
-            line for cell in tagged for line in ast.parse("".join(cell["source"])).body
-        ]
+        sources = ["".join(cell["source"]) for cell in tagged]
+        lines: list[Any] = [line for source in sources for line in ast.parse(source).body]
     except (KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise InputError(f"{path.name}: expected a notebook of Python: {error!r}") from error
     if len(tagged) != 1:

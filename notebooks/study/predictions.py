@@ -4,7 +4,7 @@ They are small enough to be committed, and are shown without networks and data.
 """
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,31 +184,39 @@ def predict_patches(
     return np.array(predicted).astype(np.uint8)
 
 
-def predictions_of_runs(grid: "Collected") -> dict[str, Predictions]:
-    """Predict the richest patches of every data set with the runs of its first fold and seed.
+def networks_of(grid: "Collected") -> Iterator[tuple[str, str, PatchDataset, Backbone]]:
+    """Yield the networks of the first fold and seed of every data set.
 
-    The networks before fine-tuning are method "pretrained". A checkpoint that is missing, or was
-    made with other parameters, raises `InputError`.
+    Those before fine-tuning are method "pretrained". A checkpoint that is missing, or was made with
+    other parameters, raises `InputError`.
+
+    Yields:
+        The data set, "backbone/method", the test patches, and the network in evaluation mode.
     """
     asked, first = grid.parameters, dict[str, tuple[int, int]]()
-    by_dataset: dict[str, Predictions] = {}
     for (dataset, backbone, fold, seed), methods in grid.points.items():
         if first.setdefault(dataset, (fold, seed)) != (fold, seed):
             continue
         test = grid.tests[dataset, fold]
-        indices = richest_patches(test, asked["shown_patches"])
         model = build_network(backbone, asked["preset"], test, grid.device)
         network = network_seed(asked["pretraining_seed"], seed)
         folders = {"pretrained": grid.study.pretrained(dataset, backbone, fold, network)}
         folders |= {n: grid.study.runs(dataset, backbone, fold, seed) / n for n in methods}
-        maps = {}
         for method, folder in folders.items():
             made_with = {"model": model.configuration, "dataset": dataset, "fold": fold}
             made_with |= {} if method == "pretrained" else {"method": method, "seed": seed}
             load_checkpoint(model, folder / "weights.safetensors", made_with)
-            maps[f"{backbone}/{method}"] = predict_patches(model, test, indices)
+            yield dataset, f"{backbone}/{method}", test, model.eval()
+
+
+def predictions_of_runs(grid: "Collected") -> dict[str, Predictions]:
+    """Predict the richest patches of every data set with the networks of `networks_of`."""
+    by_dataset: dict[str, Predictions] = {}
+    for dataset, name, test, model in networks_of(grid):
+        indices = richest_patches(test, grid.parameters["shown_patches"])
         before = by_dataset.get(dataset) or shown_patches(test, indices)
-        by_dataset[dataset] = replace(before, maps={**before.maps, **maps})
+        maps = {**before.maps, name: predict_patches(model, test, indices)}
+        by_dataset[dataset] = replace(before, maps=maps)
     return by_dataset
 
 

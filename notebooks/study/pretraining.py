@@ -43,13 +43,9 @@ class PretrainedNetwork:
 def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
     """Load the pretrained network of a run, or train it.
 
-    A training that was finished with the same parameters, data and code is read instead.
-
-    Args:
-        run: Its parameter `weights` is "committed", "train" or the path of a checkpoint.
-
-    Raises:
-        InputError: The weights are not there, or are those of another network.
+    The parameter `weights` is "committed", "train" or the path of a checkpoint. A training that was
+    finished with the same parameters, data and code is read instead. Raises `InputError` for
+    weights that are not there, or are those of another network.
     """
     weights, names = run.parameters["weights"], ("weights", "evaluation_patches")
     if weights != "train":
@@ -67,20 +63,15 @@ def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
         return PretrainedNetwork(model, "trained here before", load_table(history), record)
     if is_own(name := run.parameters["backbone"]):
         expect_fit(name, run)
-    trained, state = in_processes(
-        pretrain, (run, record), run.parameters["processes"], run.parameters["device"]
-    )
+    processes, device = run.parameters["processes"], run.parameters["device"]
+    trained, state = in_processes(pretrain, (run, record), processes, device)
     model = run.build()
     model.load_state_dict(state)
     return PretrainedNetwork(model, "trained here", trained, record)
 
 
 def expect_fit(name: str, run: "NetworkRun") -> None:
-    """Check a network of one's own with fresh weights, before the long work.
-
-    Raises:
-        InputError: Its code fails, or it is not what training and scoring take for granted.
-    """
+    """Check a network of one's own with fresh weights, before the long work; raise `InputError`."""
     model, batches = run.build("cpu"), run.training.batches(run.settings.batch_size)
     with errors_named(f"backbone {name}"):
         checks = check_network(model, batches, run.scenarios)
@@ -99,40 +90,27 @@ def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str,
     seed, size = run.parameters["pretraining_seed"], run.settings.batch_size
     patches, scenarios = run.validation, run.scenarios
     seed_weights(seed, "pretraining")
-    model = run.build()
+    model, tested = run.build(), (scenarios, patches.classes, patches.task_kind)
+    sampler = find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios))
     history = train(
-        model,
-        run.training,
-        scenarios,
-        find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios)),
-        run.settings,
-        seed,
-        run.weights.parent,
-        identity={**record.parameters, "device": record.device},
-        validate=lambda network: validation_scores(
-            network, patches.batches(size), scenarios, patches.classes, patches.task_kind
-        ),
+        model, run.training, scenarios, sampler, run.settings, seed, run.weights.parent,
+        {**record.parameters, "device": record.device},
+        lambda network: validation_scores(network, patches.batches(size), *tested),
         stage="pretraining",
-    )
+    )  # fmt: skip
     return history, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
 def check_network(
     model: Backbone, batches: Iterable[Batch], scenarios: ScenarioSet
 ) -> pd.DataFrame:
-    """Make sure of what scoring takes for granted.
+    """Make sure of what scoring takes for granted, on the first patches with every modality.
 
-    Args:
-        model: The network; it is left in evaluation mode.
-        batches: The first complete patches of these are used.
-        scenarios: The scenarios of the model's modalities.
+    The network is left in evaluation mode. Without any such patch, `InputError` is raised.
 
     Returns:
         One row per check: check, found (largest relative difference of latents and logits, or
         count), allowed, passed.
-
-    Raises:
-        InputError: No patch has every modality.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -13,14 +13,9 @@ KEYS = ["method", "block", "scenario", "class"]
 
 
 def only(tier: Tier, run: str) -> Tier:
-    """Return the tier with a single run in its grid.
+    """Return the tier with a single run in its grid; raise `InputError` where it has no such run.
 
-    Args:
-        tier: A tier with that run.
-        run: dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
-
-    Raises:
-        InputError: The tier has no such run.
+    It is named by dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
     """
     runs = {
         f"{dataset}/{backbone}/{method}/{fold}/{seed}": Runs(
@@ -37,15 +32,8 @@ def only(tier: Tier, run: str) -> Tier:
 def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     """Compare the records of a single run and of its pretrained network with the published ones.
 
-    Args:
-        tier: Tier of `only`, after its run.
-        published: The committed `records.csv.xz`.
-
-    Returns:
-        Whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
-
-    Raises:
-        InputError: The run is not among the published ones.
+    Returns whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
+    Raises `InputError` where the run is not among the published ones.
     """
     [((dataset, backbone, fold, seed), [method])] = tier.grid.points().items()
     folders = {
@@ -57,12 +45,10 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     committed = table[(table[[*point]] == point).all(axis=1) & table["method"].isin([*folders])]
     if committed.empty:
         raise InputError(f"{published}: holds no such run; publish the tier first")
-    again = pd.concat(
-        pd.read_csv(folder / "records.csv").assign(method=name) for name, folder in folders.items()
-    )
-    first, second = (
-        part[[*KEYS, *COUNTS]].sort_values(KEYS, ignore_index=True) for part in (committed, again)
-    )
+    tables = {name: pd.read_csv(folder / "records.csv") for name, folder in folders.items()}
+    again = pd.concat(table.assign(method=name) for name, table in tables.items())
+    both, columns = (committed, again), [*KEYS, *COUNTS]
+    first, second = (part[columns].sort_values(KEYS, ignore_index=True) for part in both)
     if first.equals(second):
         return True, f"the same: all {len(first)} rows of counts"
     keys = ["method", "scenario", "class"]

@@ -74,9 +74,8 @@ def scored(run: "NetworkRun", measured: Measured = "latent") -> ScenarioScores:
         tensors, _ = load_weights(path)
         return ScenarioScores(run.scenarios, **{k: v.numpy() for k, v in tensors.items()})
     processes = parameters["processes"] if until is None else 1
-    scores: ScenarioScores = in_processes(
-        score, (run, measured, until), processes, parameters["device"]
-    )
+    given, device = (run, measured, until), parameters["device"]
+    scores: ScenarioScores = in_processes(score, given, processes, device)
     arrays = [field.name for field in fields(scores) if field.name != "scenarios"]
     save_weights(path, {n: torch.from_numpy(getattr(scores, n)) for n in arrays}, record)
     return scores
@@ -147,11 +146,8 @@ def score(run: "NetworkRun", measured: Measured, until: Until | None) -> Scenari
     positions = np.arange(len(run.training))
     starts = range(processes.rank * size, len(positions), processes.count * size)
     batches = run.training.batches_of([positions[start : start + size] for start in starts])
-    own = [
-        *score_batches(
-            model, batches, scenarios, progress=is_first_process(), scenario_budget=budget
-        )
-    ]
+    how = {"progress": is_first_process(), "scenario_budget": budget}
+    own = [*score_batches(model, batches, scenarios, **how)]
     position = {patch: place for place, patch in enumerate(run.training.patch_ids.tolist())}
     parts: list[BatchScores] = [part for share in processes.gather(own) for part in share]
     parts.sort(key=lambda part: position[int(part.patch_ids[0])])

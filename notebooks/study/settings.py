@@ -1,7 +1,5 @@
 """How to train: the settings of a run, checked when they are made."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -18,35 +16,24 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. The paper's own values sit in a file that was not published; these are ours.
+    """How to train. The paper's own values sit in a file that was not published; these are ours."""
 
-    Attributes:
-        epochs: Passes over the training patches.
-        batch_size: Patches per step, over all processes.
-        learning_rate: Learning rate at the start.
-        optimiser: "adam" or "sgd" (with momentum 0.9).
-        weight_decay: L2 penalty.
-        rate_decay: Factor that the learning rate is multiplied by every `rate_decay_every` epochs.
-        rate_decay_every: Number of epochs between two decays.
-        accumulation: Number of parts that a batch is computed in, one after the other, where memory
-            is short. Loss and normalisation are then those of each part.
-        precision: Precision of the forward pass: "float32", or "bfloat16" (mixed, on GPUs alone).
-        protocol: "strict" takes `segmentation_loss`, "paper" the published one (binary and
-            multi-label tasks only).
-        augment: Turn and mirror every patch at random (the eight symmetries of the square).
-    """
-
-    epochs: Positive
-    batch_size: Positive = 8
-    learning_rate: Rate = 2e-3
-    optimiser: Literal["adam", "sgd"] = "adam"
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    epochs: Positive  # passes over the training patches
+    batch_size: Positive = 8  # patches per step, over all processes
+    learning_rate: Rate = 2e-3  # at the start
+    optimiser: Literal["adam", "sgd"] = "adam"  # "sgd" has a momentum of 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0  # L2 penalty
+    # factor on the learning rate every `rate_decay_every` epochs
     rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     rate_decay_every: Positive = 5
+    # "paper" takes the published loss (binary and multi-label tasks only)
     protocol: Protocol = "strict"
+    # turn and mirror every patch at random (the eight symmetries of the square)
     augment: bool = True
+    # Parts that a batch is computed in, one after the other, where memory is short. Loss and
+    # normalisation are then those of each part.
     accumulation: Positive = 1
-    precision: Precision = "float32"
+    precision: Precision = "float32"  # of the forward pass; "bfloat16" is mixed, on GPUs alone
 
     def batch_sizes(self, patches: int) -> list[int]:
         """Return the number of patches of every step of an epoch.
@@ -61,11 +48,7 @@ class TrainingSettings:
         return sizes
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: Names the setting and what was expected.
-        """
+        """Raise `InputError` that names a setting and what was expected."""
         validated(_CHECKED, asdict(self), "settings of the training")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,27 +52,16 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the size of its input, and what is computed.
+    """A network, the size of its input, and what is computed."""
 
-    Attributes:
-        task: "scoring", "prediction scoring" (D of the prediction, which needs decoders) or
-            "training".
-        backbone: Name of a backbone.
-        preset: Size of the backbone.
-        modalities: Number of modalities, of three bands each.
-        size: Height and width of a patch, pixels.
-        batch: Patches at a time; the plain form scores them one by one.
-        budget: Scenarios that ours measures, the others being predicted; 0 measures all, as the
-            plain form does.
-    """
-
+    # or "prediction scoring" (D of the prediction, which needs decoders), "training"
     task: str = "scoring"
     backbone: str = "cbc_slp"
     preset: str = "paper"
-    modalities: int = 3
-    size: int = 224
-    batch: int = 1
-    budget: int = 0
+    modalities: int = 3  # of three bands each
+    size: int = 224  # height and width of a patch, pixels
+    batch: int = 1  # patches at a time; the plain form scores them one by one
+    budget: int = 0  # scenarios that ours measures, the others being predicted; 0 measures all
 
 
 CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
@@ -80,8 +70,8 @@ CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
 def growth(case: Case, most: int = 5, budget: int = 60) -> dict[str, list[Case]]:
     """Return cases with another number of modalities, patch size and batch, by that field.
 
-    Of modalities there are up to `most`, and where they have more scenarios than the budget, a
-    second case of so many scenarios.
+    Of up to `most` modalities, those with more scenarios than the budget are there once more, with
+    the budget.
     """
     half = max(32, case.size // 64 * 32)  # CMX halves a patch five times
     sizes = sorted({half, case.size, case.size + half})
@@ -123,10 +113,8 @@ class _Workload:
         if form == "plain":
             return lambda: self._score_plainly(model, plain_forwards)
         if self.case.task == "prediction scoring":
-            predicting = PredictionModel(model).for_scoring()
-            return lambda: self._predict(predicting)
-        scored = model.for_scoring()
-        return lambda: self._score(scored)
+            return partial(self._predict, PredictionModel(model).for_scoring())
+        return partial(self._score, model.for_scoring())
 
     @torch.inference_mode()
     def _score_plainly(self, model: Backbone, forwards: int) -> dict[str, float]:
@@ -171,10 +159,7 @@ class _Workload:
 
 
 def compare(
-    cases: Sequence[Case],
-    repeats: int,
-    device: str = "cpu",
-    plain_forwards: int = 0,
+    cases: Sequence[Case], repeats: int, device: str = "cpu", plain_forwards: int = 0
 ) -> pd.DataFrame:
     """Time both forms in turns.
 
@@ -206,10 +191,7 @@ def compare(
 
 
 def ratios(timings: pd.DataFrame) -> pd.DataFrame:
-    """Return the median seconds per patch of both forms in a table of `compare`, and their ratio.
-
-    The ratio is plain divided by ours.
-    """
+    """Return the median seconds per patch of both forms of `compare`, and plain divided by ours."""
     runs = timings.groupby([*CASE, "form", "repeat"], sort=False, as_index=False)["seconds"].sum()
     table = runs.pivot_table("seconds", CASE, "form", aggfunc="median", sort=False)[list(FORMS)]
     table = table.reset_index().rename_axis(columns=None)
@@ -235,11 +217,9 @@ def stopped_passes(
     def to_probabilities(distortion: NDArray[np.float64]) -> NDArray[np.float64]:
         return scenario_probabilities(distortion).probabilities
 
-    rows = []
+    rows, scored = [], len(patch_distortion)
     for order in tqdm(range(orders), desc="stopped passes", unit="pass"):
-        chosen = generator("order", order).choice(
-            len(patch_distortion), patches, replace=patches > len(patch_distortion)
-        )
+        chosen = generator("order", order).choice(scored, patches, replace=patches > scored)
         values = patch_distortion[chosen]
         enough = stop_when_precise(tolerance, to_probabilities, patches)
         counts = (*range(8, patches, 8), patches)
@@ -261,12 +241,8 @@ def time_to_probabilities(
 ) -> pd.DataFrame:
     """Return the hours until p is there, whole passes and stopped ones, by backbone.
 
-    Args:
-        table: Table of `ratios`, whose seconds per patch are multiplied.
-        patch_distortion: d_k(x) [N, K] of a trained network of each backbone.
-        patches: Number of patches of the whole pass.
-        orders: As in `stopped_passes`.
-        tolerances: Standard errors of p at which passes stop.
+    The seconds per patch are those of a table of `ratios`; d_k(x) [N, K] are of a trained network
+    of each backbone. The others are as in `stopped_passes`.
     """
     rows = []
     for _, case in table[table["task"] == "scoring"].iterrows():
@@ -301,9 +277,7 @@ def distortion_error(case: Case, device: str = "cpu") -> float:
 def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
     """Measure the largest resident memory of two runs, each in a fresh process on the CPU.
 
-    Returns:
-        The cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`, ours
-        divided by plain.
+    Returns the cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`.
     """
     rows = [asdict(case) for case in cases]
     jobs = [(row, case, form) for row, case in zip(rows, cases, strict=True) for form in FORMS]

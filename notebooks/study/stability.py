@@ -24,25 +24,16 @@ def stability(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: One row per network and scenario: dataset, backbone, fold, network, scenario,
             missing, the scores, and lost (IoU with all modalities minus that of the scenario on
-            test blocks). Every fold has at least two networks.
+            test blocks). Every fold has at least two networks, or `InputError` is raised.
 
     Returns:
-        One row per data set, backbone and score; all values are means over folds:
-
-        - between: total variation between p of two networks;
-        - to_uniform: total variation between p and uniform;
-        - within: correlation between p of two networks, after the mean of every number of missing
-          modalities was taken off;
-        - common: variance over scenarios of the mean p, as a share of the mean variance of p;
-        - rank: rank correlation of the score with the IoU that its own network lost;
-        - rank_others: the same with the IoU that the other networks lost;
-        - within_others: correlation with that, within a number of missing modalities.
-
-        The number of missing modalities is the same for all networks, so that only the ranks say
-        something of it.
-
-    Raises:
-        InputError: A fold has a single network.
+        One row per data set, backbone and score, with means over folds: the total variation
+        `between` p of two networks, and of p `to_uniform`; the correlation between p of two
+        networks `within` a number of missing modalities, whose mean is taken off; the variance over
+        scenarios of the mean p, as a share of the mean variance of p (`common`); the rank
+        correlation of the score with the IoU that its own network lost (`rank`) and that others
+        lost (`rank_others`), and the correlation with that within a number of missing modalities
+        (`within_others`). That number itself is the same for all networks: only its ranks matter.
     """
     rows = []
     for (dataset, backbone), part in table.groupby(["dataset", "backbone"], sort=False):
@@ -71,9 +62,7 @@ def _of_fold(rows: pd.DataFrame, score: str) -> dict[str, float]:
         "to_uniform": _mean(total_variation(values, uniform) for values in p),
         "within": _mean(_correlation(inner[i], inner[j]) for i, j in pairs),
         "common": float(p.mean(axis=0).var() / p.var(axis=1).mean()),
-        "rank": _mean(
-            _rank(s[degraded], loss[degraded]) for s, loss in zip(scores, lost, strict=True)
-        ),
+        "rank": _mean(_rank(scores[i][degraded], lost[i][degraded]) for i in range(len(p))),
         "rank_others": _mean(_rank(scores[i][degraded], lost[j][degraded]) for i, j in pairs),
         "within_others": _mean(_correlation(inner_scores[i], inner_lost[j]) for i, j in pairs),
     }

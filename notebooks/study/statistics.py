@@ -4,9 +4,8 @@ A replicate is a seed, with the held-out counts of all folds pooled: in a tier w
 `pretraining_seed: -1` it is a pretrained network of its own, in others a fine-tuning of a network
 that all replicates share, whose intervals do not tell how results vary with the pretraining.
 Methods are compared within replicates, which share initial weights, order of the data and random
-numbers. Both seeds and blocks could have been drawn differently, so the bootstrap resamples both; a
-resampled block is the same for all methods. "Uniform" is the mean of its arms, and the difference
-between the arms is the noise floor.
+numbers. The bootstrap resamples seeds and blocks; a resampled block is the same for all methods.
+"Uniform" is the mean of its arms, and the difference between the arms is the noise floor.
 """
 
 import warnings
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS, find_method
 from lsgs_core.scenarios import ScenarioSet
-from study.evaluation import COUNTS, expected, lowest_quarter
+from study.evaluation import COUNTS, SUMMARIES, expected
 
 Array = NDArray[np.float64]
 # Names of the metrics, and their titles in figures and tables.
@@ -50,32 +49,19 @@ def method_title(method: str) -> str:
 
 @dataclass(frozen=True)
 class Counts:
-    """Records of one data set and backbone as an array, for the seeds that all methods have.
-
-    Attributes:
-        methods: Names of the M methods.
-        seeds: The S replicates.
-        blocks: The B spatial blocks.
-        values: tp, fp, fn, float64 [B, M, S, K, C, 3].
-    """
+    """Records of one data set and backbone as an array, for the seeds that all methods have."""
 
     methods: list[str]
-    seeds: list[int]
-    blocks: list[int]
-    values: Array
+    seeds: list[int]  # the S replicates
+    blocks: list[int]  # the B spatial blocks
+    values: Array  # tp, fp, fn, [B, M, S, K, C, 3]
 
     @classmethod
     def of(cls, records: pd.DataFrame, methods: Sequence[str], scenarios: ScenarioSet) -> Self:
-        """Put records into an array.
+        """Put the records of one data set and backbone into an array.
 
-        Args:
-            records: The columns seed, fold, method, block, scenario, class, tp, fp and fn, of one
-                data set and backbone.
-            methods: Names of the methods, in order.
-            scenarios: The K scenarios.
-
-        Raises:
-            InputError: No seed has all methods, or a seed lacks a fold or block.
+        Records have the columns seed, fold, method, block, scenario, class, tp, fp and fn. Raises
+        `InputError` where no seed has all methods, or a seed lacks a fold or block.
         """
         rows = records[records["method"].isin(list(methods))]
         seeds_of = rows.groupby("method")["seed"].agg(set)
@@ -105,8 +91,7 @@ class Counts:
     def scenario_iou(self, weights: Array) -> Array:
         """Return the IoU of every scenario, averaged over classes, float64 [R, M, S, K].
 
-        Args:
-            weights: Weights of the blocks, [R, B].
+        Weights are those of the blocks, [R, B].
         """
         shape = self.values.shape[1:]
         pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
@@ -121,23 +106,11 @@ class Counts:
         pixel in truth and prediction is left out.
 
         Args:
-            name: One of `METRICS`; another one raises `InputError`.
+            name: One of `METRICS`.
             weights: Weights of the blocks, [R, B].
             prior: Probability of every scenario in deployment, [K].
         """
-        scores = self.scenario_iou(weights)
-        match name:
-            case "worst_iou":
-                return np.fmin.reduce(scores, axis=-1)  # ignores NaN
-            case "lowest_quarter_iou":
-                return lowest_quarter(scores)
-            case "mean_iou":
-                return expected(scores, np.ones_like(prior))
-            case "expected_iou":
-                return expected(scores, prior)
-            case "full_iou":
-                return scores[..., -1]
-        raise InputError(f"metric: expected one of {list(METRICS)}, found {name!r}")
+        return SUMMARIES[name](self.scenario_iou(weights), prior)
 
 
 def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
@@ -181,8 +154,7 @@ def contrast(
         (two-sided, from the same resamples) and detectable, the smallest true difference that this
         design finds with a power of 80 %.
 
-    Raises:
-        InputError: There are fewer than two replicates or blocks, or the records are not paired.
+    Raises `InputError` for fewer than two replicates or blocks, or records that are not paired.
     """
     counts = Counts.of(records, [method, *reference], scenarios)
     replicates, blocks = len(counts.seeds), len(counts.blocks)
@@ -210,16 +182,13 @@ def contrast(
     )  # fmt: skip
     resampled, interval = bootstrap.bootstrap_distribution, bootstrap.confidence_interval
     smaller_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1)))
+    error = float(bootstrap.standard_error)
     return {
-        "replicates": replicates,
-        "blocks": blocks,
-        "difference": float(difference(*sample)),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "standard_error": float(bootstrap.standard_error),
-        "p": float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1))),
-        "detectable": DETECTABLE * float(bootstrap.standard_error),
-    }
+        "replicates": replicates, "blocks": blocks, "difference": float(difference(*sample)),
+        "low": float(interval.low), "high": float(interval.high),
+        "standard_error": error, "p": p, "detectable": DETECTABLE * error,
+    }  # fmt: skip
 
 
 def differences(
@@ -235,8 +204,7 @@ def differences(
     A difference of methods that share fewer than two replicates is left out.
 
     Args:
-        records: The columns dataset, backbone, seed, fold, method, block, scenario, class, tp, fp
-            and fn.
+        records: The columns dataset, backbone, and those of `Counts.of`.
         scenarios: The K scenarios.
         metrics: Some of `METRICS`.
         prior: As in `contrast`.
@@ -248,9 +216,6 @@ def differences(
         The columns dataset, backbone, metric, contrast (or, without contrasts, method and
         reference), those of the function `contrast`, and p_holm, corrected over the rows of a data
         set, backbone and metric, except the second uniform arm, whose row is the noise floor.
-
-    Raises:
-        InputError: A contrast is not two methods joined by a hyphen, or there is no such method.
     """
     pairs = None if contrasts is None else planned_pairs(contrasts)
     rows = []
@@ -275,9 +240,8 @@ def differences(
 def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
     """Return the pairs of methods of a text such as "lsgs-uniform, lora-lsgs".
 
-    Raises:
-        InputError: A part is not two different methods (or "pretrained") joined by a hyphen, or
-            is there twice.
+    Raises `InputError` where a part is not two different methods (or "pretrained") joined by a
+    hyphen, or is there twice.
     """
     pairs = []
     for part in contrasts.split(","):
@@ -317,19 +281,12 @@ def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> di
     The true difference of a case is taken for a draw from N(mean, spread^2). The spread is that
     where Cochran's Q equals its expectation (Paule and Mandel 1982), its interval that of the
     Q profile (Viechtbauer 2007), and the interval of the mean that of Hartung and Knapp (2001),
-    which allows for few cases.
-
-    Args:
-        differences: Difference in each case, such as a scene and backbone.
-        standard_errors: Their standard errors, positive.
+    which allows for few cases. Raises `InputError` for fewer than three, or an error of zero.
 
     Returns:
         cases, mean, low and high (95 %), spread, spread_low and spread_high, new_low and new_high
         (95 % prediction interval for the difference in a new case), and positive, the number of
         cases with a difference above 0.
-
-    Raises:
-        InputError: There are fewer than three cases, or a standard error is not positive.
     """
     effect, variance = np.array(differences), np.square(standard_errors)
     count = len(effect)
@@ -356,17 +313,10 @@ def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> di
     new = scipy.stats.t.ppf(0.975, max(1, count - 2)) * np.hypot(error, spread)
     ends = [spread_where(scipy.stats.chi2.ppf(share, count - 1)) for share in (0.975, 0.025)]
     return {
-        "cases": count,
-        "mean": mean,
-        "low": mean - half,
-        "high": mean + half,
-        "spread": spread,
-        "spread_low": ends[0],
-        "spread_high": ends[1],
-        "new_low": mean - new,
-        "new_high": mean + new,
-        "positive": int((effect > 0).sum()),
-    }
+        "cases": count, "mean": mean, "low": mean - half, "high": mean + half,
+        "spread": spread, "spread_low": ends[0], "spread_high": ends[1],
+        "new_low": mean - new, "new_high": mean + new, "positive": int((effect > 0).sum()),
+    }  # fmt: skip
 
 
 def sensor_values(
@@ -405,9 +355,8 @@ def sensor_values(
 
     lengths = len(counts.blocks), len(counts.seeds)
     drawn = [random.integers(length, size=(resamples, length)) for length in lengths]
-    resampled = np.concatenate(
-        [values(drawn[0][i : i + 50], drawn[1][i : i + 50]) for i in range(0, resamples, 50)]
-    )
+    parts = [slice(first, first + 50) for first in range(0, resamples, 50)]
+    resampled = np.concatenate([values(drawn[0][part], drawn[1][part]) for part in parts])
     low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
     [value] = values(*(np.arange(length)[None] for length in lengths))
     columns = {"modality": scenarios.modalities, "value": value, "low": low, "high": high}

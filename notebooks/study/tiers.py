@@ -1,13 +1,10 @@
 """Tiers: one parameter file for the five notebooks, and where each of their runs writes.
 
-A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, one section per notebook with the
-parameters that differ from the notebook's own defaults, and perhaps a section `all` for those that
-several notebooks have. The grid says which data sets, backbones, methods, folds and seeds; it can
-be a list of such products, whose runs are put together. Everything is checked against the
-notebooks' `parameters` cells and the data manifest before anything runs (`study.parameters`).
+A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, a product of data sets, backbones,
+methods, folds and seeds or a list of them, one section per notebook with the parameters that differ
+from its defaults, and perhaps a section `all` for those of several. Everything is checked against
+the notebooks' `parameters` cells and the manifest before anything runs (`study.parameters`).
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -81,11 +78,7 @@ class Runs(Strict):
 
 @dataclass(frozen=True)
 class Grid:
-    """Which runs a tier consists of.
-
-    Attributes:
-        parts: Products, whose runs are put together; what is in several is run once.
-    """
+    """The runs of a tier: products that are put together; what is in several is run once."""
 
     parts: list[Runs]
 
@@ -106,11 +99,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Where the runs of one tier write; the notebooks and the workflow both ask here.
-
-    Attributes:
-        root: Such as `work/demo`.
-    """
+    """Where the runs of one tier write, such as `work/demo`; notebooks and workflow ask here."""
 
     root: Path
 
@@ -160,23 +149,14 @@ class StudyFolder:
 
 @dataclass(frozen=True)
 class Tier:
-    """A tier file that was checked.
-
-    Attributes:
-        name: Of the tier.
-        grid: Its runs.
-        sections: Parameters per notebook.
-        manifest: The manifest that notebook 01 takes its data sets from.
-        sha256: Of the file.
-        folder: Where it writes, relative to the project's root.
-    """
+    """A tier file that was checked."""
 
     name: str
     grid: Grid
-    sections: Mapping[str, Mapping[str, Any]]
-    manifest: Manifest
-    sha256: str
-    folder: StudyFolder
+    sections: Mapping[str, Mapping[str, Any]]  # parameters per notebook
+    manifest: Manifest  # that notebook 01 takes its data sets from
+    sha256: str  # of the file
+    folder: StudyFolder  # where it writes, seen from the project's root
 
     def setting(self, stage: str, name: str) -> Any:
         """The value of a notebook's parameter in this tier."""
@@ -189,12 +169,8 @@ class Tier:
 
     def networks(self) -> list[tuple[str, str, int, int]]:
         """Every (dataset, backbone, fold, pretraining seed), which is trained and scored once."""
-        return list(
-            dict.fromkeys(
-                (*point[:3], network_seed(self.pretraining_seed, point[3]))
-                for point in self.grid.points()
-            )
-        )
+        points, seed = self.grid.points(), self.pretraining_seed
+        return list(dict.fromkeys((*point[:3], network_seed(seed, point[3])) for point in points))
 
     def gpus_of(self, stage: str) -> int:
         """Number of GPUs that a notebook of a stage uses."""
@@ -227,10 +203,7 @@ class Tier:
         return "-".join([NOTEBOOKS[stage], *parts]), parameters
 
     def write_parameter_files(self) -> None:
-        """Write every job's parameters; a file that says the same already keeps its date.
-
-        So the workflow runs again just those jobs whose parameters changed.
-        """
+        """Write every job's parameters; a file that says the same already keeps its date."""
         for job, parameters in self.jobs():
             path = self.folder.parameter_file(job)
             text = yaml.safe_dump(parameters)
@@ -252,15 +225,9 @@ def network_seed(pretraining_seed: int, seed: int) -> int:
 def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     """Read `notebooks/tiers/<name>.yaml` and check it against the notebooks.
 
-    Args:
-        name: Of the tier.
-        root: The project's root.
-        work: Where tiers write, relative to the root.
-
-    Raises:
-        InputError: No such tier, an unknown section or parameter, a value that a parameter cannot
-            have, a data set, task, fold or network that the manifest does not list, or a planned
-            contrast without two replicates.
+    Raises `InputError` where there is no such tier, section or parameter, a parameter cannot have a
+    value, the manifest lists no such data set, task, fold or network, or a planned contrast has no
+    two replicates.
     """
     folder = root / "notebooks"
     path = folder / "tiers" / f"{name}.yaml"
@@ -336,10 +303,7 @@ def _check_replicates(grid: Grid, contrasts: str) -> None:
 
 def notebook_sha256(path: Path) -> str:
     """SHA-256 over a notebook's code cells but for its `parameters` cell."""
-    cells = read_json(path)["cells"]
-    code = [
-        cell["source"]
-        for cell in cells
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
-    ]
+    cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    code = [c["source"] for c, of in zip(cells, tags, strict=True) if "parameters" not in of]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()

@@ -53,10 +53,10 @@ def train(
     stream: str = "scenario",
     stage: Stage = "finetuning",
 ) -> pd.DataFrame:
-    """Train a model in place.
+    """Train a model in place, with its frozen parameters as they are.
 
     Args:
-        model: A network on its device; frozen parameters stay as they are.
+        model: A network on its device.
         dataset: Training patches.
         scenarios: The scenarios of the sampler's probabilities.
         sampler: Gives the probabilities, and sees the loss of every sample.
@@ -73,14 +73,11 @@ def train(
         One row per epoch: epoch, learning_rate, loss, the share of samples drawn per scenario
         (columns `drawn:<scenario>`), and what `validate` gave.
 
-    Raises:
-        FloatingPointError: The loss is not finite; names patches and scenarios.
-        InputError: The data set is empty, or the settings do not fit the data or the device.
+    Raises `FloatingPointError` for a loss that is not finite, with patches and scenarios, and
+    `InputError` where there is no patch, or the settings do not fit the data or the device.
     """
     if not len(dataset):
         raise InputError("training: expected at least one training patch, found none")
-    if settings.protocol == "paper" and dataset.task_kind == "multiclass":
-        raise InputError("protocol: 'paper' is for binary and multi-label tasks")
     device = next(model.parameters()).device
     # Equal steps gave other gradients of a 3×3×3 convolution, and NaN in one of twenty runs: the
     # backward pass of PyTorch 2.13 reads memory that was never written.
@@ -197,15 +194,14 @@ class _Run:
     def keep(self, reached: _Reached) -> None:
         """Write the state, beside and renamed."""
         place = {"history": reached.history, "step": reached.step, "loss": reached.loss}
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.dropout.state_dict()),
             "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
-            "random": self.processes.gather(
-                [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            ),
+            "random": self.processes.gather(random),
         }
         if self.processes.rank == 0:
             with written_beside(self.path) as temporary:
@@ -241,15 +237,10 @@ class _Run:
             if self.processes.gather(time.monotonic() - saved >= SAVE_EVERY)[0]:
                 self.keep(reached)
                 saved = time.monotonic()
-        shares = dict(
-            zip(self.dropout.scenarios.names, reached.drawn / len(self.dataset), strict=True)
-        )
-        return {
-            "epoch": epoch,
-            "learning_rate": rate,
-            "loss": reached.loss / len(self.dataset),
-            **{f"drawn:{name}": float(share) for name, share in shares.items()},
-        }
+        row = {"epoch": epoch, "learning_rate": rate, "loss": reached.loss / len(self.dataset)}
+        shares = (reached.drawn / len(self.dataset)).tolist()
+        names = (f"drawn:{name}" for name in self.dropout.scenarios.names)
+        return row | dict(zip(names, shares, strict=True))
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
         """This process's share of every batch from the first on, in the parts of accumulation."""

@@ -63,10 +63,9 @@ class Grid:
 
     @property
     def pixel_size(self) -> float | None:
-        """Return the side of a pixel in metres; None where degrees or metres are not known.
+        """Return the side of a pixel (the root of its area) in metres, None where it is not known.
 
-        Of a pixel that is no square, it is the root of its area. A degree is taken at the middle of
-        the grid.
+        A degree is taken at the middle of the grid.
         """
         side = abs(self.transform.determinant) ** 0.5
         if self.crs is None or not (self.crs.is_geographic or self.crs.is_projected):
@@ -170,12 +169,10 @@ class AlignedRaster:
         channels: Channels counted from 1; negative ones count from the last.
         resampling: Name of one of rasterio's methods.
         nodata: Value of pixels without data, where the file's own is missing or wrong.
-        data_channels: Channels that are known to be data, whatever the file's tags say of them.
+        data_channels: Channels that are data, whatever the file's tags say of them.
         colours: Whether the channels are one value, which is nodata when all of them are.
 
-    Raises:
-        InputError: The file is damaged, has no such channel, or its place is not known or not on
-            the grid.
+    Raises `InputError` for a damaged file, a missing channel, or a place that is not on the grid.
     """
 
     def __init__(

@@ -18,20 +18,13 @@ from study.data.raw_files import find_scenes, member_problem
 
 @dataclass
 class Report:
-    """The state of the raw files of a data set.
+    """The state of the raw files of a data set, and a sentence for each thing to say of them."""
 
-    Attributes:
-        state: "absent" (there is nothing), "missing" (a file that is needed does not exist),
-            "damaged" (a file is not what the manifest says), or "ready".
-        scenes: Number of scenes.
-        problems: One sentence each, naming the file or field.
-        notes: Further sentences that are no problems.
-    """
-
+    # "missing" is a file that is needed, "damaged" one that is not what the manifest says.
     state: Literal["absent", "missing", "damaged", "ready"]
     scenes: int = 0
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # no problems
 
     def __str__(self) -> str:
         """Return the report in lines."""
@@ -42,18 +35,17 @@ class Report:
 def check_data(dataset: Dataset, folder: Path) -> Report:
     """Read all raw files of a data set once, and write nothing.
 
-    Checked are the hashes that the manifest lists, the place of every file on the grid, its
-    channels, and whether the labels hold what the manifest says.
+    Checked are hashes, the place of every file on the grid, its channels, and the labels' values.
     """
     source = dataset.source
+    if isinstance(source, ManualSource):
+        note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
+        members = source.files
+    else:
+        note = f"notebook 01 downloads {getattr(source, 'package', 'its files')} to {folder}"
+        members = source.members
     if not folder.is_dir() or not any(folder.iterdir()):
-        if not isinstance(source, ManualSource):
-            carrier = getattr(source, "package", "its files")
-            note = f"notebook 01 downloads {carrier} to {folder}"
-        else:
-            note = f"expected in {folder}: {source.instructions} {source.url}".rstrip()
         return Report("absent", notes=[note])
-    members = source.files if isinstance(source, ManualSource) else source.members
     if problems := [p for p in (member_problem(member, folder) for member in members) if p]:
         missing = not all((folder / member.path).is_file() for member in members)
         return Report("missing" if missing else "damaged", problems=problems)

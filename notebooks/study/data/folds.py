@@ -2,14 +2,9 @@
 
 Diagonal blocks: square blocks of every scene are held out, with a margin around them. Block (r, c)
 of scene s is tested in fold (r + c + s) mod count, so the test blocks of a fold form diagonals that
-cross the whole scene. Training windows lie on a stride; test and validation tiles do not overlap.
-In every fold, `margin` pixels that no part uses lie between training windows, validation tiles and
-test tiles.
-
-Whole scenes, and a data set's official split: all patches of a scene have one part.
-
-Shuffled patches (the paper's authors): patches that do not overlap, dealt at random. Neighbours of
-test patches are trained on, so the scores are too good: `leaks` says so.
+cross the whole scene. Whole scenes, and a data set's official split: all patches of a scene have
+one part. Shuffled patches (the paper's authors): patches that do not overlap, dealt at random.
+Neighbours of test patches are trained on, so the scores are too good: `leaks` says so.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,33 +59,24 @@ def patch_table(
     the scene, or the patch itself where patches are shuffled), labelled_fraction, `pixels_<value>`
     per label value, and `fold_<f>` with "training", "validation", "test" or "" (not used).
 
-    With diagonal blocks:
-    - test: the tiles of the test blocks, all pixels of which are in the block.
-    - validation: tiles in the middle of `validation_blocks` other blocks, `margin` pixels away
-      from the block's edge, because every block has test blocks beside it. The blocks are chosen
-      one after the other: the one that adds most classes that validation does not hold yet (see
-      `HELD_SHARE`), of these the one with most labelled pixels per training window that it costs.
-    - training: windows that touch no pixel of a test block, of the margin around it, or of a
-      validation block, and of which the part `minimum_labelled` is labelled.
-
-    With whole scenes and official splits: windows of training scenes, tiles of the others; the
-    validation scenes are spread evenly over those that are not tested. With shuffled patches: tiles
-    of which the part `minimum_labelled` is labelled.
-
-    Patches without any labelled pixel, or without a part in any fold, are left out.
+    Training windows lie on a stride and are labelled to the part `minimum_labelled`; test and
+    validation tiles do not overlap. Diagonal blocks are tested by the tiles in them. Validation
+    takes tiles in the middle of `validation_blocks` other blocks, `margin` pixels from the edge:
+    one after the other the block that adds most classes that validation does not hold yet
+    (`HELD_SHARE`), of these the one with most labelled pixels per training window that it costs.
+    Windows touch no pixel of these blocks, of a test block or of the margin around it. Whole scenes
+    for validation are spread evenly over those that are not tested. Shuffled patches are tiles,
+    labelled as windows are. Patches without a label or a part are left out.
 
     Args:
-        scenes: Name and opened label raster of every scene. Rasters are read by rows, so that no
-            complete scene is held in memory.
+        scenes: Name and opened label raster of every scene; rasters are read by rows.
         member: Which values a label code stands for, [codes, values].
         values: Names of the label values.
         patches: Size and stride.
         folds: How patches are kept apart.
         index_file: For shuffled patches, the permutation to deal by, instead of a seeded one.
 
-    Raises:
-        InputError: A length does not fit the others, or a fold would have no training or no test
-            patch, or fewer blocks or scenes than asked for can serve as validation.
+    Raises `InputError` where lengths do not fit, or blocks or scenes are too few for the parts.
     """
     size, stride = patches.size, patches.stride or patches.size
     diagonal = folds if isinstance(folds, DiagonalBlocks) else None
@@ -160,22 +146,16 @@ def read_patch_table(path: Path) -> pd.DataFrame:
 
 def default_split(protocol: str) -> str:
     """Return the name of the folds that a protocol takes; "" is the first of a data set."""
-    splits = {"strict": "", "paper": "shuffled"}
-    if protocol not in splits:
-        raise InputError(f"protocol: expected one of {sorted(splits)}, found {protocol!r}")
-    return splits[protocol]
+    return {"strict": "", "paper": "shuffled"}[protocol]
 
 
 def class_shares(
     table: pd.DataFrame, classes: Mapping[str, Sequence[str]], fold: int
 ) -> pd.DataFrame:
-    """Return the share of every class in the labelled pixels of every part of a fold.
+    """Return the share of each class (row) in the labelled pixels of each part (column) of a fold.
 
     Pixels in several training windows count once for each, and pixels of several values of a class
     (where labels overlap) once for each value.
-
-    Returns:
-        One row per class, one column per part.
     """
     counts = table.filter(like="pixels_")
     labelled = (table["labelled_fraction"] * table["size"] ** 2).round()
@@ -193,14 +173,8 @@ def check_separation(
 ) -> None:
     """Prove that a fold's training, validation and test pixels lie apart, by their rectangles.
 
-    Args:
-        table: Table of patches.
-        fold: Number of the fold, from 0.
-        margin: Pixels that must lie between two parts, along rows, columns or diagonals.
-        scenes: Prepared scenes; those that overlap on the ground are compared with each other too.
-
-    Raises:
-        InputError: Two parts are closer than that, or show the same ground.
+    Raises `InputError` where two parts of a scene have fewer than `margin` pixels between them, or
+    where parts of two prepared `scenes` that overlap on the ground show the same of it.
     """
     boxes: dict[Any, NDArray[Any]] = {}
     for key, rows in table.groupby(["scene", f"fold_{fold}"]):
@@ -258,10 +232,7 @@ def _overlapping(scenes: Mapping[str, PreparedScene]) -> list[tuple[str, str]]:
 def coverage(
     patches: pd.DataFrame, shape: Sequence[int], window: Window | None = None
 ) -> NDArray[np.bool_]:
-    """Return which pixels of a scene are in one of its patches, bool [H, W].
-
-    The window says where these pixels lie, by default at the scene's top left corner.
-    """
+    """Return which pixels of a scene, or of a window of it, are in a patch, bool [H, W]."""
     covered = np.zeros(shape, dtype=np.bool_)
     start = np.array([window.row_off, window.col_off] if window else [0, 0])
     first = patches[["row", "column"]].to_numpy() - start

@@ -20,16 +20,9 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from lsgs_core.errors import InputError
+from study.data import manifest
 from study.data.alignment import AlignedRaster, Grid
-from study.data.manifest import (
-    BACKGROUND,
-    ColourLabels,
-    Dataset,
-    IdLabels,
-    Labels,
-    PolygonLabels,
-    ScaledPolygonLabels,
-)
+from study.data.manifest import ColourLabels, IdLabels, Labels
 from study.data.raw_files import Scene, read_csv
 
 SHOWN = 8  # how many wrong numbers an error lists
@@ -59,7 +52,7 @@ def code_names(labels: Labels) -> dict[int, str]:
     return dict(zip([*codes, *[0] * labels.has_background], labels.names, strict=True))
 
 
-def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
+def class_membership(dataset: manifest.Dataset, task: str) -> NDArray[np.bool_]:
     """Return whether a code belongs to each class of a task, bool [C, codes]."""
     member, names = membership(dataset.labels), dataset.labels.names
     groups = dataset.task(task).classes.values()
@@ -70,11 +63,10 @@ def class_membership(dataset: Dataset, task: str) -> NDArray[np.bool_]:
 @contextmanager
 def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
     """Open the labels of a scene, as a function from a window to its codes."""
-    labels, path = scene.labels, scene.label_file
-    assert path is not None
-    if isinstance(labels, PolygonLabels):
+    labels, path = scene.labels, scene.label_files[0]
+    if isinstance(labels, manifest.PolygonLabels):
         yield _burned(labels, _polygons(labels, scene, grid))
-    elif isinstance(labels, ScaledPolygonLabels):
+    elif isinstance(labels, manifest.ScaledPolygonLabels):
         yield _burned(labels, _scaled_polygons(labels, scene, grid))
     else:
         colours = isinstance(labels, ColourLabels)
@@ -128,26 +120,22 @@ def _packed(colour: Any) -> Any:
     return (colour[0] << 16) | (colour[1] << 8) | colour[2]
 
 
-def _burned(labels: PolygonLabels | ScaledPolygonLabels, areas: Areas) -> Draw:
-    """Return a function that burns polygons: a pixel belongs to one where its centre lies.
-
-    Exclusive values are burned later over earlier ones, overlapping ones into a bit of their own.
-    """
+def _burned(labels: manifest.PolygonLabels | manifest.ScaledPolygonLabels, areas: Areas) -> Draw:
+    """Return a function that burns polygons: a pixel belongs to one where its centre lies."""
     shapes, values = areas
     tree = shapely.STRtree(shapes)
 
     def burn(chosen: NDArray[Any], codes: NDArray[Any], window: Window, out: Any) -> None:
         offset = rasterio.Affine.translation(window.col_off, window.row_off)
         if len(chosen):
-            pairs = zip(shapes[chosen], codes.tolist(), strict=True)
-            rasterize(pairs, out=out, transform=offset)
+            rasterize(zip(shapes[chosen], codes.tolist(), strict=True), out=out, transform=offset)
 
     def draw(window: Window) -> NDArray[Any]:
         near = np.sort(tree.query(_box(window)))
         near = near[np.argsort(values[near], kind="stable")]
         shape = window.height, window.width
-        if isinstance(labels, PolygonLabels):
-            outside = 0 if labels.outside == BACKGROUND else labels.ignore
+        if isinstance(labels, manifest.PolygonLabels):
+            outside = 0 if labels.outside == manifest.BACKGROUND else labels.ignore
             codes = np.full(shape, outside, dtype=np.uint8)
             burn(near, values[near] + 1, window, codes)
             return codes
@@ -191,10 +179,9 @@ def _areas(shapes: NDArray[Any], entries: pd.Series, labels: Any) -> Areas:
     return parts[keep], values[origin[inner]][keep]
 
 
-def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
+def _polygons(labels: manifest.PolygonLabels, scene: Scene, grid: Grid) -> Areas:
     """Return the polygons of a vector file."""
-    path = scene.label_file
-    assert path is not None
+    [path] = scene.label_files
     try:
         layers = [name for name, kind in pyogrio.list_layers(path) if kind]
         if len(layers) != 1:
@@ -231,11 +218,9 @@ def _polygons(labels: PolygonLabels, scene: Scene, grid: Grid) -> Areas:
     return areas
 
 
-def _scaled_polygons(labels: ScaledPolygonLabels, scene: Scene, grid: Grid) -> Areas:
+def _scaled_polygons(labels: manifest.ScaledPolygonLabels, scene: Scene, grid: Grid) -> Areas:
     """Return DSTL's polygons of one image."""
-    path, extents_path = scene.label_file, scene.extents
-    assert path is not None
-    assert extents_path is not None
+    path, extents_path = scene.label_files
     extents = read_csv(extents_path, ["Xmax", "Ymin"])
     own = extents[extents.iloc[:, 0] == scene.name]  # the header of the first column is blank
     if len(own) != 1:

@@ -50,8 +50,7 @@ def known_crs(text: str) -> str:
 def fill(template: str, variables: Mapping[str, str]) -> str:
     """Put the variables of a scene into a path: `${row}`, or `${row:2}` padded with zeros.
 
-    Raises:
-        ValueError: A variable is missing, or the path leaves its folder.
+    Raises `ValueError` when a variable is missing or the path leaves its folder.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -137,70 +136,46 @@ class PackageSource(Strict):
 
 
 class DownloadSource(Strict):
-    """Files at public addresses, each known by its hash.
-
-    Attributes:
-        url: Start of the address of every file: that of a member is this and its path. Plain http
-            is for this machine alone.
-        members: The files.
-    """
+    """Files at public addresses, each known by its hash."""
 
     access: Literal["download"]
+    # The address of a file is this and its path. Plain http is for this machine alone.
     url: Annotated[str, Field(pattern=r"^(https://|http://127\.0\.0\.1[:/])[^\s?#@]+/$")]
     members: Members
 
 
 class ManualSource(Strict):
-    """Files that the user puts into a folder.
-
-    Attributes:
-        instructions: How to get the files, shown when they are missing.
-        url: Where the files are offered.
-        scene_count: Number of scenes of the complete data set, if known; fewer are accepted.
-        files: Files whose size and hash are known and checked.
-    """
+    """Files that the user puts into a folder."""
 
     access: Literal["manual"] = "manual"
-    instructions: str = "Put the files into the folder."
-    url: str = ""
-    scene_count: Positive | None = None
-    files: list[Member] = []
+    instructions: str = "Put the files into the folder."  # shown when files are missing
+    url: str = ""  # where the files are offered
+    scene_count: Positive | None = None  # of the complete data set; fewer are accepted
+    files: list[Member] = []  # those whose size and hash are checked
 
 
 Source = Annotated[PackageSource | DownloadSource | ManualSource, Field(discriminator="access")]
 
 
 class Placed(Strict):
-    """A raster file, and how it lies on the grid of the scene.
+    """A raster file, and how it lies on the grid of the scene."""
 
-    Attributes:
-        file: Path, or several paths of which the first that exists is taken; may hold variables.
-        crs: The right coordinate reference system, where the file's own tag is missing or wrong.
-        placement: For a file without georeference: "extent" stretches it over the scene, "pixels"
-            lays its pixels on those of the scene, from the top left corner.
-        scale: Pixels of the reference band along one pixel of this file, checked to 2 %.
-    """
-
-    file: Files
-    crs: Crs | None = None
+    file: Files  # may hold variables
+    crs: Crs | None = None  # where the file's own tag is missing or wrong
+    # For a file without georeference: "extent" stretches it over the scene, "pixels" lays its
+    # pixels on those of the scene, from the top left corner.
     placement: Literal["extent", "pixels"] | None = None
+    # Pixels of the reference band along one pixel of this file, checked to 2 %.
     scale: Annotated[float, Field(gt=0)] | None = None
 
 
 class FileBand(Placed):
-    """One channel of one raster file.
+    """One channel of one raster file."""
 
-    Attributes:
-        channel: Counted from 1; backwards from -1 for files that differ in their first channels.
-        channel_count: Number of channels that the file must have.
-        description: Name that the file must give the channel, if it names it at all.
-        nodata: Value of pixels without data, where the file's own is missing or wrong; NaN never
-            counts as data.
-    """
-
-    channel: int = 1
-    channel_count: Positive | None = None
-    description: str | None = None
+    channel: int = 1  # from 1; backwards from -1 for files that differ in their first channels
+    channel_count: Positive | None = None  # that the file must have
+    description: str | None = None  # that the file must give the channel, if it names it at all
+    # Value of pixels without data, where the file's own is missing or wrong; NaN never is data.
     nodata: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
@@ -211,15 +186,10 @@ class Difference(Strict):
 
 
 class Slope(Strict):
-    """The slope of a band of heights in degrees.
-
-    Attributes:
-        slope: Name of the band.
-        pixel_size: Pixel size of the scene's grid (not of the file with the heights), in the unit
-            of the heights.
-    """
+    """The slope of a band of heights in degrees."""
 
     slope: Name
+    # Of the scene's grid (not of the file with the heights), in the unit of the heights.
     pixel_size: Annotated[float, Field(gt=0)]
 
 
@@ -282,13 +252,7 @@ class _Labels(Strict):
 
 
 class PolygonLabels(_Labels):
-    """Polygons with a column that holds the value.
-
-    Attributes:
-        values: Entries of the column per label value. Later values are burned over earlier ones.
-        outside: Meaning of a pixel without a polygon: unknown ("ignore"), or none of the values
-            ("background").
-    """
+    """Polygons with a column that holds the value; later values are burned over earlier ones."""
 
     kind: Literal["polygons"]
     file: Files
@@ -297,7 +261,7 @@ class PolygonLabels(_Labels):
     values: Annotated[
         dict[Name, Annotated[list[str | int], NOT_EMPTY]], NOT_EMPTY, BeforeValidator(_by_name)
     ]
-    outside: Literal["ignore", "background"] = "ignore"
+    outside: Literal["ignore", "background"] = "ignore"  # what a pixel without a polygon is
 
     @property
     def has_background(self) -> bool:
@@ -311,37 +275,26 @@ class ScaledPolygonLabels(_Labels):
     For an image of W × H pixels, a point (x, y) lies at x · W'/Xmax, y · H'/Ymin pixels, where
     W' = W · W/(W + 1) and H' = H · H/(H + 1); Xmax and Ymin are listed per image. Pixels without a
     polygon belong to none of the classes. Images that the table does not name have no labels.
-
-    Attributes:
-        file: CSV with ImageId, ClassType and MultipolygonWKT.
-        extents: CSV with the image, Xmax and Ymin.
-        values: Class numbers per label value.
     """
 
     overlapping: ClassVar[bool] = True
     kind: Literal["scaled_polygons"]
-    file: Files
-    extents: Files
+    file: Files  # CSV with ImageId, ClassType and MultipolygonWKT
+    extents: Files  # CSV with the image, Xmax and Ymin
     values: Annotated[
         Codes, Field(min_length=1, max_length=MOST_OVERLAPPING), BeforeValidator(_by_name)
     ]
 
 
 class IdLabels(_Labels, Placed):
-    """A raster of whole numbers.
-
-    Attributes:
-        values: Numbers per label value.
-        background: Numbers that mean none of the values.
-        ignored: Numbers that mean unknown, besides the file's nodata.
-        unlisted: Meaning of all other numbers: a mistake ("error") or unknown ("ignore").
-    """
+    """A raster of whole numbers."""
 
     kind: Literal["ids"]
     channel: Positive = 1
     values: Annotated[Codes, NOT_EMPTY, BeforeValidator(_by_name)]
-    background: list[int] = []
-    ignored: list[int] = []
+    background: list[int] = []  # none of the values
+    ignored: list[int] = []  # unknown, besides the file's nodata
+    # what all other numbers are: a mistake, or unknown
     unlisted: Literal["error", "ignore"] = "error"
 
     @property
@@ -354,19 +307,14 @@ class IdLabels(_Labels, Placed):
 
 
 class ColourLabels(_Labels, Placed):
-    """A raster of colours: red, green and blue in its first three channels.
-
-    Attributes:
-        values: One colour per label value.
-        ignored: Colours that mean unknown.
-        threshold: If set, a channel above it counts as 255 and any other as 0 (for lossy files).
-        unlisted: Meaning of all other colours: a mistake ("error") or unknown ("ignore").
-    """
+    """A raster of colours: red, green and blue in its first three channels."""
 
     kind: Literal["colours"]
     values: Annotated[dict[Name, Colour], NOT_EMPTY]
-    ignored: list[Colour] = []
+    ignored: list[Colour] = []  # unknown
+    # If set, a channel above it counts as 255 and any other as 0 (for lossy files).
     threshold: Annotated[int, Field(ge=0, le=254)] | None = None
+    # what all other colours are: a mistake, or unknown
     unlisted: Literal["error", "ignore"] = "error"
 
     def _entries(self) -> list[Any]:
@@ -431,32 +379,24 @@ class DiagonalBlocks(Strict):
 
 
 class WholeScenes(Strict):
-    """Folds of whole scenes: scene s is tested in fold s mod count.
-
-    Attributes:
-        group_before: Scenes whose names are equal before the first occurrence of this text, such as
-            the event in "Spain_7370579" before "_", stay together; what is counted are groups then.
-    """
+    """Folds of whole scenes: scene s is tested in fold s mod count."""
 
     kind: Literal["scenes"]
     count: FoldCount
     validation_scenes: Count = 1
+    # Scenes whose names are equal before the first occurrence of this text, such as the event in
+    # "Spain_7370579" before "_", stay together; what is counted are groups then.
     group_before: Annotated[str, Field(max_length=64)] = ""
 
 
 class OfficialSplit(Strict):
-    """One fold, with the parts that the makers of the data set chose.
-
-    Attributes:
-        training: Scene names, or patterns such as `6_1[0-2]` or `train_*`; likewise the others.
-        validation_scenes: Number of training scenes used for validation, where the split has no
-            validation part.
-    """
+    """One fold, with the parts that the makers of the data set chose."""
 
     kind: Literal["official"]
-    training: Annotated[list[str], NOT_EMPTY]
+    training: Annotated[list[str], NOT_EMPTY]  # scene names, or patterns such as `6_1[0-2]`
     validation: list[str] = []
     test: Annotated[list[str], NOT_EMPTY]
+    # Number of training scenes used for validation, where the split has no validation part.
     validation_scenes: Count = 0
 
 
@@ -474,15 +414,9 @@ Folds = Annotated[
 
 
 class FoundScenes(Strict):
-    """Scenes that are recognised by their files.
+    """Scenes that are recognised by their files."""
 
-    Attributes:
-        file: A path that every scene has one file of; its variables become those of the scene.
-        name: Name of the scene, made of the variables.
-        exclude: Names of scenes to leave out.
-    """
-
-    file: RelativePath
+    file: RelativePath  # Every scene has one such file; its variables become those of the scene.
     name: str = "${scene}"
     exclude: list[Name] = []
 
@@ -490,38 +424,28 @@ class FoundScenes(Strict):
 class Dataset(Strict):
     """One data set: source, scenes, bands, modalities, labels, tasks, patches and folds.
 
-    Attributes:
-        scenes: Variables of every scene by its name. Without `scenes` and `find_scenes` there is
-            one scene.
-        bands: Single bands by name.
-        modalities: Names of bands. A modality of the manifest can also be `{file: …, channels:
-            [1, 2, 3]}`: its bands are then called `<modality>_<channel>`.
-        may_be_absent: Modalities whose files a scene may lack. Where a file is missing, the
-            modality is absent, and `make data-check` says so.
-        masks: Pixels that a modality does not see, per modality.
-        reference_band: Band whose grid all others are brought onto; the first one by default.
-        tasks: Tasks by name. Every label value is a binary task of its own too.
-        folds: Folds by name; the first is the default.
-        colours: Colours of classes in figures and maps, "#RRGGBB", by name of the class. They
-            decide no number, and no dump of a data set contains them.
+    A modality can also be `{file: …, channels: [1, 2]}`, whose bands are `<modality>_<channel>`.
     """
 
     title: str
     citation: str = ""
     licences: list[Licence] = []
     source: Source = ManualSource()
+    # variables by name; one scene without this and `find_scenes`
     scenes: dict[Name, dict[str, str]] = {}
     find_scenes: FoundScenes | None = None
     bands: Annotated[dict[Name, Band], NOT_EMPTY]
     modalities: Annotated[dict[Name, Names], Field(min_length=2, max_length=LARGEST_MODALITY_COUNT)]
-    may_be_absent: list[Name] = []
-    masks: dict[Name, PixelMask] = {}
-    reference_band: Name
+    may_be_absent: list[Name] = []  # modalities whose files a scene may lack
+    masks: dict[Name, PixelMask] = {}  # by modality, what it does not see
+    reference_band: Name  # whose grid all others are brought onto; by default the first
     resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
     labels: Labels
+    # every label value is a binary task of its own too
     tasks: Annotated[dict[Name, Task], NOT_EMPTY]
     patches: Patches
-    folds: Annotated[dict[Name, Folds], NOT_EMPTY]
+    folds: Annotated[dict[Name, Folds], NOT_EMPTY]  # the first is the default
+    # Of classes in figures and maps. They decide no number, and no dump contains them.
     colours: dict[Name, ClassColour] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="before")
@@ -539,9 +463,7 @@ class Dataset(Strict):
                 if not isinstance(channels, list) or not channels:
                     raise ValueError(f"modalities.{name}.channels: expected a list such as [1, 2]")
                 file = {key: value for key, value in entry.items() if key != "channels"}
-                written_out = {
-                    f"{name}_{channel}": file | {"channel": channel} for channel in channels
-                }
+                written_out = {f"{name}_{which}": file | {"channel": which} for which in channels}
                 if len(written_out) < len(channels) or written_out.keys() & bands.keys():
                     raise ValueError(f"modalities.{name}.channels: a band is listed twice")
                 bands |= written_out
@@ -582,9 +504,8 @@ class Dataset(Strict):
         classes = {name for task in self.tasks.values() for name in task.classes}
         _expect_names("colours", "class", self.colours, classes | set(self.labels.names))
         optional = [self.sources(self.modalities[name]) for name in self.may_be_absent]
-        if self.reference_band in chain(*optional) or len(self.may_be_absent) == len(
-            self.modalities
-        ):
+        all_optional = len(optional) == len(self.modalities)
+        if all_optional or self.reference_band in chain(*optional):
             raise ValueError("may_be_absent: the modality of the reference band is always needed")
         for name, folds in self.folds.items():
             if isinstance(folds, DiagonalBlocks):
@@ -595,7 +516,10 @@ class Dataset(Strict):
     def _paths_can_be_filled(self) -> Self:
         if bool(self.scenes) == bool(self.find_scenes):
             raise ValueError("scenes: expected either scenes or find_scenes")
-        scenes, paths = dict(self.scenes), self.templates
+        file_bands = [band for band in self.bands.values() if isinstance(band, FileBand)]
+        paths = [placed.file for placed in (*file_bands, *self.masks.values())]
+        paths += self.label_files.values()
+        scenes = dict(self.scenes)
         members = {member.path for member in getattr(self.source, "members", [])}
         if self.find_scenes:  # the names of the variables are known, their values are not
             variables = VARIABLE.finditer(self.find_scenes.file)
@@ -613,12 +537,12 @@ class Dataset(Strict):
         return self
 
     @property
-    def templates(self) -> list[list[str]]:
-        """Return the paths of all files of a scene, with variables not yet filled in."""
-        file_bands = [band for band in self.bands.values() if isinstance(band, FileBand)]
-        paths = [placed.file for placed in (*file_bands, *self.masks.values(), self.labels)]
-        extents = [self.labels.extents] if isinstance(self.labels, ScaledPolygonLabels) else []
-        return paths + extents
+    def label_files(self) -> dict[str, list[str]]:
+        """Return the files that the labels of a scene are in, by field."""
+        files = {"labels": self.labels.file}
+        if isinstance(self.labels, ScaledPolygonLabels):
+            files["extents"] = self.labels.extents
+        return files
 
     def sources(self, names: Iterable[str]) -> list[str]:
         """Return the bands that some bands are made from: themselves, or those they derive from."""
@@ -650,25 +574,15 @@ class Dataset(Strict):
 
 
 class Network(Strict):
-    """A pretrained network that comes with the repository.
-
-    Attributes:
-        dataset: Name of the data set that it was trained on.
-        backbone: Name of the backbone.
-        fold: Number of the fold that was held out.
-        seed: Random seed of the pretraining.
-        weights: Path of the weights, relative to the manifest; the record lies beside them.
-        sha256: Hash of the weights.
-        origin: How the network was made.
-    """
+    """A network that comes with the repository: its weights, seen from the manifest, and origin."""
 
     dataset: Name
     backbone: Name
-    fold: Count
-    seed: Count
+    fold: Count  # that was held out
+    seed: Count  # of the pretraining
     weights: Annotated[RelativePath, Field(pattern=r"\.safetensors$")]  # which cannot hold code
     sha256: Sha256
-    origin: str
+    origin: str  # how the network was made
 
 
 class Manifest(Strict):

