@@ -54,8 +54,7 @@ class View:
                 print(error)
 
         controls = list(self.controls.values())
-        starts = range(0, len(controls), 3)
-        columns = [widgets.VBox(controls[start : start + 3]) for start in starts]
+        columns = [widgets.VBox(controls[i : i + 3]) for i in range(0, len(controls), 3)]
         rows = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
         return widgets.VBox([rows, widgets.interactive_output(draw, self.controls)])
 
@@ -75,10 +74,7 @@ def show_probabilities(own: Sequence[Path], committed: Sequence[Path]) -> widget
 
 
 def show_predictions(own: Sequence[Path], committed: Sequence[Path]) -> widgets.Widget | None:
-    """Explore predictions: choose patch, network and method, and switch modalities off.
-
-    As `show_probabilities`, for `predictions_<data set>.npz`.
-    """
+    """Explore files `predictions_<data set>.npz`, as `show_probabilities` explores scorings."""
     return _show(own, committed, lambda path: prediction_explorer(load_predictions(path)))
 
 

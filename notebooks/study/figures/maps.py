@@ -172,10 +172,6 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
 
     There is a row for each method and a group of columns for each backbone: its predictions from
     each modality alone, and from all. Pixels without a label are pale.
-
-    Args:
-        predictions: The stored predictions.
-        patch: Position of the patch among them.
     """
     names = [name.split("/") for name in predictions.maps]
     backbones, methods = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
@@ -210,14 +206,8 @@ def prediction_view(
 ) -> Figure:
     """Draw one patch: its modalities, the truth, and predictions from all and from some of them.
 
-    Below the title of a prediction stands how much of this patch is right, and its mean IoU.
-
-    Args:
-        predictions: The stored predictions.
-        patch: Position of the patch among them.
-        backbone: Backbone of the network.
-        method: Method of the network.
-        available: Whether each modality is available, [M]; at least one is.
+    Errors carry the share of the patch that is right and its mean IoU. Of the modalities, at least
+    one must be `available`, [M].
     """
     scenarios, names = predictions.scenarios, predictions.modalities
     scenario, truth = scenarios.index(available), predictions.truth[patch]
