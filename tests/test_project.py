@@ -105,8 +105,10 @@ def test_notebooks_are_committed_as_they_should_be(path):
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        is_checked = "NBVAL_CHECK_OUTPUT" in cell.source
-        assert is_checked == ("keep_output" in cell.metadata.get("tags", []))
+        is_checked, tags = "NBVAL_CHECK_OUTPUT" in cell.source, cell.metadata.get("tags", [])
+        exempt = path.name[0] == "A" or "parameters" in tags
+        assert exempt or re.match("from|import", cell.source) or cell.source.count("\n") < 10
+        assert is_checked == ("keep_output" in tags)
         assert bool(cell.outputs) == is_checked, cell.source
         checked += is_checked
         assert all(output.output_type == "stream" for output in cell.outputs)

@@ -54,8 +54,7 @@ class View:
                 print(error)
 
         controls = list(self.controls.values())
-        starts = range(0, len(controls), 3)
-        columns = [widgets.VBox(controls[start : start + 3]) for start in starts]
+        columns = [widgets.VBox(controls[i : i + 3]) for i in range(0, len(controls), 3)]
         rows = widgets.HBox(columns, layout=widgets.Layout(flex_flow="row wrap"))
         return widgets.VBox([rows, widgets.interactive_output(draw, self.controls)])
 
@@ -68,19 +67,14 @@ def show_probabilities(own: Sequence[Path], committed: Sequence[Path]) -> widget
         committed: Further ones, which only an interactive session offers.
 
     Returns:
-        The widget, or None if the figure is static or there is no file.
-
-    Raises:
-        InputError: A file is no scoring.
+        The widget, or None if the figure is static or there is no file. A file that is no scoring
+        raises `InputError`.
     """
     return _show(own, committed, lambda path: probability_view(read_evidence(path)))
 
 
 def show_predictions(own: Sequence[Path], committed: Sequence[Path]) -> widgets.Widget | None:
-    """Explore predictions: choose patch, network and method, and switch modalities off.
-
-    As `show_probabilities`, for `predictions_<data set>.npz`.
-    """
+    """Explore files `predictions_<data set>.npz`, as `show_probabilities` explores scorings."""
     return _show(own, committed, lambda path: prediction_explorer(load_predictions(path)))
 
 
@@ -123,7 +117,7 @@ def probability_view(evidence: Evidence) -> View:
             {"more where D is high": 1.0, "more where D is low": -1.0},
             float(np.sign(settings.get("direction", 1.0))),
         ),
-        "smooth": _check_box(bool(settings.get("smooth", True)), "smooth with the kernel"),
+        "smooth": _check_box(settings.get("smooth", True), "smooth with the kernel"),
     }
     for index, name in enumerate(rates):
         title = f"failure rate of {scenarios.modalities[index]}"
@@ -163,13 +157,10 @@ def _show(
     if not titles:
         print("nothing to show: no such file was written, and none is committed")
         return None
-    first = views[titles[0]]
     if not live:
         print("shown:", titles[0])
-        first.draw(**{**first.values(), **first.static})
+        views[titles[0]].draw(**{**views[titles[0]].values(), **views[titles[0]].static})
         return None
-    if len(titles) == 1:
-        return first.panel()
 
     @cache
     def panel(title: str) -> widgets.Widget:

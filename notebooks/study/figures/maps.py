@@ -66,9 +66,7 @@ def first_scene(
     pictures = {}
     for modality in made.modalities:
         bands, seen, _ = read_overview(folder / f"{modality}.tif")
-        pictures[f"{modality}: {shown_bands(dataset.modalities[modality])}"] = composite(
-            bands, seen
-        )
+        pictures[modality] = composite(bands, seen)
     names = list(dataset.task(task).classes)
     member = class_membership(dataset, task)
     class_of = np.where(member.any(axis=0), member.argmax(axis=0), len(names))
@@ -79,34 +77,27 @@ def first_scene(
     height, width = classes.shape
     extent = (0.0, width * pixel_size * factor, height * pixel_size * factor, 0.0)
     rows = -(-(len(pictures) + 3) // 3)
-    row_height = 13 / 3 * height / width + 0.5
+    row_height = 13 / 3 * height / width + 0.6
     figure, axes = plt.subplots(
         rows, 3, figsize=(13, rows * row_height), sharex=True, sharey=True, squeeze=False
     )
     panels = list(axes.flat)
     for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
         panel.imshow(picture, extent=extent)
-        panel.set_title(name)
+        panel.set_title(f"{name}: {shown_bands(dataset.modalities[name])}")
     label_panel, part_panel, *empty = panels[len(pictures) :]
     colours = [*class_colours(names, dataset.colours), GREY]
     titles = dict(enumerate([*names, "none of these"]))
-    parts = (
-        part_panel,
-        roles,
-        role_names,
-        f"Parts of fold {fold}",
-        (PALETTE[4], PALETTE[1], PALETTE[5]),
-    )
-    legends = {
-        "classes (white: unknown)": category_map(
-            label_panel, classes, titles, f"Labels for {task}", colours, extent
-        ),
-        "parts": category_map(*parts, extent),
-    }
+    part_colours = [PALETTE[index] for index in (4, 1, 5)]
+    legends = [
+        category_map(label_panel, classes, titles, f"Labels for {task}", colours, extent),
+        category_map(part_panel, roles, role_names, f"Parts of fold {fold}", part_colours, extent),
+    ]
     for panel in empty:
         panel.axis("off")
-    for place, (title, handles) in zip(("left", "right"), legends.items(), strict=True):
-        empty[0].add_artist(empty[0].legend(handles=handles, title=title, loc=f"upper {place}"))
+    first = empty[0].legend(handles=legends[0], title="classes (white: unknown)", loc="upper left")
+    empty[0].legend(handles=legends[1], title="parts", loc="upper right")
+    empty[0].add_artist(first)
     for panel in panels[::3]:
         panel.set_ylabel(unit)
     for panel in panels[: len(pictures) + 2][-3:]:  # the last of every column
@@ -181,10 +172,6 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
 
     There is a row for each method and a group of columns for each backbone: its predictions from
     each modality alone, and from all. Pixels without a label are pale.
-
-    Args:
-        predictions: The stored predictions.
-        patch: Position of the patch among them.
     """
     names = [name.split("/") for name in predictions.maps]
     backbones, methods = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
@@ -219,14 +206,8 @@ def prediction_view(
 ) -> Figure:
     """Draw one patch: its modalities, the truth, and predictions from all and from some of them.
 
-    Below the title of a prediction stands how much of this patch is right, and its mean IoU.
-
-    Args:
-        predictions: The stored predictions.
-        patch: Position of the patch among them.
-        backbone: Backbone of the network.
-        method: Method of the network.
-        available: Whether each modality is available, [M]; at least one is.
+    Errors carry the share of the patch that is right and its mean IoU. Of the modalities, at least
+    one must be `available`, [M].
     """
     scenarios, names = predictions.scenarios, predictions.modalities
     scenario, truth = scenarios.index(available), predictions.truth[patch]

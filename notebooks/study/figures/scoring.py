@@ -66,9 +66,8 @@ def method_at_a_glance(scores: ScenarioScores, result: ScenarioProbabilities) ->
     axes[0].set_xticks(range(len(scenarios.modalities)), scenarios.modalities)
     axes[0].set_yticks(rows, [scenarios.names[k] for k in chosen])
     axes[0].set(title="1  what is there", xlim=(-0.6, len(scenarios.modalities) - 0.4))
-    bars = axes[1].barh(rows, scores.distortion[chosen], xerr=error, color=colours, capsize=2)
-    for bar, hatch in zip(bars, hatches, strict=True):
-        bar.set(hatch=hatch, edgecolor="white")
+    look: dict[str, Any] = {"color": colours, "hatch": hatches, "edgecolor": "white", "capsize": 2}
+    axes[1].barh(rows, scores.distortion[chosen], xerr=error, **look)
     axes[1].set(title="2  how much the latent changes", xlabel="distortion D ± standard error")
     axes[2].barh(rows, result.probabilities[chosen], color=colours)
     axes[2].plot(result.prior[chosen], rows, color="#262626", linestyle="--")
