@@ -1,6 +1,5 @@
 """The trainer: what it learns, that it repeats itself, and that a killed run loses nothing."""
 
-import os
 import random
 import subprocess
 import sys

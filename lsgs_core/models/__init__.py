@@ -55,10 +55,10 @@ def build_backbone(
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise InputError(f"{field}: expected one like {default!r}, found {shown(value)}")
+        parts = value if isinstance(value, tuple) else (value,)
         if isinstance(default, float):
-            right = 0 <= value < 1
+            right = 0 <= parts[0] < 1
         else:
-            parts = value if isinstance(value, tuple) else (value,)
             right = all(isinstance(part, bool) or is_count(part) for part in parts)
         if not right:
             expected = f"counts from 1 to {LARGEST_COUNT} or a rate below 1"
