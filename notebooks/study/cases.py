@@ -41,8 +41,8 @@ def read_cases(results: Path, tiers: Sequence[str]) -> list[Case]:
                 table[(table["dataset"] == dataset) & (table["backbone"] == backbone)]
                 for table in (records, networks)
             )
-            single = [name for name in dict.fromkeys(rows["scenario"]) if "+" not in name]
-            scenarios, iou = ScenarioSet.of(single), float(trivial[dataset])
+            full = max(rows["scenario"].unique(), key=lambda name: name.count("+"))
+            scenarios, iou = ScenarioSet.of(full.split("+")), float(trivial[dataset])
             cases.append(Case(dataset, backbone, scenarios, rows, own, iou))
     return cases
 
