@@ -64,7 +64,8 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
             the interval for a new case, thin.
     """
     metrics = list(dict.fromkeys(pooled["metric"]))
-    order = [name for name in ("uniform_again", *METHODS) if name in set(pooled["method"])][::-1]
+    names = dict.fromkeys(("uniform_again", *METHODS))
+    order = [name for name in names if name in set(pooled["method"])][::-1]
     size = 2 + 3.2 * len(metrics), 1.2 + 0.36 * len(order)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True)
     for panel, metric in zip(axes.flat, metrics, strict=True):
@@ -72,11 +73,12 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
         for position, name in enumerate(order):
             colour = method_colour(name)
             cases = differences[(differences["metric"] == metric) & (differences["method"] == name)]
-            panel.plot(cases["difference"], [position] * len(cases), ".", color="#aaaaaa")
             row = pooled[(pooled["metric"] == metric) & (pooled["method"] == name)].iloc[0]
             panel.hlines(position, row["new_low"], row["new_high"], color=colour, linewidth=1)
             panel.hlines(position, row["low"], row["high"], color=colour, linewidth=4)
             panel.plot(row["mean"], position, "D", color=colour, markeredgecolor="white")
+            places = [position - 0.25] * len(cases)  # beside the interval, which would hide them
+            panel.plot(cases["difference"], places, ".", color="#777777", markersize=5)
         panel.set(title=METRICS[metric], xlabel="IoU minus uniform")
         panel.xaxis.set_major_locator(MaxNLocator(4))
     axes[0, 0].set_yticks(range(len(order)), [method_title(name) for name in order])
