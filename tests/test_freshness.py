@@ -46,7 +46,7 @@ OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
     ("file", "old", "new", "stages"),
     [
         ("study/training.py", "momentum=0.9", "momentum=0.8", TRAINS),
-        ("study/training.py", '"""Train a model in place.', '"""Fit a model in place.', set()),
+        ("study/training.py", '"""Train a model in place', '"""Fit a model in place', set()),
         ("lsgs_core/models/cmx.py", "from ", "# Why.\nfrom ", set()),
         ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring", "evaluation", "mapping"}),
         ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring", "evaluation", "mapping"}),

@@ -47,10 +47,10 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
+    _expect_folders(tier)
     if dry_run:
         print(estimate(tier, cores, ROOT), flush=True)
         return _snakemake(tier, ["--cores", str(cores), "--dry-run", "--nolock"])
-    _expect_folders(tier)
     with _only_one(ROOT):
         _clear_up(tier, elsewhere=bool(profile))
         print(estimate(tier, cores, ROOT), flush=True)

@@ -20,7 +20,7 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch import nn
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_count
 from lsgs_core.randomness import Stage, generator
 
 Precision = Literal["float32", "bfloat16"]
@@ -87,7 +87,7 @@ def in_processes(
     itself; one process calls it here. On GPUs accelerate's `notebook_launcher` starts one process
     per GPU, and no GPU may have been used before; on a CPU `debug_launcher` starts them.
     """
-    if processes == 1:
+    if check_count("processes", processes) == 1:
         return function(*arguments)
     from accelerate import debug_launcher, notebook_launcher  # takes seconds to import
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,9 +87,9 @@ def errors_named(place: str) -> Iterator[None]:
 @lru_cache
 def _imported(path: Path, code: str) -> ModuleType:
     """Return the module, imported once for every version of its code."""
-    spec = spec_from_file_location(f"networks_of_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Compiled here: Python's cache of byte code overlooks an edit within the same second.
+    module = ModuleType(f"networks_of_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))
     return module
