@@ -408,7 +408,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         lambda images, available, **arguments: PredictionModel(**arguments)
         .latent(images, available).detach(),
         {"model": DEMO, "exclusive": True, "images": IMAGES, "available": AVAILABLE},
-        lambda predicted: in_unit(predicted.numpy()),
+        # NaN in a patch is NaN in its prediction: scoring refuses it, and names the patch.
+        lambda predicted: in_unit(predicted.nan_to_num().numpy()),
     ),
     **direct(lsgs_core.load_author_weights, None, model=DEMO, weights={"a": torch.ones(1)}),
     "add_lora": (with_lora, {"rank": 2}, lambda count: finite(count)),
