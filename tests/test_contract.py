@@ -97,7 +97,7 @@ class Foreign(nn.Module):
         return self.norm(self.encoder(torch.stack(sums).sum(dim=0)))
 
 
-NETWORK, DEMO = Foreign(), build_backbone("cmx", "demo", [2, 2, 2])
+NETWORK, DEMO = Foreign(), build_backbone("cmx", "demo", [2, 2, 2]).eval()
 HOOKED = HookedModel(NETWORK, "encoder")
 STACKED = HookedModel(
     nn.Sequential(nn.Conv2d(6, 1, 1)).eval(), "0", lambda net, images: net(torch.cat(images, 1))
@@ -380,7 +380,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
         preset="demo", bands=[2, 2], classes=2, stem_width=8, stage_widths=[8, 8, 8, 8],
         dropout=0.1),
     "Backbone": (
-        lambda images, available: DEMO.eval()(images, available).detach(),
+        lambda images, available: DEMO(images, available).detach(),
         {"images": [torch.ones(1, 2, 64, 64) for _ in range(3)], "available": AVAILABLE[:1]},
         lambda logits: finite(logits.shape),
     ),
