@@ -261,8 +261,10 @@ class Curriculum(ScenarioSampler):
 class Online(ScenarioSampler):
     """LSGS whose distortions are measured again every few epochs, on the network of that time.
 
-    The probabilities of the pretrained network, [K], are used until the first measurement; it
-    scores the network that is being trained and returns p, [K].
+    Args:
+        probabilities: p of the pretrained network, [K], used until the first measurement.
+        measure: Scores the network that is being trained and returns p, [K].
+        every: Number of epochs between two measurements.
     """
 
     _kept = ("current", "measured")

@@ -1,9 +1,18 @@
 """Damaged sensors: what is lost, where, and what a network is given of it."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from study import robustness
+from study.checkpoints import build_network
+from study.data.patches import PatchDataset
+from study.devices import seed_weights
 from study.robustness import DAMAGES, SQUARE, Damaged, lose_values
 from torch import Generator
+
+from lsgs_core import ScenarioSet
 
 IMAGES = torch.randn(4, 3, 32, 44, generator=Generator().manual_seed(1))
 MASK = torch.tensor([[True, False]]).repeat(4, 1)
@@ -54,3 +63,29 @@ def test_a_sensor_that_lost_everything_is_missing():
     )
     network([IMAGES, IMAGES], MASK)
     assert torch.equal(given[0], MASK)
+
+
+def test_the_table_of_a_network(prepared, dataset, monkeypatch):
+    """Sensors that lost everything are missing ones; rates of 0 and 1/2 are known cases."""
+    patches = PatchDataset(prepared, dataset, "land_cover", 0, "test")
+    seed_weights(0, "pretraining")
+    model = build_network("cmx", "demo", patches).eval()
+    found = [("demo", "cmx/uniform", patches, model)]
+    monkeypatch.setattr(robustness, "networks_of", lambda grid: iter(found))
+    monkeypatch.setattr(robustness, "DAMAGES", {"all": partial(lose_values, share=1.0)})
+    monkeypatch.setattr(robustness, "RATES", (0.0, 0.5))
+    scenarios = ScenarioSet.of(patches.modalities)
+    parameters = {"batch_size": 2, "damaged_patches": 3}
+    table = robustness.robustness(SimpleNamespace(scenarios=scenarios, parameters=parameters))
+    missing, lost = (row for _, row in table.set_index("protocol").iterrows())
+    assert table["protocol"].tolist() == ["EMM", "all"]
+    values = ["average", "fail 0.0", "fail 0.5"]
+    assert missing[values].tolist() == pytest.approx(lost[values].tolist())
+    assert missing["fail 0.5"] == pytest.approx(missing["average"])  # all scenarios alike
+    batches = patches.batches(2, sorted({0, (len(patches) - 1) // 2, len(patches) - 1}))
+    records = robustness.evaluate(model, batches, scenarios, patches.classes, patches.task_kind)
+    full = records[records["scenario"] == scenarios.names[-1]].groupby("class")[["tp", "fp", "fn"]]
+    counts = full.sum()
+    iou = (counts["tp"] / counts.sum(axis=1).where(lambda pixels: pixels > 0)).mean()
+    assert missing["fail 0.0"] == pytest.approx(iou)  # no sensor ever fails
+    assert 0 < missing["calibration_error"] < 1

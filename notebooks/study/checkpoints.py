@@ -105,9 +105,10 @@ def network_configuration(backbone: str, preset: str, patches: PatchDataset) -> 
 
 
 def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
-    """Load pretrained weights: "ours", known by the record beside them, or the "authors'".
+    """Load pretrained weights: ours, known by the record beside them, or the authors'.
 
-    Raises `InputError` for those of another model, damaged, or made otherwise than `expected`.
+    Returns "ours" or "authors". Raises `InputError` for weights of another model, damaged ones, or
+    ours where they were made with other parameters than `expected`.
     """
     if not sidecar_path(path).is_file():
         load_author_weights(model, path)

@@ -109,7 +109,10 @@ def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) ->
 
 
 class Processes:
-    """Processes that share a run, of this one's `rank` and their `count`, and its precision."""
+    """The processes that share a run, and its precision.
+
+    `rank` is the number of this process, from 0, and `count` is how many there are.
+    """
 
     def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
         self._device, self._mixed = device, precision == "bfloat16"

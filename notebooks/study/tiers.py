@@ -216,7 +216,7 @@ class Tier:
 def network_seed(pretraining_seed: int, seed: int) -> int:
     """Return the pretraining seed of the network that a run of a seed starts from.
 
-    A negative `pretraining_seed` gives each run a network of its own, of its seed, as replicates.
+    A negative `pretraining_seed` gives each run a network of its own, which has the run's seed.
     """
     return seed if pretraining_seed < 0 else pretraining_seed
 

@@ -63,7 +63,10 @@ class Grid:
 
     @property
     def pixel_size(self) -> float | None:
-        """Return the root of a pixel's area in metres, amid the grid; None where unknown."""
+        """Return the side of a pixel (the root of its area) in metres, None where unknown.
+
+        A degree is taken at the middle of the grid.
+        """
         side = abs(self.transform.determinant) ** 0.5
         if self.crs is None or not (self.crs.is_geographic or self.crs.is_projected):
             return None

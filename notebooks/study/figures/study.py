@@ -1,6 +1,7 @@
 """Figures of the comparison: one panel per data set and backbone, all made from tables."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -180,18 +181,50 @@ def method_curves(histories: pd.DataFrame) -> Figure:
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         for method, lines in rows.groupby("method", sort=False):
-            curve, name = lines.groupby("epoch")["validation_mean_iou"].mean(), str(method)
-            members = family_members(name)  # each has a marker of its own
-            marker = MARKERS[
-                members.index(name.partition("@")[0]) % len(MARKERS) if members else -1
-            ]
-            (line,) = axes.plot(curve.index + 1, curve, marker=marker, label=method_title(name))
-            line.set_color(method_colour(name))
+            curve = lines.groupby("epoch")["validation_mean_iou"].mean()
+            axes.plot(curve.index + 1, curve, **_look(str(method)))
         axes.set(xlabel="epochs of fine-tuning", ylabel="validation IoU, mean over scenarios")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
     height = max(3.2, 0.18 * histories["method"].nunique())
     return _panels(histories, draw, width=4, height=height, legend=True)
+
+
+def worst_against_mean(summary: pd.DataFrame) -> Figure:
+    """Draw what each method adds to uniform sampling: in the worst scenario, and in the mean.
+
+    A point is the mean over replicates of the paired differences, and its bars are their standard
+    errors; uniform is the mean of its arms.
+
+    Args:
+        summary: The columns dataset, backbone, method, seed, mean_iou and worst_iou.
+    """
+    columns = ["mean_iou", "worst_iou"]
+    arms = summary[summary["method"].isin(UNIFORM_ARMS)]
+    keys = ["dataset", "backbone", "seed"]
+    base = arms.groupby(keys)[columns].mean()
+    table = summary[~summary["method"].isin(["pretrained", *UNIFORM_ARMS[:1]])]
+    paired = table.join(base, on=keys, rsuffix="_of_uniform", how="inner")
+    for column in columns:
+        paired[column] -= paired[f"{column}_of_uniform"]
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        for method, own in rows.groupby("method", sort=False):
+            means, errors = own[columns].mean(), own[columns].sem().fillna(0)
+            axes.errorbar(
+                means["mean_iou"], means["worst_iou"], errors["worst_iou"], errors["mean_iou"],
+                linestyle="", elinewidth=1, **_look(str(method)),
+            )  # fmt: skip
+        axes.axvline(0, color="#333333", linewidth=1, zorder=0)
+        axes.axhline(0, color="#333333", linewidth=1, zorder=0)
+        axes.set(xlabel="mean over scenarios, IoU", ylabel="worst scenario, IoU")
+        axes.margins(0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+
+    height = max(3.6, 0.2 * paired["method"].nunique())
+    figure = _panels(paired, draw, width=4, height=height, legend=True)
+    figure.suptitle("What each method adds to uniform sampling, ± one standard error")
+    return figure
 
 
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
@@ -221,6 +254,17 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
     figure = _panels(table, draw, width=4, height=3.5, legend=True)
     figure.suptitle("Does D order the scenarios as the loss does, better than counting?")
     return figure
+
+
+def _look(method: str) -> dict[str, Any]:
+    """Return the colour and title of a method, and a marker of its own within its family."""
+    members = family_members(method)
+    position = members.index(method.partition("@")[0]) if members else -1
+    return {
+        "color": method_colour(method),
+        "label": method_title(method),
+        "marker": MARKERS[position % len(MARKERS)],
+    }
 
 
 def _panels(
