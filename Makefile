@@ -26,8 +26,12 @@ study: $(VENV)/installed
 	$(BIN)/python -m study run $(TIER) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 
 # The executed notebooks of a tier with their figures, and a site of them: work/book/index.html.
-# Those of the demo are committed.
+# Those of the demo are committed, with a map of its scene and the study of all scenes.
 book: $(VENV)/installed
+	$(if $(filter demo,$(TIER)),$(RUN_NOTEBOOK) notebooks/06_mapping.ipynb \
+		work/demo/notebooks/06_mapping.ipynb -p work ../work/demo -p missing none,NIR)
+	$(if $(filter demo,$(TIER)),$(RUN_NOTEBOOK) notebooks/07_all_scenes.ipynb \
+		work/demo/notebooks/07_all_scenes.ipynb -p work ../work/demo -p resamples 4000)
 	$(BIN)/python -m study.book $(TIER) $(if $(filter demo,$(TIER)),results/book,work/$(TIER)/book)
 
 # The committed networks again, from the download on, into results/networks.

@@ -14,7 +14,10 @@ DOTS = "application/vnd.jupyter.widget-view+json"
 
 
 def write(folder, name, *outputs):
-    cells = [new_markdown_cell(HEAD), new_markdown_cell("## Test\n\nLeft, $D$.\n\nRight, `p`.")]
+    cells = [
+        new_markdown_cell(HEAD),
+        new_markdown_cell("## Test\n\nLeft, $D_k$, `${D}`.\n\nRight, `p`."),
+    ]
     cells.append(new_code_cell("draw()", outputs=list(outputs), metadata={"papermill": {"a": 1}}))
     metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python"},
@@ -36,7 +39,7 @@ def test_one_backbone_is_shown_without_noise(tmp_path):
     assert book["04_finetuning"].metadata.purpose == "Fine-tune one backbone, v0.2 of it."
     cell = book["04_finetuning"].cells[-1]
     assert [output.output_type for output in cell.outputs] == ["stream", "display_data"]
-    assert cell.outputs[1].metadata.alt == "Figure 1: Test Left, $D$."
+    assert cell.outputs[1].metadata.alt == "Figure 1: Test Left, $D_k$, ${D}."
     assert "papermill" not in cell.metadata
     (tmp_path / "book").mkdir()
     write(tmp_path / "book", "09_gone")
@@ -74,15 +77,20 @@ def test_the_site_is_read_offline(tmp_path, width):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": width, "height": 844})
         asked: list[str] = []
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and errors.append(said.text))
         page.on("request", lambda request: asked.append(request.url))
         for name in ("index", "04_a", "api/lsgs_core"):
             page.goto((tmp_path / "site" / f"{name}.html").as_uri())
             if name == "04_a":
-                page.locator(".MathJax").first.wait_for()
+                assert page.locator("math msub").count() == 1
+                assert page.get_by_text("${D}", exact=True).is_visible()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("[...document.images].every(i => i.naturalWidth && i.alt)")
             for link in page.evaluate("[...document.links].map(link => link.href)"):
                 target = link.partition("#")[0].removeprefix("file://")
                 assert target.startswith("http") or (tmp_path / "site" / target).is_file(), link
         assert not [address for address in asked if address.startswith("http")]
+        assert not errors
         browser.close()

@@ -10,13 +10,14 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 import pdoc
 from jinja2 import DictLoader
+from latex2mathml.converter import convert as latex
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 import lsgs_core
@@ -29,20 +30,17 @@ LARGEST = 10_000_000  # bytes of all notebooks together
 # From the root of a file system, as in /a/b or C:\a; neither a relative path nor an address.
 MACHINE_PATH = re.compile(r"(?<![\w.:/<~)])(?:~|/\w[\w.-]*)/[\w./-]+|\b[A-Z]:\\\w+")
 PROGRESS = "application/vnd.jupyter.widget-view+json"
-MATHJAX = "mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
 STYLE = """<style>
 main { max-width: 62rem; margin: auto; padding: 1rem; }
 body.plain { font: 16px/1.6 sans-serif; }
-.jp-OutputArea-output, .highlight, .MathJax_Display { overflow-x: auto; }
+.jp-OutputArea-output, .highlight, math[display='block'] { overflow-x: auto; }
 .jp-RenderedHTMLCommon code { overflow-wrap: anywhere; }
 img { max-width: 100%; }
 @media (max-width: 50rem) { .jp-InputPrompt, .jp-OutputPrompt { display: none !important; } }
 </style>"""
-# The fonts that come along; MathJax looks for its own TeX fonts otherwise.
-FONTS = """<script type="text/x-mathjax-config">MathJax.Hub.Config({"HTML-CSS":
-{availableFonts: [], imageFont: null, preferredFont: null, webFont: "STIX-Web"}});</script>"""
 TEMPLATE = (
-    "{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}" + FONTS + "{% endblock %}"
+    "{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"
+    "{% block html_head_js_mathjax %}{% endblock %}"
     "{% block html_head_js_mermaidjs %}{% endblock %}"
     "{% block html_head_css %}" + STYLE + "{% endblock %}{% block body_header %}{{ super() }}"
     "<nav><a href='index.html'>All notebooks</a></nav>{% endblock %}{% block data_png scoped %}"
@@ -85,14 +83,12 @@ def write_notebooks(notebooks: Mapping[str, NotebookNode], folder: Path) -> None
 
 
 def write_site(notebooks: Mapping[str, NotebookNode], folder: Path) -> None:
-    """Write the site: a page for every notebook, the API of the core, an index, and MathJax."""
+    """Write the site: a page for every notebook, the API of the core, and an index."""
     loader, new = DictLoader({"book.html.j2": TEMPLATE}), folder.with_name(f".book.{os.getpid()}")
     exporter = HTMLExporter(extra_loaders=[loader], template_file="book.html.j2")
-    exporter.mathjax_url = MATHJAX
-    mathjax = find_spec("jupyter_server_mathjax")
-    assert mathjax is not None
-    assert mathjax.origin is not None
-    shutil.copytree(Path(mathjax.origin).parent / "static", new / "mathjax")
+    pages = _Markdown(escape=False)
+    exporter.register_filter("markdown2html", MarkdownWithMath(renderer=pages).render)
+    new.mkdir(parents=True)
     entries = "<li><a href='api/lsgs_core.html'>API of lsgs_core</a>: its modules and functions."
     for name, notebook in reversed([*notebooks.items()]):
         (new / f"{name}.html").write_text(exporter.from_notebook_node(notebook)[0])
@@ -106,6 +102,16 @@ def write_site(notebooks: Mapping[str, NotebookNode], folder: Path) -> None:
     pdoc.pdoc("lsgs_core", output_directory=new / "api")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
+
+
+class _Markdown(IPythonRenderer):
+    """Markdown whose formulas become MathML, which browsers draw without a script or a font."""
+
+    def inline_math(self, body: str) -> str:
+        return latex(body)
+
+    def block_math(self, body: str) -> str:
+        return latex(body, display="block")
 
 
 def _cleaned(path: Path) -> NotebookNode:
