@@ -221,6 +221,26 @@ def outputs(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_a_finished_tier_that_grows_goes_on(clone):
+    tier = {"grid": {"backbones": ["cmx"], "methods": ["lsgs"], "folds": [0], "seeds": 1}}
+    write_tier(clone, tier)
+    snakemake = sys.executable, "-m", "snakemake", "--config", "tier=own", "--cores", "1"
+    listed = printed(*snakemake, "--quiet", "all", "--summary", folder=clone)
+    for line in listed.splitlines():
+        if line.startswith("work/"):
+            path = clone / line.split("\t")[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("fold_0\ntraining\n")
+    printed(*snakemake, "--touch", folder=clone)
+    assert "Nothing to be done" in printed(*command("own"), "--dry-run", folder=clone)
+    tier["grid"]["seeds"] = 2
+    write_tier(clone, tier)
+    grown = printed(*command("own"), "--dry-run", folder=clone)
+    assert re.search(r"^finetuning +1$", grown, re.MULTILINE), grown
+    assert re.search(r"^evaluation +1$", grown, re.MULTILINE), grown
+
+
+@pytest.mark.slow
 def test_what_a_study_says_last_is_why_it_failed(clone):
     """No traceback and no dump of a command: the sentence, the notebook and the cell."""
     grid = {"backbones": ["cmx"], "methods": ["uniform"], "folds": [0], "seeds": [0]}

@@ -191,7 +191,9 @@ def _snakemake(
     """Run Snakemake on a tier, and return its exit status."""
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *("--directory", str(ROOT), "--rerun-triggers", "mtime", "params", "--rerun-incomplete"),
+        *("--directory", str(ROOT), "--rerun-incomplete"),
+        # A tier that grew by a seed has other inputs of its evaluation, none of which is newer.
+        *("--rerun-triggers", "mtime", "params", "input"),
         # What is newer by a clock that was set back, and has the same content, is not newer.
         *("--max-checksum-file-size", "1GB"),
         *([] if "--dry-run" in options else ["--quiet", "rules", "host"]),
