@@ -230,7 +230,7 @@ def test_a_finished_tier_that_grows_goes_on(clone):
         if line.startswith("work/"):
             path = clone / line.split("\t")[0]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("fold_0\ntraining\n")
+            path.write_text("size,fold_0\n32,training\n")
     printed(*snakemake, "--touch", folder=clone)
     assert "Nothing to be done" in printed(*command("own"), "--dry-run", folder=clone)
     tier["grid"]["seeds"] = 2
