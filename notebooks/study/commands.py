@@ -48,23 +48,13 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
     _expect_folders(tier)
+    print(estimate(tier, cores, ROOT), flush=True)
     if dry_run:
-        print(estimate(tier, cores, ROOT), flush=True)
         return _snakemake(tier, ["--cores", str(cores), "--dry-run", "--nolock"])
-    with _only_one(ROOT):
-        _clear_up(tier, elsewhere=bool(profile))
-        print(estimate(tier, cores, ROOT), flush=True)
-        before = executed(tier, ROOT)
-        if profile:
-            options = ["--workflow-profile", profile, "--keep-going"]
-        else:
-            options = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}", "--keep-going"]
-        status = _snakemake(tier, options)
-    for line in durations(before, executed(tier, ROOT)):
-        print(line, flush=True)
-    if status:
-        _say_what_failed(tier)
-    else:
+    here = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}"]
+    options = ["--workflow-profile", profile] if profile else here
+    status = _make(tier, [*options, "--keep-going"])
+    if status == 0:
         print(f"tables and figures: results/{tier.name}\nnotebooks: {tier.folder.root}/notebooks")
         print((ROOT / tier.folder.evaluation / AGREEMENT).read_text().strip())
     return status
@@ -88,13 +78,10 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     done = ROOT / single.folder.root / "compared.txt"
     if done.is_file():  # an earlier one was finished; one that was killed goes on
         shutil.rmtree(done.parent)
-    with _only_one(ROOT):
-        _clear_up(single)
-        [point] = single.grid.points()
-        target = str(single.folder.runs(*point) / "scores.csv")
-        if _snakemake(single, ["--cores", str(cores)], [f"only={run}"], [target]):
-            _say_what_failed(single)
-            return 1
+    [point] = single.grid.points()
+    target = str(single.folder.runs(*point) / "scores.csv")
+    if _make(single, ["--cores", str(cores)], [f"only={run}"], [target]):
+        return 1
     here = replace(single, folder=StudyFolder(ROOT / single.folder.root))
     same, sentence = compare(here, published)
     done.write_text(f"{run}: {sentence}\n")
@@ -109,12 +96,9 @@ def make_networks(tier: Tier, cores: int) -> int:
     or else its hash. Returns the exit status of Snakemake.
     """
     folders = [tier.folder.pretrained(*network) for network in tier.networks()]
-    with _only_one(ROOT):
-        _clear_up(tier)
-        targets = [str(folder / "weights.safetensors") for folder in folders]
-        if status := _snakemake(tier, ["--cores", str(cores)], (), targets):
-            _say_what_failed(tier)
-            return status
+    targets = [str(folder / NETWORK_FILES[0]) for folder in folders]
+    if status := _make(tier, ["--cores", str(cores)], (), targets):
+        return status
     listed = {network.weights: network.sha256 for network in tier.manifest.networks}
     for folder in folders:
         target = NETWORKS / folder.relative_to(tier.folder.root / "pretrained")
@@ -139,17 +123,33 @@ def _expect_folders(tier: Tier) -> None:
         raise InputError(f"results/{tier.name}: expected a folder, found a file")
 
 
-def _clear_up(tier: Tier, elsewhere: bool = False) -> None:
-    """End what a killed run left behind; take its lock and, but of jobs elsewhere, its files."""
-    if ended := end_orphans(ROOT):
-        print(f"ended {ended} processes that an earlier run had left behind", flush=True)
-    for folder in () if elsewhere else (ROOT / tier.folder.root, DOWNLOADS, NETWORKS):
-        sweep(folder)
-    for log in (ROOT / tier.folder.root).rglob("*.failed"):  # with what an earlier run executed
-        log.with_suffix("").unlink(missing_ok=True)
-        log.unlink()
-    if any((ROOT / ".snakemake" / "locks").glob("*")):
-        _snakemake(tier, ["--unlock"])
+def _make(
+    tier: Tier, options: Sequence[str], config: Sequence[str] = (), targets: Sequence[str] = ()
+) -> int:
+    """Make targets of a tier as the only study of this checkout; return Snakemake's exit status.
+
+    What a killed run left behind is cleared up first: its processes, its lock and, unless a profile
+    has jobs that may be running elsewhere, its temporary files. Said at the end is how long every
+    stage took, and what failed.
+    """
+    root = ROOT / tier.folder.root
+    with _only_one(ROOT):
+        if ended := end_orphans(ROOT):
+            print(f"ended {ended} processes that an earlier run had left behind", flush=True)
+        for folder in () if "--workflow-profile" in options else (root, DOWNLOADS, NETWORKS):
+            sweep(folder)
+        for log in root.rglob("*.failed"):  # with what an earlier run executed
+            log.with_suffix("").unlink(missing_ok=True)
+            log.unlink()
+        if any((ROOT / ".snakemake" / "locks").glob("*")):
+            _snakemake(tier, ["--unlock"])
+        before = executed(tier, ROOT)
+        status = _snakemake(tier, options, config, targets)
+    for line in durations(before, executed(tier, ROOT)):
+        print(line, flush=True)
+    if status:
+        _say_what_failed(tier)
+    return status
 
 
 def sweep(folder: Path) -> None:
