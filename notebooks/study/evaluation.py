@@ -110,8 +110,8 @@ def evaluate(
         np.add.at(pooled, block_of, values.astype(np.int64))
         values, places = pooled, [blocks]
     order = np.lexsort(places)
-    keys = {"row": order, "scenario": scenarios.names, "class": classes}
-    index = pd.MultiIndex.from_product(keys.values(), names=keys)
+    keys = [order, scenarios.names, classes]
+    index = pd.MultiIndex.from_product(keys, names=["row", "scenario", "class"])
     columns = COUNTS if protocol == "strict" else SOFT
     table = pd.DataFrame(values[order].reshape(-1, len(columns)), index, columns).reset_index()
     rows = table.pop("row").to_numpy()
