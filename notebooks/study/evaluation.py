@@ -110,7 +110,7 @@ def evaluate(
         np.add.at(pooled, block_of, values.astype(np.int64))
         values, places = pooled, [blocks]
     order = np.lexsort(places)
-    keys = [order, scenarios.names, classes]
+    keys: list[Any] = [order, scenarios.names, classes]
     index = pd.MultiIndex.from_product(keys, names=["row", "scenario", "class"])
     columns = COUNTS if protocol == "strict" else SOFT
     table = pd.DataFrame(values[order].reshape(-1, len(columns)), index, columns).reset_index()

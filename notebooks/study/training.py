@@ -32,7 +32,7 @@ from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
 from study.files import make_folder, written_beside
 from study.freshness import fingerprint
-from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
+from study.losses import TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
 
 Validation = Callable[[Backbone], Mapping[str, float]]
@@ -83,7 +83,7 @@ def train(
     # backward pass of PyTorch 2.13 reads memory that was never written.
     if device.type == "cpu" and settings.precision == "bfloat16":
         raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
-    processes = Processes(device, settings.precision)
+    processes = Processes(device)
     if (last := min(settings.batch_sizes(len(dataset)))) < processes.count:
         raise InputError(
             f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
@@ -148,7 +148,7 @@ class _Run:
     ) -> None:
         self.model, self.dataset, self.dropout, self.settings = model, dataset, dropout, settings
         self.processes, self.path, self.identity = processes, path, identity
-        objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
+        objective = _Objective(model, settings, dataset.task_kind)
         self.objective = processes.wrap(objective)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rate, decay = settings.learning_rate, settings.weight_decay
@@ -243,12 +243,12 @@ class _Run:
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
         """This process's share of every batch from the first on, in the parts of accumulation."""
-        count = self.processes.count
+        count, rank = self.processes.count, self.processes.rank
         ends = np.cumsum(self.settings.batch_sizes(len(order)))
         remaining = np.split(order, ends[:-1])[first:]
         # As many parts in every process, though shares may differ by a patch.
         numbers = [min(self.settings.accumulation, len(batch) // count) for batch in remaining]
-        shares = map(self.processes.mine, remaining)
+        shares = [np.array_split(batch, count)[rank] for batch in remaining]
         parts = [np.array_split(s, number) for s, number in zip(shares, numbers, strict=True)]
         batches = self.dataset.batches_of([part for share in parts for part in share])
         for share in parts:
@@ -286,12 +286,11 @@ class _Run:
 class _Objective(nn.Module):
     """The network and its loss in one module, which is what several processes share."""
 
-    def __init__(
-        self, model: Backbone, protocol: Protocol, kind: TaskKind, processes: Processes
-    ) -> None:
+    def __init__(self, model: Backbone, settings: TrainingSettings, kind: TaskKind) -> None:
         super().__init__()
-        self.model, self.protocol, self.kind = model, protocol, kind
-        self.processes = processes
+        self.model, self.kind = model, kind
+        self.of_paper = settings.protocol == "paper"
+        self.mixed = settings.precision == "bfloat16"
 
     def forward(self, batch: Batch, present: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
         """Loss of the batch, and per sample."""
@@ -299,11 +298,10 @@ class _Objective(nn.Module):
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
         counted = batch.counted(available)
-        of_paper = self.protocol == "paper"
-        with self.processes.autocast():
-            logits = (self.model.heads if of_paper else self.model)(batch.images, available)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
+            logits = (self.model.heads if self.of_paper else self.model)(batch.images, available)
         if logits.dtype == torch.bfloat16:  # too coarse for sums over millions of pixels
             logits = logits.float()
-        if of_paper:
+        if self.of_paper:
             return paper_loss(logits, batch.target, counted)
         return segmentation_loss(logits, batch.target, counted, self.kind)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
+from study.cases import SCORES
 from study.figures import PALETTE, family_members, method_colour
-from study.stability import SCORES
 from study.statistics import METRICS, UNIFORM_ARMS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
@@ -60,7 +60,7 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     """Draw the pooled difference of every method to uniform over its cases, a panel per metric.
 
     Args:
-        differences: Result of `study.cases.differences_of_cases`, drawn as small points.
+        differences: Result of `study.statistics.differences` of all cases, drawn as small points.
         pooled: Result of `study.cases.pooled_differences`: the mean with its interval, thick, and
             the interval for a new case, thin.
     """
@@ -92,7 +92,7 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
 
 
 def score_agreement(table: pd.DataFrame) -> Figure:
-    """Draw what networks have in common, a panel per case: result of `study.stability`."""
+    """Draw what networks have in common, a panel per case: result of `study.cases.stability`."""
     shown = {
         "within": "p agrees between two networks,\nwithin a number missing",
         "rank_others": "the score orders the IoU\nthat other networks lost",
