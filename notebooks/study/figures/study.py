@@ -100,14 +100,8 @@ def score_agreement(table: pd.DataFrame) -> Figure:
     }
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        height = 0.8 / len(rows)
-        for position, (colour, row) in enumerate(
-            zip(PALETTE, rows.to_dict("records"), strict=False)
-        ):
-            places = np.arange(len(shown)) + (position - (len(rows) - 1) / 2) * height
-            lengths = [row[name] for name in shown]
-            axes.barh(places, lengths, height, color=colour, label=SCORES[row["score"]])
-        axes.set_yticks(range(len(shown)), shown.values())
+        bars = rows.set_index("score")[[*shown]].rename(index=SCORES, columns=shown).T
+        bars.plot.barh(ax=axes, width=0.8, color=[*PALETTE[: len(rows)]], legend=False)
         axes.set(xlim=(-0.5, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="correlation")
         axes.axvline(0, color="#333333", linewidth=1)
 
