@@ -102,6 +102,7 @@ def score_agreement(table: pd.DataFrame) -> Figure:
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         bars = rows.set_index("score")[[*shown]].rename(index=SCORES, columns=shown).T
         bars.plot.barh(ax=axes, width=0.8, color=[*PALETTE[: len(rows)]], legend=False)
+        axes.minorticks_off()  # which pandas switched on
         axes.set(xlim=(-0.5, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="correlation")
         axes.axvline(0, color="#333333", linewidth=1)
 
