@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from statistics_records import SCENARIOS, records_of
+from study.cases import stability
 from study.evaluation import summary
-from study.stability import stability
 from study.statistics import (
     METRICS,
     Counts,

@@ -1,16 +1,31 @@
-"""The published tiers put together: every data set and backbone is a case of the same question."""
+"""The published tiers put together: every data set and backbone is a case of the same question.
 
-from collections.abc import Sequence
+One of them is what part of p is signal: how far networks that differ by chance agree on it.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
+from lsgs_core.probabilities import scenario_probabilities, total_variation
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import load_table, sidecar_path
 from study.checkpoints import TrainedNetwork
-from study.statistics import UNIFORM_ARMS, differences, pooled, sensor_values
+from study.statistics import UNIFORM_ARMS, pooled, sensor_values
+
+# Scores of a scenario that probabilities can be formed from, with their titles.
+SCORES = {
+    "distortion": "distortion of the latent (the paper)",
+    "prediction_distortion": "distortion of the prediction",
+    "missing": "number of missing modalities",
+}
 
 
 @dataclass(frozen=True)
@@ -47,16 +62,8 @@ def read_cases(results: Path, tiers: Sequence[str]) -> list[Case]:
     return cases
 
 
-def differences_of_cases(
-    cases: Sequence[Case], metrics: Sequence[str], resamples: int
-) -> pd.DataFrame:
-    """Return the differences of every method to uniform in every case; see `differences`."""
-    tables = (differences(of.records, of.scenarios, metrics, resamples=resamples) for of in cases)
-    return pd.concat(tables, ignore_index=True)
-
-
 def pooled_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the random-effects analysis of `differences_of_cases` where three are there."""
+    """Return the random-effects analysis of `differences` where three cases are there."""
     rows = []
     for (metric, method), cases in table.groupby(["metric", "method"], sort=False):
         if len(cases) > 2:
@@ -85,3 +92,72 @@ def worth_to_network(network: TrainedNetwork) -> pd.DataFrame:
         return pd.DataFrame()
     records = load_table(path).assign(method="network", seed=0)
     return sensor_values(records, network.scenarios, "network", empty=0.0)
+
+
+def stability(table: pd.DataFrame) -> pd.DataFrame:
+    """Compare the probabilities of networks that differ in the seed of their pretraining alone.
+
+    Args:
+        table: One row per network and scenario: dataset, backbone, fold, network, scenario,
+            missing, the scores, and lost (IoU with all modalities minus that of the scenario on
+            test blocks). Every fold has at least two networks, or `InputError` is raised.
+
+    Returns:
+        One row per data set, backbone and score, with means over folds: the total variation
+        `between` p of two networks, and of p `to_uniform`; the correlation between p of two
+        networks `within` a number of missing modalities, whose mean is taken off; the variance over
+        scenarios of the mean p, as a share of the mean variance of p (`common`); the rank
+        correlation of the score with the IoU that its own network lost (`rank`) and that others
+        lost (`rank_others`), and the correlation with that within a number of missing modalities
+        (`within_others`). That number itself is the same for all networks: only its ranks matter.
+    """
+    rows = []
+    for (dataset, backbone), part in table.groupby(["dataset", "backbone"], sort=False):
+        for score in [name for name in SCORES if name in part]:
+            folds = [_of_fold(fold, score) for _, fold in part.groupby("fold")]
+            means = pd.DataFrame(folds).mean().to_dict()
+            rows.append({"dataset": dataset, "backbone": backbone, "score": score, **means})
+    return pd.DataFrame(rows)
+
+
+def _of_fold(rows: pd.DataFrame, score: str) -> dict[str, float]:
+    """Return the numbers of one fold; every table below is [networks, scenarios]."""
+    scores, lost, missing = (
+        rows.pivot_table(name, index="network", columns="scenario").to_numpy(dtype=float)
+        for name in (score, "lost", "missing")
+    )
+    if len(scores) < 2:
+        raise InputError("stability: expected at least two networks of every fold, found one")
+    p = np.array([scenario_probabilities(values).probabilities for values in scores])
+    groups, degraded = missing[0], missing[0] > 0  # the full scenario loses nothing by definition
+    inner, inner_scores, inner_lost = (_within(values, groups) for values in (p, scores, lost))
+    scores, lost = scores[:, degraded], lost[:, degraded]
+    pairs = [*permutations(range(len(p)), 2)]
+    uniform = np.full(p.shape[1], 1 / p.shape[1])
+    numbers: dict[str, Iterable[float]] = {
+        "between": (total_variation(p[i], p[j]) for i, j in pairs),
+        "to_uniform": (total_variation(values, uniform) for values in p),
+        "within": (_correlation(inner[i], inner[j]) for i, j in pairs),
+        "common": [p.mean(axis=0).var() / p.var(axis=1).mean()],
+        "rank": (_correlation(*pair, "spearman") for pair in zip(scores, lost, strict=True)),
+        "rank_others": (_correlation(scores[i], lost[j], "spearman") for i, j in pairs),
+        "within_others": (_correlation(inner_scores[i], inner_lost[j]) for i, j in pairs),
+    }
+    return {name: float(pd.Series([*values]).mean()) for name, values in numbers.items()}
+
+
+def _within(values: NDArray[np.float64], groups: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Take off the mean of every group of scenarios, in each row."""
+    by_scenario = pd.DataFrame(values.T)
+    return (by_scenario - by_scenario.groupby(groups).transform("mean")).to_numpy().T
+
+
+def _correlation(
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    method: Literal["pearson", "spearman"] = "pearson",
+) -> float:
+    """Return a correlation, NaN where one of both is constant but for rounding."""
+    if min(np.ptp(first), np.ptp(second)) < 1e-12:
+        return float("nan")
+    return float(pd.Series(first).corr(pd.Series(second), method=method))

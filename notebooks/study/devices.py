@@ -14,10 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed
-from numpy.typing import NDArray
 from torch import nn
 
 from lsgs_core.errors import InputError, check_count
@@ -109,23 +107,19 @@ def _keep_result(result: Path, function: Callable[..., Any], *arguments: Any) ->
 
 
 class Processes:
-    """The processes that share a run, and its precision.
+    """The processes that share a run.
 
     `rank` is the number of this process, from 0, and `count` is how many there are.
     """
 
-    def __init__(self, device: torch.device, precision: Precision = "float32") -> None:
-        self._device, self._mixed = device, precision == "bfloat16"
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.rank = _rank()
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         if self.count > 1:
             from accelerate import PartialState
 
             PartialState(cpu=device.type == "cpu")  # the process group, once
-
-    def mine(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the part of a batch's samples that this process takes, in order of rank."""
-        return np.array_split(batch, self.count)[self.rank]
 
     def gather(self, values: Any) -> list[Any]:
         """Return the values of every process, in order of rank."""
@@ -147,10 +141,6 @@ class Processes:
             devices, module = [self._device.index], nn.SyncBatchNorm.convert_sync_batchnorm(module)
         # CBC has layers that its forward pass does not use.
         return nn.parallel.DistributedDataParallel(module, devices, find_unused_parameters=True)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which the forward pass runs in the precision of the run."""
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed)
 
     def whole_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Return the context of a backward pass: gradients are exchanged in the last of a step."""

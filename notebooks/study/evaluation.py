@@ -9,7 +9,7 @@ Protocol "paper": one row per patch, scenario and class with the soft Jaccard in
 authors, which are then averaged over patches.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from study.losses import Protocol, TaskKind
 COUNTS = ["tp", "fp", "fn"]
 SOFT = ["soft_iou", "soft_f1"]
 THRESHOLD = 0.5  # on probabilities, of binary and multi-label targets
+BINS = 15  # of calibration errors, as in Guo et al. 2017
 
 
 class AlwaysPositive(nn.Module):
@@ -83,10 +84,9 @@ def evaluate(
         Strict: the columns block, scenario, class, tp, fp and fn (pixels). Paper: patch, block,
         scenario, class, soft_iou and soft_f1 (NaN where no pixel counts).
     """
-    parameter = next(model.parameters(), torch.empty(0))
-    masks = torch.tensor(scenarios.masks, device=parameter.device)
-    processes = Processes(parameter.device)
-    rows: list[pd.DataFrame] = []
+    device = next(model.parameters(), torch.empty(0)).device
+    processes = Processes(device)
+    measured: list[tuple[NDArray[Any], ...]] = []
     count, training = 0, model.training
     model.eval()
     try:
@@ -94,54 +94,107 @@ def evaluate(
             if batch.target is None or batch.valid is None or batch.block_ids is None:
                 raise InputError("evaluation: expected batches with target, valid, block_ids")
             if (count - 1) % processes.count == processes.rank:
-                batch = batch.to(parameter.device)
-                truth = _truth(batch, len(classes), kind)
-                for name, mask in zip(scenarios.names, masks, strict=True):
-                    table = _measure(model, batch, truth, mask, kind, protocol)
-                    table["class"] = list(classes) * len(truth)
-                    rows.append(table.assign(scenario=name))
+                of_batch = batch.to(device), scenarios, len(classes), kind, protocol
+                measured.append((_measure(model, *of_batch), batch.block_ids.numpy(force=True)))
+                if protocol == "paper" and batch.patch_ids is not None:
+                    measured[-1] += (batch.patch_ids.numpy(force=True),)
     finally:
         model.train(training)
     if not count:
         raise InputError("evaluation: expected at least one labelled patch, found none")
-    table = pd.concat([frame for share in processes.gather(rows) for frame in share])
-    places = ["patch", "block"] if "patch" in table else ["block"]
-    keys = [*places, "scenario", "class"]
+    parts = [part for share in processes.gather(measured) for part in share]
+    values, *places = map(np.concatenate, zip(*parts, strict=True))
     if protocol == "strict":
-        table = table.groupby(keys, sort=False)[COUNTS].sum().astype("int64").reset_index()
-    order = {name: position for position, name in enumerate([*scenarios.names, *classes])}
-
-    def in_order(column: pd.Series) -> pd.Series:
-        return column if column.name in places else column.map(order)
-
-    table = table[[*keys, *(COUNTS if protocol == "strict" else SOFT)]]
-    return table.sort_values(keys, key=in_order, ignore_index=True)
+        blocks, block_of = np.unique(places[0], return_inverse=True)
+        pooled = np.zeros((len(blocks), *values.shape[1:]), np.int64)
+        np.add.at(pooled, block_of, values.astype(np.int64))
+        values, places = pooled, [blocks]
+    order = np.lexsort(places)
+    keys: list[Any] = [order, scenarios.names, classes]
+    index = pd.MultiIndex.from_product(keys, names=["row", "scenario", "class"])
+    columns = COUNTS if protocol == "strict" else SOFT
+    table = pd.DataFrame(values[order].reshape(-1, len(columns)), index, columns).reset_index()
+    rows = table.pop("row").to_numpy()
+    for name, ids in zip(("block", "patch"), places, strict=False):
+        table.insert(0, name, ids[rows])
+    return table
 
 
 @torch.inference_mode()
+def scenario_logits(
+    model: nn.Module, batch: Batch, scenarios: ScenarioSet
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield what a network makes of a batch under each scenario that leaves some patch a modality.
+
+    Yields:
+        The index of the scenario; which patches have a modality, bool [B]; and for these b patches
+        the logits, [b, C, H, W], and the pixels that count, bool [b, H, W].
+    """
+    for index, mask in enumerate(torch.tensor(scenarios.masks, device=batch.available.device)):
+        present = batch.available & mask
+        served = present.any(dim=1)  # networks need at least one modality
+        if bool(served.any()):
+            logits = model([image[served] for image in batch.images], present[served])
+            yield index, served, logits, batch.counted(present)[served]
+
+
 def _measure(
-    model: nn.Module, batch: Batch, truth: Tensor, mask: Tensor, kind: TaskKind, protocol: Protocol
-) -> pd.DataFrame:
-    """Return the counts or soft scores of every patch and class under one scenario."""
-    assert batch.block_ids is not None
-    columns = COUNTS if protocol == "strict" else SOFT
-    present = batch.available & mask
-    served = present.any(dim=1)  # networks need at least one modality
-    unserved = 0.0 if protocol == "strict" else torch.nan
-    values = torch.full((*truth.shape[:2], len(columns)), unserved, dtype=torch.float64)
-    if bool(served.any()):
-        logits = model([image[served] for image in batch.images], present[served])
-        counted = batch.counted(present)[served, None]
-        if protocol == "strict":
-            measured = _counts(predict(logits, kind), truth[served], counted).double()
+    model: nn.Module,
+    batch: Batch,
+    scenarios: ScenarioSet,
+    classes: int,
+    kind: TaskKind,
+    protocol: Protocol,
+) -> NDArray[np.float64]:
+    """Return the counts or soft scores of every patch, scenario and class, [B, K, C, 3 or 2]."""
+    truth, strict = _truth(batch, classes, kind), protocol == "strict"
+    shape = len(truth), len(scenarios), classes, len(COUNTS if strict else SOFT)
+    values = np.full(shape, 0.0 if strict else np.nan)
+    for index, served, logits, counted in scenario_logits(model, batch, scenarios):
+        if strict:
+            measured = _counts(predict(logits, kind), truth[served], counted[:, None])
         else:
-            measured = _soft_scores(logits, truth[served], counted, kind)
-        values[served.cpu()] = measured.cpu()
-    table = pd.DataFrame(values.flatten(end_dim=1).numpy(), columns=columns)
-    table["block"] = batch.block_ids.cpu().repeat_interleave(truth.shape[1]).numpy()
-    if protocol == "paper" and batch.patch_ids is not None:
-        table["patch"] = batch.patch_ids.cpu().repeat_interleave(truth.shape[1]).numpy()
-    return table
+            measured = _soft_scores(logits, truth[served], counted[:, None], kind)
+        values[served.numpy(force=True), index] = measured.numpy(force=True)
+    return values
+
+
+def calibration_errors(
+    model: nn.Module, batches: Iterable[Batch], scenarios: ScenarioSet, kind: TaskKind
+) -> pd.DataFrame:
+    """Return the expected calibration error of every scenario (Guo et al. 2017, equation 3).
+
+    Probabilities are sorted into bins of equal width; the error is the mean distance between the
+    mean probability of a bin and the share of it that is true, weighted by its pixels. A multiclass
+    pixel counts once, with the probability of the class that is predicted; any other counts once
+    for every class. Pixels that no sensor of the scenario sees are left out.
+
+    Args:
+        model: Gives logits [B, C, H, W] for `model(images, available)`; in evaluation mode.
+        batches: Batches with target and valid pixels.
+        scenarios: The scenarios.
+        kind: Kind of the target.
+
+    Returns:
+        The columns scenario and calibration_error, from 0 to 1; NaN where no pixel counts.
+    """
+    device = next(model.parameters()).device
+    total = np.zeros((len(scenarios), 3, BINS))  # pixels, sum of probabilities, sum of truths
+    for batch in (batch.to(device) for batch in batches):
+        for index, served, logits, counted in scenario_logits(model, batch, scenarios):
+            assert batch.target is not None
+            if kind == "multiclass":
+                probability, predicted = logits.softmax(dim=1).max(dim=1, keepdim=True)
+                true = predicted == batch.target[served][:, None]
+            else:
+                probability, true = logits.sigmoid(), batch.target[served] > 0.5
+            chosen = counted[:, None].expand(probability.shape)
+            weights = [part[chosen].double().numpy(force=True) for part in (probability, true)]
+            places = np.minimum((weights[0] * BINS).astype(int), BINS - 1)
+            total[index] += [np.bincount(places, by, BINS) for by in (None, *weights)]
+    pixels, distances = total[:, 0].sum(axis=1), np.abs(total[:, 1] - total[:, 2]).sum(axis=1)
+    errors = np.divide(distances, pixels, out=np.full(len(pixels), np.nan), where=pixels > 0)
+    return pd.DataFrame({"scenario": scenarios.names, "calibration_error": errors})
 
 
 def validation_scores(

@@ -20,7 +20,7 @@ from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, save
 from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
-from study.evaluation import class_map
+from study.evaluation import class_map, scenario_logits
 from study.figures import class_colours
 from study.tiers import network_seed
 
@@ -169,17 +169,13 @@ def predict_patches(
     The network is left in evaluation mode.
     """
     model.eval()
-    device = next(model.parameters()).device
-    masks = torch.tensor(ScenarioSet.of(dataset.modalities).masks, device=device)
+    device, scenarios = next(model.parameters()).device, ScenarioSet.of(dataset.modalities)
     predicted = []
     for index in indices:
         batch = dataset.batch([index]).to(device)
-        present = batch.available & masks  # [K, M]: every scenario of the one patch
-        maps = torch.full((len(masks), *batch.images[0].shape[2:]), UNKNOWN)
-        with torch.inference_mode():
-            for scenario in torch.nonzero(present.any(dim=1)).flatten().tolist():
-                logits = model(batch.images, present[scenario : scenario + 1])
-                maps[scenario] = _coded(class_map(logits, dataset.task_kind)[0]).cpu()
+        maps = torch.full((len(scenarios), *batch.images[0].shape[2:]), UNKNOWN)
+        for scenario, _, logits, _ in scenario_logits(model, batch, scenarios):
+            maps[scenario] = _coded(class_map(logits, dataset.task_kind)[0]).cpu()
         predicted.append(maps.numpy())
     return np.array(predicted).astype(np.uint8)
 

@@ -18,8 +18,7 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.distributions import deployment_prior
-from study.calibration import calibration_errors
-from study.evaluation import evaluate, expected, scenario_scores
+from study.evaluation import calibration_errors, evaluate, expected, scenario_scores
 from study.predictions import networks_of
 
 if TYPE_CHECKING:

@@ -29,16 +29,18 @@ from tqdm.auto import tqdm
 from lsgs_core.models import Backbone, build_backbone
 from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.models.cpu import accelerate_on_cpu
-from lsgs_core.probabilities import scenario_probabilities
 from lsgs_core.randomness import generator
 from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.uncertainty import stop_when_precise, stopping_error
 from study.data.patches import PatchDataset
 from study.published_form import as_published
+from study.scoring import to_probabilities
 
-Form = Callable[[Backbone], Backbone]
-FORMS: dict[str, Form] = {"plain": as_published, "ours": accelerate_on_cpu}
+FORMS: dict[str, Callable[[Backbone], Backbone]] = {
+    "plain": as_published,
+    "ours": accelerate_on_cpu,
+}
 # The children of the backbones by the part that figures show; everything else is "other".
 PARTS = {
     "encoders": ("encoders", "starts", "stages"),
@@ -109,35 +111,25 @@ class _Workload:
             model.train()
             optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=form == "ours")
             return lambda: self._train(model, optimiser)
-        model.eval()
+        network: nn.Module = model.eval()
+        times, images = 1.0, self.images.unbind(1)
         if form == "plain":
-            return lambda: self._score_plainly(model, plain_forwards)
-        if self.case.task == "prediction scoring":
-            return partial(self._predict, PredictionModel(model).for_scoring())
-        return partial(self._score, model.for_scoring())
-
-    @torch.inference_mode()
-    def _score_plainly(self, model: Backbone, forwards: int) -> dict[str, float]:
-        masks = [self.masks[-1], *self.masks]
-        passes = [(image[None], mask[None]) for image in self.images for mask in masks]
-        timed = passes[: min(forwards, len(self.masks) + 1) or None]
-        with _timed(model) as seconds:
-            for image, mask in timed:
-                model.heads(image, mask)
-        return {part: value * len(passes) / len(timed) for part, value in seconds.items()}
-
-    @torch.inference_mode()
-    def _score(self, model: Backbone) -> dict[str, float]:
-        with _timed(model) as seconds:
-            model.scenario_latents(self.images, self.measured)
-        return seconds
-
-    @torch.inference_mode()
-    def _predict(self, predicting: PredictionModel) -> dict[str, float]:
-        with _timed(predicting.model) as seconds:
-            for mask in self.measured:
-                predicting.latent(self.images.unbind(1), mask.expand(len(self.images), -1))
-        return seconds
+            masks = [self.masks[-1], *self.masks]
+            pairs = [(image[None], mask[None]) for image in self.images for mask in masks]
+            passes = [partial(model.heads, *pair) for pair in pairs]
+            passes = passes[: min(plain_forwards, len(masks)) or None]
+            times = len(pairs) / len(passes)
+        elif self.case.task == "prediction scoring":
+            predicting = PredictionModel(model).for_scoring()
+            given = [mask.expand(len(self.images), -1) for mask in self.measured]
+            network, passes = (
+                predicting.model,
+                [partial(predicting.latent, images, m) for m in given],
+            )
+        else:
+            network = scoring = model.for_scoring()
+            passes = [partial(scoring.scenario_latents, self.images, self.measured)]
+        return partial(_score, network, passes, times)
 
     def _train(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         device, count = self.images.device, self.case.modalities + 1
@@ -156,6 +148,17 @@ class _Workload:
         middle = _now(device)
         optimiser.step()
         return seconds | {"backward": middle - start, "optimiser": _now(device) - middle}
+
+
+@torch.inference_mode()
+def _score(
+    model: nn.Module, passes: Sequence[Callable[[], object]], times: float
+) -> dict[str, float]:
+    """Run forward passes, and return `times` their seconds, by part."""
+    with _timed(model) as seconds:
+        for forward in passes:
+            forward()
+    return {part: value * times for part, value in seconds.items()}
 
 
 def compare(
@@ -207,19 +210,15 @@ def stopped_passes(
         One row per pass: the patches that were `needed`, the share of p that lies within two stated
         errors of the whole pass's (`covered`), and the largest `difference` from it.
     """
-
-    def to_probabilities(distortion: NDArray[np.float64]) -> NDArray[np.float64]:
-        return scenario_probabilities(distortion).probabilities
-
-    rows, scored = [], len(patch_distortion)
+    rows, scored, known = [], len(patch_distortion), to_probabilities({})
     for order in tqdm(range(orders), desc="stopped passes", unit="pass"):
         chosen = generator("order", order).choice(scored, patches, replace=patches > scored)
         values = patch_distortion[chosen]
-        enough = stop_when_precise(tolerance, to_probabilities, patches)
+        enough = stop_when_precise(tolerance, known, patches)
         counts = (*range(8, patches, 8), patches)
         count = next((n for n in counts if enough(values[:n], chosen[:n])), patches)
-        error = stopping_error(values[:count], to_probabilities, patches)
-        whole, stopped = (to_probabilities(part.mean(axis=0)) for part in (values, values[:count]))
+        error = stopping_error(values[:count], known, patches)
+        whole, stopped = (known(part.mean(axis=0)) for part in (values, values[:count]))
         difference = np.abs(stopped - whole)
         covered = float((difference <= 2 * error + 1e-12).mean())
         rows.append({"needed": count, "covered": covered, "difference": difference.max()})

@@ -9,7 +9,7 @@ numbers. The bootstrap resamples seeds and blocks; a resampled block is the same
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -215,15 +215,22 @@ def differences(
     rows = []
     for (dataset, backbone), part in records.groupby(["dataset", "backbone"], sort=False):
         seeds = part.groupby("method", sort=False)["seed"].agg(set)
-        compared = list(_compared(list(seeds.index), pairs))
+        arms = [name for name in UNIFORM_ARMS if name in seeds]
+        others = [name for name in seeds.index if name != UNIFORM_ARMS[0]]
         for metric in metrics:
-            keys = {"dataset": dataset, "backbone": backbone, "metric": metric}
             table: list[dict[str, Any]] = []
-            for names, method, reference in compared:
+            for method, other in pairs or [(name, "uniform") for name in others]:
+                reference = [a for a in arms if a != method] if other == "uniform" else [other]
                 shared = set.intersection(*(seeds.get(m, set()) for m in [method, *reference]))
-                if reference and len(shared) >= 2:
-                    row = contrast(part, scenarios, method, reference, metric, prior, resamples)
-                    table.append({**keys, **names, **row})
+                if not reference or len(shared) < 2:
+                    continue
+                row = {"dataset": dataset, "backbone": backbone, "metric": metric}
+                if pairs:
+                    row["contrast"] = f"{method} - {other}"
+                else:
+                    row |= {"method": method, "reference": "+".join(reference)}
+                row |= contrast(part, scenarios, method, reference, metric, prior, resamples)
+                table.append(row)
             judged = [row for row in table if row.get("method") not in UNIFORM_ARMS]
             for row, p in zip(judged, holm([row["p"] for row in judged]), strict=True):
                 row["p_holm"] = p
@@ -247,22 +254,6 @@ def planned_pairs(contrasts: str) -> list[tuple[str, str]]:
             raise InputError(f"contrasts: {error}") from None
         pairs.append((first, second))
     return pairs
-
-
-def _compared(
-    present: list[str], pairs: list[tuple[str, str]] | None
-) -> Iterator[tuple[dict[str, str], str, list[str]]]:
-    """Yield the columns that name a difference, its method, and its reference methods."""
-    arms = [name for name in UNIFORM_ARMS if name in present]
-    if pairs is not None:
-        for method, other in pairs:
-            names = {"contrast": f"{method} - {other}"}
-            others = [arm for arm in arms if arm != method] if other == "uniform" else [other]
-            yield names, method, others
-        return
-    for method in present:
-        reference = [arm for arm in arms[:1] if arm != method] if method in arms else arms
-        yield {"method": method, "reference": "+".join(reference)}, method, reference
 
 
 def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ one that was never killed (CPU, same number of threads).
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from study.data.patches import PatchDataset
 from study.devices import Processes, is_first_process
 from study.files import make_folder, written_beside
 from study.freshness import fingerprint
-from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
+from study.losses import TaskKind, paper_loss, segmentation_loss
 from study.settings import TrainingSettings
 
 Validation = Callable[[Backbone], Mapping[str, float]]
@@ -83,7 +83,7 @@ def train(
     # backward pass of PyTorch 2.13 reads memory that was never written.
     if device.type == "cpu" and settings.precision == "bfloat16":
         raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
-    processes = Processes(device, settings.precision)
+    processes = Processes(device)
     if (last := min(settings.batch_sizes(len(dataset)))) < processes.count:
         raise InputError(
             f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
@@ -92,24 +92,20 @@ def train(
     make_folder(folder)
     complete = {"identity": dict(identity), "settings": asdict(settings), "seed": seed}
     complete |= {"stream": stream, "stage": stage, "code": fingerprint(stage)}
-    objective = _Objective(model, settings.protocol, dataset.task_kind, processes)
-    run = _Run(
-        model, dataset, ScenarioDropout(scenarios, sampler, seed, stream, stage), settings,
-        _optimiser(model, settings), folder / STATE, json.dumps(complete, sort_keys=True),
-        processes, processes.wrap(objective),
-    )  # fmt: skip
-    reached = run.restore()
+    dropout = ScenarioDropout(scenarios, sampler, seed, stream, stage)
+    text = json.dumps(complete, sort_keys=True)
+    run = _Run(model, dataset, dropout, settings, processes, folder / STATE, text)
+    run.restore()
     steps = len(settings.batch_sizes(len(dataset)))
-    done, total = len(reached.history) * steps + reached.step, settings.epochs * steps
+    done, total = len(run.history) * steps + run.step, settings.epochs * steps
     bar = tqdm(initial=done, total=total, unit="step", desc="training", disable=processes.rank > 0)
     with bar:
-        while len(reached.history) < settings.epochs:
-            row = run.epoch(reached, bar)
-            if validate is not None:
-                row |= validate(model)
-            reached = _Reached([*reached.history, row], np.zeros(len(scenarios)))
-            run.keep(reached)
-    return pd.DataFrame(reached.history)
+        while len(run.history) < settings.epochs:
+            row = run.epoch(bar)
+            run.history.append({**row, **(validate(model) if validate else {})})
+            run.step, run.loss, run.drawn = 0, 0.0, np.zeros(len(scenarios))
+            run.keep()
+    return pd.DataFrame(run.history)
 
 
 def discard_state(folder: Path) -> None:
@@ -137,36 +133,40 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
     )
 
 
-@dataclass
-class _Reached:
-    """Where a run stands."""
-
-    history: list[dict[str, float]]  # a row for every complete epoch
-    drawn: NDArray[np.float64]  # how often the next epoch drew each scenario so far, [K]
-    step: int = 0  # steps of that epoch that are done
-    loss: float = 0.0  # sum of the losses of their samples
-    random: list[Tensor] = field(default_factory=list)  # PyTorch's generators after them
-
-
-@dataclass(frozen=True)
 class _Run:
-    """A training run, with what it needs to go on."""
+    """A training run, with what it needs to go on, and where it stands."""
 
-    model: Backbone
-    dataset: PatchDataset
-    dropout: ScenarioDropout
-    settings: TrainingSettings
-    optimiser: torch.optim.Optimizer
-    path: Path
-    identity: str
-    processes: Processes
-    objective: nn.Module
+    def __init__(
+        self,
+        model: Backbone,
+        dataset: PatchDataset,
+        dropout: ScenarioDropout,
+        settings: TrainingSettings,
+        processes: Processes,
+        path: Path,
+        identity: str,
+    ) -> None:
+        self.model, self.dataset, self.dropout, self.settings = model, dataset, dropout, settings
+        self.processes, self.path, self.identity = processes, path, identity
+        objective = _Objective(model, settings, dataset.task_kind)
+        self.objective = processes.wrap(objective)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimiser: torch.optim.Optimizer = (
+            torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
+            if settings.optimiser == "sgd"
+            else torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)
+        )
+        self.history: list[dict[str, float]] = []  # a row for every complete epoch
+        self.step = 0  # steps of the next epoch that are done
+        self.loss = 0.0  # sum of the losses of their samples
+        self.drawn = np.zeros(len(dropout.scenarios))  # how often they drew each scenario, [K]
+        self.random: list[Tensor] = []  # PyTorch's generators after them
 
-    def restore(self) -> _Reached:
-        """Load the state if it is this run's, and return where it stands."""
-        reached = _Reached([], np.zeros(len(self.dropout.scenarios)))
+    def restore(self) -> None:
+        """Load the state if it is this run's."""
         if not self.path.is_file():
-            return reached
+            return
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             place = json.loads(state["place"])
@@ -176,41 +176,40 @@ class _Run:
             ) from error
         if state["identity"] != self.identity:
             tqdm.write(f"{self.path}: left by a run with other parameters; starting anew")
-            return reached
+            return
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.dropout.load_state_dict(json.loads(state["sampler"]))
-        reached.history, reached.step, reached.loss = place["history"], place["step"], place["loss"]
-        reached.drawn = np.array(place["drawn"])
-        if len(state["random"]) != self.processes.count and reached.step:
+        self.history, self.step, self.loss = place["history"], place["step"], place["loss"]
+        self.drawn = np.array(place["drawn"])
+        if len(state["random"]) != self.processes.count and self.step:
             raise InputError(
                 f"{self.path}: left by {len(state['random'])} processes within an epoch; go on "
                 f"with as many, found {self.processes.count}, or delete it"
             )
-        reached.random = state["random"][self.processes.rank] if reached.step else []
-        tqdm.write(f"{self.path}: going on in epoch {len(reached.history)}, step {reached.step}")
-        return reached
+        self.random = state["random"][self.processes.rank] if self.step else []
+        tqdm.write(f"{self.path}: going on in epoch {len(self.history)}, step {self.step}")
 
-    def keep(self, reached: _Reached) -> None:
+    def keep(self) -> None:
         """Write the state, beside and renamed."""
-        place = {"history": reached.history, "step": reached.step, "loss": reached.loss}
+        place = {"history": self.history, "step": self.step, "loss": self.loss}
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         state = {
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "sampler": json.dumps(self.dropout.state_dict()),
-            "place": json.dumps({**place, "drawn": reached.drawn.tolist()}),
+            "place": json.dumps({**place, "drawn": self.drawn.tolist()}),
             "random": self.processes.gather(random),
         }
         if self.processes.rank == 0:
             with written_beside(self.path) as temporary:
                 torch.save(state, temporary)
 
-    def epoch(self, reached: _Reached, bar: tqdm) -> dict[str, float]:
+    def epoch(self, bar: tqdm) -> dict[str, float]:
         """Train the rest of an epoch and return its row of the history."""
         settings, seed, stage = self.settings, self.dropout.seed, self.dropout.stage
-        epoch = len(reached.history)
+        epoch = len(self.history)
         rate = settings.learning_rate * settings.rate_decay ** (epoch // settings.rate_decay_every)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -218,38 +217,38 @@ class _Run:
         # A sampler may score the network first, in evaluation mode.
         self.dropout.sampler.probabilities(epoch)
         training_mode(self.model)
-        if reached.step:
-            torch.set_rng_state(reached.random[0])
-            torch.cuda.set_rng_state_all(reached.random[1:])
+        if self.step:
+            torch.set_rng_state(self.random[0])
+            torch.cuda.set_rng_state_all(self.random[1:])
         else:
             # Dropout of an epoch does not depend on what ran before it.
             dropout = generator("dropout", seed, epoch, self.processes.rank, stage)
             torch.manual_seed(int(dropout.integers(2**63)))
         saved = time.monotonic()
-        for batch in self._batches(order, reached.step):
+        for batch in self._batches(order, self.step):
             loss, drawn = self._step(batch, epoch)
-            reached.step += 1
-            reached.loss += loss * len(drawn)
-            np.add.at(reached.drawn, drawn, 1)
+            self.step += 1
+            self.loss += loss * len(drawn)
+            np.add.at(self.drawn, drawn, 1)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
             bar.update()
             # One process decides, since all of them have to say where their generators stand.
             if self.processes.gather(time.monotonic() - saved >= SAVE_EVERY)[0]:
-                self.keep(reached)
+                self.keep()
                 saved = time.monotonic()
-        row = {"epoch": epoch, "learning_rate": rate, "loss": reached.loss / len(self.dataset)}
-        shares = (reached.drawn / len(self.dataset)).tolist()
+        row = {"epoch": epoch, "learning_rate": rate, "loss": self.loss / len(self.dataset)}
+        shares = (self.drawn / len(self.dataset)).tolist()
         names = (f"drawn:{name}" for name in self.dropout.scenarios.names)
         return row | dict(zip(names, shares, strict=True))
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
         """This process's share of every batch from the first on, in the parts of accumulation."""
-        count = self.processes.count
+        count, rank = self.processes.count, self.processes.rank
         ends = np.cumsum(self.settings.batch_sizes(len(order)))
         remaining = np.split(order, ends[:-1])[first:]
         # As many parts in every process, though shares may differ by a patch.
         numbers = [min(self.settings.accumulation, len(batch) // count) for batch in remaining]
-        shares = map(self.processes.mine, remaining)
+        shares = [np.array_split(batch, count)[rank] for batch in remaining]
         parts = [np.array_split(s, number) for s, number in zip(shares, numbers, strict=True)]
         batches = self.dataset.batches_of([part for share in parts for part in share])
         for share in parts:
@@ -287,12 +286,11 @@ class _Run:
 class _Objective(nn.Module):
     """The network and its loss in one module, which is what several processes share."""
 
-    def __init__(
-        self, model: Backbone, protocol: Protocol, kind: TaskKind, processes: Processes
-    ) -> None:
+    def __init__(self, model: Backbone, settings: TrainingSettings, kind: TaskKind) -> None:
         super().__init__()
-        self.model, self.protocol, self.kind = model, protocol, kind
-        self.processes = processes
+        self.model, self.kind = model, kind
+        self.of_paper = settings.protocol == "paper"
+        self.mixed = settings.precision == "bfloat16"
 
     def forward(self, batch: Batch, present: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
         """Loss of the batch, and per sample."""
@@ -300,19 +298,10 @@ class _Objective(nn.Module):
         batch, available = batch.to(device), torch.from_numpy(present).to(device)
         assert batch.target is not None
         counted = batch.counted(available)
-        of_paper = self.protocol == "paper"
-        with self.processes.autocast():
-            logits = (self.model.heads if of_paper else self.model)(batch.images, available)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
+            logits = (self.model.heads if self.of_paper else self.model)(batch.images, available)
         if logits.dtype == torch.bfloat16:  # too coarse for sums over millions of pixels
             logits = logits.float()
-        if of_paper:
+        if self.of_paper:
             return paper_loss(logits, batch.target, counted)
         return segmentation_loss(logits, batch.target, counted, self.kind)
-
-
-def _optimiser(model: Backbone, settings: TrainingSettings) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimiser == "sgd":
-        return torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
-    return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)

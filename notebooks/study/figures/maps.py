@@ -3,17 +3,19 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import rasterio
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from numpy.typing import NDArray
+from rasterio import DatasetReader
 from rasterio.windows import Window
 
 from study.data.alignment import ENVIRONMENT, Grid
@@ -34,23 +36,19 @@ Extent = tuple[float, float, float, float]  # left, right, bottom, top
 def category_map(
     axes: Axes,
     ids: NDArray[np.integer],
-    names: Mapping[int, str],
-    title: str,
-    colours: Sequence[str] = PALETTE,
+    colours: Mapping[int, Any],
+    title: str = "",
     extent: Extent | None = None,
-) -> list[Patch]:
-    """Draw a map of ids [H, W], and return the handles of its legend; other ids stay white.
+) -> None:
+    """Draw a map of ids [H, W], each in its colour; other ids stay white.
 
     The extent is in the units of the axes; without it, these are pixels.
     """
-    positions = np.full(ids.shape, np.nan)
-    for position, key in enumerate(names):
-        positions[ids == key] = position
-    chosen = list(colours[: len(names)])
-    norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
-    axes.imshow(positions, cmap=ListedColormap(chosen), norm=norm, extent=extent)
+    picture = np.zeros((*ids.shape, 4))
+    for key, colour in colours.items():
+        picture[ids == key] = to_rgba(colour)
+    axes.imshow(picture, extent=extent)
     axes.set_title(title)
-    return _patches(chosen, names.values())
 
 
 def first_scene(
@@ -87,16 +85,16 @@ def first_scene(
         panel.set_title(f"{name}: {shown_bands(dataset.modalities[name])}")
     label_panel, part_panel, *empty = panels[len(pictures) :]
     colours = [*class_colours(names, dataset.colours), GREY]
-    titles = dict(enumerate([*names, "none of these"]))
-    part_colours = [PALETTE[index] for index in (4, 1, 5)]
-    legends = [
-        category_map(label_panel, classes, titles, f"Labels for {task}", colours, extent),
-        category_map(part_panel, roles, role_names, f"Parts of fold {fold}", part_colours, extent),
-    ]
+    part_colours = [PALETTE[index] for index in (4, 1, 5)][: len(role_names)]
+    of_parts = dict(zip(role_names, part_colours, strict=True))
+    category_map(label_panel, classes, dict(enumerate(colours)), f"Labels for {task}", extent)
+    category_map(part_panel, roles, of_parts, f"Parts of fold {fold}", extent)
+    named = _patches(colours, [*names, "none of these"])
+    parts = _patches(part_colours, role_names.values())
     for panel in empty:
         panel.axis("off")
-    first = empty[0].legend(handles=legends[0], title="classes (white: unknown)", loc="upper left")
-    empty[0].legend(handles=legends[1], title="parts", loc="upper right")
+    first = empty[0].legend(handles=named, title="classes (white: unknown)", loc="upper left")
+    empty[0].legend(handles=parts, title="parts", loc="upper right")
     empty[0].add_artist(first)
     for panel in panels[::3]:
         panel.set_ylabel(unit)
@@ -113,10 +111,16 @@ def read_overview(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         The bands [D, h, w], the pixels with data as bool [h, w], and the factor of the reduction.
     """
     with open_prepared(path) as raster:
-        factor = max(1.0, max(raster.shape) / LARGEST)
-        shape = tuple(max(1, round(length / factor)) for length in raster.shape)
+        factor, shape = _reduction(raster)
         bands = raster.read(out_shape=(raster.count, *shape))
         return bands, raster.read_masks(1, out_shape=shape) > 0, factor
+
+
+def _reduction(raster: DatasetReader) -> tuple[float, tuple[int, int]]:
+    """Return the factor by which a raster is too large for a picture, and the height and width."""
+    factor = max(1.0, max(raster.shape) / LARGEST)
+    height, width = (max(1, round(length / factor)) for length in raster.shape)
+    return factor, (height, width)
 
 
 def scene_pictures(scene: Scene, grid: Grid) -> dict[str, NDArray[np.float64]]:
@@ -151,17 +155,13 @@ def class_maps(
         panel.set_title(title)
     for panel, (title, path) in zip(axes.flat[len(images) :], paths.items(), strict=False):
         with rasterio.open(path) as raster:
-            factor = max(1.0, max(raster.shape) / LARGEST)
-            shape = tuple(max(1, round(length / factor)) for length in raster.shape)
-            values = raster.read(1, out_shape=shape)
+            values = raster.read(1, out_shape=_reduction(raster)[1])
             names, colours, nodata = raster.tags(), raster.colormap(1), raster.nodata
             figure.set_figheight(rows * (13 / columns * raster.height / raster.width + 0.4) + 0.5)
-        table = np.full((int(values.max()) + 1, 4), 255)
-        for value in set(np.unique(values)) - {nodata}:
-            table[value] = colours[value]
-            shown[value] = Patch(color=table[value] / 255, label=names[f"id_{value}"])
-        panel.imshow(table[values])
-        panel.set_title(title)
+        there = set(np.unique(values).tolist()) - {nodata}
+        found = {v: tuple(part / 255 for part in colours[v]) for v in sorted(there)}
+        category_map(panel, values, found, title)
+        shown |= {v: Patch(color=of, label=names[f"id_{v}"]) for v, of in found.items()}
     handles = [shown[value] for value in sorted(shown)]
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
     return figure
@@ -224,18 +224,17 @@ def prediction_view(
     _draw_classes(axes[0, len(names)], truth, predictions)
     axes[0, len(names)].set_title("truth (white: no label)")
     _scale_bar(axes[0, len(names)], predictions)
-    handles = []
+    verdicts = {0: PALETTE[5], 1: PALETTE[4]}
     for panels, shown in ((axes[1, :2], scenarios.full), (axes[1, 2:4], scenario)):
         _draw_classes(panels[0], every[shown], predictions, truth == UNKNOWN)
         panels[0].set_title(f"from {scenarios.names[shown]}")
         errors = np.where(every[shown] == truth, 1, 0)
         errors[(truth == UNKNOWN) | (every[shown] == UNKNOWN)] = -1
         right, iou = predictions.agreement(patch, every[shown])
-        title, colours = f"{right:.0%} right, IoU {iou:.2f}", (PALETTE[5], PALETTE[4])
-        handles = category_map(panels[1], errors, {0: "wrong", 1: "right"}, title, colours)
+        category_map(panels[1], errors, verdicts, f"{right:.0%} right, IoU {iou:.2f}")
     for panel in [*axes[0, len(names) + 1 :], *axes[1, 4:]]:
         panel.axis("off")
-    _finish(figure, predictions, handles)
+    _finish(figure, predictions, _patches(verdicts.values(), ("wrong", "right")))
     return figure
 
 
@@ -260,14 +259,12 @@ def _draw_classes(
     pale: NDArray[np.bool_] | None = None,
 ) -> None:
     """Draw a map of classes, grey where there is none of them, and pale where `pale` is True."""
-    titles = dict(enumerate(predictions.classes))
-    category_map(panel, classes.astype(int), titles, "", predictions.colours)
-    panel.imshow(np.where((classes == NOTHING)[..., None], to_rgba(GREY), 0))
+    category_map(panel, classes, {**dict(enumerate(predictions.colours)), NOTHING: GREY})
     if pale is not None:
         panel.imshow(np.dstack([np.ones((*pale.shape, 3)), pale * 0.6]))
 
 
-def _patches(colours: Sequence[str], names: Iterable[str]) -> list[Patch]:
+def _patches(colours: Iterable[str], names: Iterable[str]) -> list[Patch]:
     """Return the handles of a legend."""
     return [Patch(color=c, label=name) for c, name in zip(colours, names, strict=True)]
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
+from study.cases import SCORES
 from study.figures import PALETTE, family_members, method_colour
-from study.stability import SCORES
 from study.statistics import METRICS, UNIFORM_ARMS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
@@ -60,7 +60,7 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     """Draw the pooled difference of every method to uniform over its cases, a panel per metric.
 
     Args:
-        differences: Result of `study.cases.differences_of_cases`, drawn as small points.
+        differences: Result of `study.statistics.differences` of all cases, drawn as small points.
         pooled: Result of `study.cases.pooled_differences`: the mean with its interval, thick, and
             the interval for a new case, thin.
     """
@@ -92,7 +92,7 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
 
 
 def score_agreement(table: pd.DataFrame) -> Figure:
-    """Draw what networks have in common, a panel per case: result of `study.stability`."""
+    """Draw what networks have in common, a panel per case: result of `study.cases.stability`."""
     shown = {
         "within": "p agrees between two networks,\nwithin a number missing",
         "rank_others": "the score orders the IoU\nthat other networks lost",
@@ -100,14 +100,9 @@ def score_agreement(table: pd.DataFrame) -> Figure:
     }
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
-        height = 0.8 / len(rows)
-        for position, (colour, row) in enumerate(
-            zip(PALETTE, rows.to_dict("records"), strict=False)
-        ):
-            places = np.arange(len(shown)) + (position - (len(rows) - 1) / 2) * height
-            lengths = [row[name] for name in shown]
-            axes.barh(places, lengths, height, color=colour, label=SCORES[row["score"]])
-        axes.set_yticks(range(len(shown)), shown.values())
+        bars = rows.set_index("score")[[*shown]].rename(index=SCORES, columns=shown).T
+        bars.plot.barh(ax=axes, width=0.8, color=[*PALETTE[: len(rows)]], legend=False)
+        axes.minorticks_off()  # which pandas switched on
         axes.set(xlim=(-0.5, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="correlation")
         axes.axvline(0, color="#333333", linewidth=1)
 
