@@ -135,8 +135,8 @@ class _Workload:
     @torch.inference_mode()
     def _predict(self, predicting: PredictionModel) -> dict[str, float]:
         with _timed(predicting.model) as seconds:
-            for mask in self.measured:
-                predicting.latent(self.images.unbind(1), mask.expand(len(self.images), -1))
+            for _ in predicting.each_latent(self.images.unbind(1), self.measured):
+                pass
         return seconds
 
     def _train(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
