@@ -77,9 +77,10 @@ def score_scenarios(
 ) -> ScenarioScores:
     """Measure the distortion of every scenario.
 
-    The model needs a method `latent(images, available)`. Two more are used where a model has them:
-    `scenario_latents(images, masks)`, by which a backbone shares work between scenarios, and
-    `for_scoring()`, which returns a faster copy. No decoder runs. The network is scored in
+    The model needs a method `latent(images, available)`. More are used where a model has them:
+    `scenario_latents(images, masks)`, by which a backbone shares work between scenarios, or
+    `each_latent(images, masks)`, which yields large latents one by one, and `for_scoring()`, which
+    returns a faster copy. No decoder runs, except for a `PredictionModel`. The network is scored in
     evaluation mode; afterwards, also after an error, each module has its former mode again.
 
     Args:
@@ -293,12 +294,14 @@ def _complete_patches(
 
 def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Iterator[Tensor]:
     """Yield the latents [B, C, ...] of all scenarios from the last, which is the full one."""
-    if hasattr(model, "scenario_latents"):
-        for part in reversed(masks.split(SCENARIOS_AT_A_TIME)):
+    for part in reversed(masks.split(SCENARIOS_AT_A_TIME)):
+        if hasattr(model, "each_latent"):
+            yield from model.each_latent(images, part.flip(0))
+        elif hasattr(model, "scenario_latents"):
             yield from reversed(model.scenario_latents(images, part).unbind())
-    else:
-        for mask in reversed(masks.unbind()):
-            yield model.latent(images, mask.expand(len(images[0]), -1))
+        else:
+            for mask in reversed(part.unbind()):
+                yield model.latent(images, mask.expand(len(images[0]), -1))
 
 
 def _distortion(

@@ -21,6 +21,7 @@ from lsgs_core import (
 )
 from lsgs_core.distortion import clustered_standard_error
 from lsgs_core.methods import find_method
+from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.scoring_file import published_scoring, read_evidence
 
 SCENARIOS = ScenarioSet.of(["A", "B", "C"])
@@ -211,6 +212,52 @@ def test_latents_of_another_form_are_refused(change, message):
     model.latent = lambda images, available: change(latent(images, available))
     with pytest.raises(InputError, match=f"latent: .*{message}"):
         score(model, [ones(2)])
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize(
+    ("name", "modalities"), [("cbc_slp", 3), ("cbc", 2), ("cmx", 3), ("cmx", 2), ("cbc_slp", 6)]
+)
+def test_predictions_are_those_of_a_forward_pass_for_each_scenario(name, modalities, exclusive):
+    """Also with patches and pixels that a modality does not observe."""
+    torch.manual_seed(0)
+    scenarios = ScenarioSet.of([*"ABCDEF"][:modalities])
+    model = build_backbone(name, "demo", bands=[2, 3, 1, 1, 1, 1][:modalities], classes=2)
+    model = model.double().eval()
+    available = torch.ones(4, modalities, dtype=torch.bool)
+    available[1, 0] = False
+    seen = torch.ones(4, modalities, 64, 64, dtype=torch.bool)
+    seen[2, 1, :9] = False  # one modality alone: the patch has no full scenario
+    seen[3, :, :9] = False
+    images = [torch.randn(4, bands, 64, 64, dtype=torch.float64) for bands in model.bands]
+    batch = Batch(tuple(images), available, seen=seen)
+    scored = PredictionModel(model, exclusive)
+    scores = score_scenarios(scored, [batch], scenarios, progress=False)
+    assert scores.patch_ids.tolist() == [0, 3]
+
+    with torch.inference_mode():
+        kept = [image[[0, 3]] for image in images]
+        logits = torch.stack(
+            [model(kept, mask.expand(2, -1)) for mask in torch.tensor(scenarios.masks)]
+        )
+    predicted = logits.softmax(2) if exclusive else logits.sigmoid()
+    difference = (predicted - predicted[-1]).numpy()
+    expected = np.square(difference).mean(axis=(2, 3, 4)).T
+    assert (expected[:, :-1] > 0).all()
+    np.testing.assert_allclose(scores.patch_distortion, expected, rtol=1e-9, atol=1e-18)
+    shift = difference.mean(axis=(1, 3, 4))
+    np.testing.assert_allclose(scores.latent_shift, shift, rtol=1e-7, atol=1e-12)
+
+
+def test_predictions_of_an_own_network_take_a_forward_pass_for_each_scenario():
+    class Network(nn.Module):
+        def forward(self, images, available):
+            absent = (~available).to(images[0].dtype)
+            return images[0][:, :1] * absent.sum(dim=1)[:, None, None, None]
+
+    scores = score(PredictionModel(Network()), [ones(2)])
+    expected = (torch.tensor(SCENARIOS.missing).sigmoid() - 0.5).square()
+    np.testing.assert_allclose(scores.distortion, expected, rtol=1e-6)
 
 
 def test_few_latents_exist_at_a_time():

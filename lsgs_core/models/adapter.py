@@ -1,6 +1,6 @@
 """Any network: scored at its latent or its prediction, and as a backbone of the study."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -126,7 +126,8 @@ class PredictionModel(nn.Module):
 
     The distortion d_k(x) is then the mean over classes and pixels of the squared difference of the
     probabilities predicted under scenario k and under the full one. It costs a decoder for each
-    scenario, and differs less between networks that were pretrained with other random seeds.
+    scenario, and the whole network where that is no `Backbone`. It differs less between networks
+    that were pretrained with other random seeds.
 
     Args:
         model: Network whose `forward(images, available)` returns logits [B, C, H, W].
@@ -142,7 +143,20 @@ class PredictionModel(nn.Module):
 
     def latent(self, images: Sequence[Tensor], available: Tensor) -> Tensor:
         """Return the predicted probabilities, [B, C, H, W]."""
-        logits = self.model(images, available)
+        return self._probabilities(self.model(images, available))
+
+    def each_latent(self, images: Sequence[Tensor], masks: Tensor) -> Iterator[Tensor]:
+        """Yield the predicted probabilities under each of K scenarios, masks bool [K, M].
+
+        A backbone computes once what its scenarios have in common; any other network runs whole.
+        """
+        if isinstance(self.model, Backbone):
+            yield from map(self._probabilities, self.model.scenario_logits(images, masks))
+        else:
+            for mask in masks:
+                yield self.latent(images, mask.expand(len(images[0]), -1))
+
+    def _probabilities(self, logits: Any) -> Tensor:
         check_type("logits", logits, Tensor)
         return logits.softmax(dim=1) if self.exclusive else logits.sigmoid()
 

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Self
 
@@ -79,6 +79,16 @@ class Backbone(nn.Module, ABC):
         patches = self.check(images, masks, scenarios=True)
         batch = len(patches[0])
         return torch.stack([self.latent(patches, mask.expand(batch, -1)) for mask in masks])
+
+    def scenario_logits(self, images: Images, masks: Tensor) -> Iterator[Tensor]:
+        """Yield the logits [B, classes, H, W] of head 0 under each of K scenarios.
+
+        Arguments and overriding are as in `scenario_latents`. Scenarios come one by one, because
+        logits are large.
+        """
+        patches = self.check(images, masks, scenarios=True)
+        for mask in masks:
+            yield self(patches, mask.expand(len(patches[0]), -1))
 
     def for_scoring(self) -> Self:
         """Return a copy in evaluation mode that computes faster, not to be trained or saved.

@@ -1,7 +1,7 @@
 """CBC and CBC-SLP (arXiv 2604.15856): per-modality encoders, a shared latent, a volume decoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -303,17 +303,8 @@ class CBC(Backbone):
         patches = self.check(images, available)
         *skips, x6 = self._encode(patches)
         x6 = zero_absent(x6, available)
-        latent, correlated = self._share(x6, *self._states(x6), available)
-        if self.settings.private_branches:
-            states = zip(self.to_private, correlated.unbind(1), available.unbind(1), strict=True)
-            private = [zero_absent(layer(tokens), there) for layer, tokens, there in states]
-            latent = torch.cat((self.to_shared(latent), *private), dim=2)
-        fused = []
-        for level in self.skip_levels:
-            skip = zero_absent(skips[level - 1], available).flatten(1, 2)
-            fused.append(self.fusions[f"level{level}"](skip))
-        logits = self.decoder(self._volume(latent), fused, tuple(patches[0].shape[2:]))
-        return logits.unflatten(1, (self.head_count, self.classes))
+        shared = self._share(x6, *self._states(x6), available)
+        return self._decode(*shared, skips, available, patches[0].shape[2:])
 
     def latent(self, images: Images, available: Tensor) -> Tensor:
         """Return the shared latent [B, C·M, d, h, w], the same for CBC and CBC-SLP."""
@@ -327,16 +318,15 @@ class CBC(Backbone):
         states; the absent state is equal for all images.
         """
         x6 = self._encode(self.check(images, masks, scenarios=True))[-1]
-        present = self._states(x6)
-        absent = self._states(torch.zeros_like(x6[:1]))
-        latents = []
-        for mask in masks:
-            chosen = mask[None, :, None, None]
-            tokens, qkv = (torch.where(chosen, *pair) for pair in zip(present, absent, strict=True))
+        return torch.stack([self._volume(latent) for latent, _ in self._share_each(x6, masks)])
+
+    def scenario_logits(self, images: Images, masks: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of head 0, [B, classes, H, W]; as above until the decoder."""
+        patches = self.check(images, masks, scenarios=True)
+        *skips, x6 = self._encode(patches)
+        for mask, shared in zip(masks, self._share_each(x6, masks), strict=True):
             available = mask.expand(len(x6), -1)
-            latent, _ = self._share(zero_absent(x6, available), tokens, qkv, available)
-            latents.append(self._volume(latent))
-        return torch.stack(latents)
+            yield self._decode(*shared, skips, available, patches[0].shape[2:])[:, 0]
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return the multimodal transformer's two projections and the early fusions."""
@@ -379,6 +369,44 @@ class CBC(Backbone):
         # M + 1 consecutive tokens form one cell: mmFormer's order, kept for the checkpoints.
         cells = out.reshape(len(out), -1, self.to_latent.in_features)
         return self.to_latent(cells), correlated
+
+    def _share_each(self, x6: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the results of `_share` for the scenarios, masks bool [K, M], one by one."""
+        present = self._states(x6)
+        absent = self._states(torch.zeros_like(x6[:1]))
+        for mask in masks:
+            chosen = mask[None, :, None, None]
+            tokens, qkv = (torch.where(chosen, *pair) for pair in zip(present, absent, strict=True))
+            available = mask.expand(len(x6), -1)
+            yield self._share(zero_absent(x6, available), tokens, qkv, available)
+
+    def _decode(
+        self,
+        latent: Tensor,
+        correlated: Tensor,
+        skips: list[Tensor],
+        available: Tensor,
+        size: Sequence[int],
+    ) -> Tensor:
+        """Return the logits of all heads, [B, heads, classes, H, W].
+
+        Args:
+            latent: Shared latent of `_share`, [B, N, C·M].
+            correlated: Tokens of `_share`, [B, M, N, T], for the private branches.
+            skips: x1…x4 of `_encode`, nothing masked.
+            available: bool [B, M].
+            size: H and W.
+        """
+        if self.settings.private_branches:
+            states = zip(self.to_private, correlated.unbind(1), available.unbind(1), strict=True)
+            private = [zero_absent(layer(tokens), there) for layer, tokens, there in states]
+            latent = torch.cat((self.to_shared(latent), *private), dim=2)
+        fused = []
+        for level in self.skip_levels:
+            skip = zero_absent(skips[level - 1], available).flatten(1, 2)
+            fused.append(self.fusions[f"level{level}"](skip))
+        logits = self.decoder(self._volume(latent), fused, tuple(size))
+        return logits.unflatten(1, (self.head_count, self.classes))
 
     def _volume(self, tokens: Tensor) -> Tensor:
         """Put tokens [B, N, C] back on the grid, [B, C, d, h, w]."""

@@ -1,6 +1,6 @@
 """CMX as in the paper: two convolutional streams that are rectified and fused after each stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -195,10 +195,7 @@ class CMX(Backbone):
     def heads(self, images: Images, available: Tensor) -> Tensor:
         """Return the one output of CMX as every head, [B, heads, classes, H, W]."""
         patches = self.check(images, available)
-        levels = self._levels(patches, available)
-        fused = [fuse(*level) for fuse, level in zip(self.fusions, levels, strict=True)]
-        size = patches[0].shape[2:]
-        logits = F.interpolate(self.decoder(fused), size, mode="bilinear", align_corners=False)
+        logits = self._decode(self._levels(patches, available), patches[0].shape[2:])
         return logits[:, None].expand(-1, self.head_count, -1, -1, -1)
 
     def latent(self, images: Images, available: Tensor) -> Tensor:
@@ -213,6 +210,18 @@ class CMX(Backbone):
         The start of a stream runs once for each state of its modalities (for one image where none
         is available, because all images are then equal); after it, the scenarios form the batch.
         """
+        latent = self.fusions[-1](*self._scenario_levels(images, masks)[-1])
+        return latent.unflatten(0, (len(masks), -1))
+
+    def scenario_logits(self, images: Images, masks: Tensor) -> Iterator[Tensor]:
+        """Yield the logits [B, classes, H, W] of K scenarios; as above until the fusions."""
+        levels = self._scenario_levels(images, masks)
+        split = [zip(*(x.chunk(len(masks)) for x in level), strict=True) for level in levels]
+        for of_scenario in zip(*split, strict=True):
+            yield self._decode(of_scenario, images[0].shape[-2:])
+
+    def _scenario_levels(self, images: Images, masks: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the result of `_levels` for all scenarios, each stream [K · B, C, h, w]."""
         patches = self.check(images, masks, scenarios=True)
         batch = len(patches[0])
         streams = []
@@ -224,8 +233,12 @@ class CMX(Backbone):
                 start = self._start(stream, inputs, state.expand(len(inputs[0]), -1))
                 starts.append(start.expand(batch, -1, -1, -1))
             streams.append(torch.cat([starts[index] for index in indices.tolist()]))
-        latent = self.fusions[-1](*self._rectify(*streams)[-1])
-        return latent.unflatten(0, (len(masks), batch))
+        return self._rectify(*streams)
+
+    def _decode(self, levels: Sequence[Sequence[Tensor]], size: Sequence[int]) -> Tensor:
+        """Return the logits [B, classes, *size] from both rectified streams of each level."""
+        fused = [fuse(*level) for fuse, level in zip(self.fusions, levels, strict=True)]
+        return F.interpolate(self.decoder(fused), size, mode="bilinear", align_corners=False)
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return every linear and convolutional layer outside the decoder."""

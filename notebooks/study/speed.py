@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ class _Workload:
             optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=form == "ours")
             return lambda: self._train(model, optimiser)
         network: nn.Module = model.eval()
+        passes: Sequence[Callable[[], object]]
         times, images = 1.0, self.images.unbind(1)
         if form == "plain":
             masks = [self.masks[-1], *self.masks]
@@ -121,11 +123,9 @@ class _Workload:
             times = len(pairs) / len(passes)
         elif self.case.task == "prediction scoring":
             predicting = PredictionModel(model).for_scoring()
-            given = [mask.expand(len(self.images), -1) for mask in self.measured]
-            network, passes = (
-                predicting.model,
-                [partial(predicting.latent, images, m) for m in given],
-            )
+            network = predicting.model
+            latents = partial(predicting.each_latent, images, self.measured)
+            passes = [lambda: deque(latents(), maxlen=0)]  # one by one, as they are scored
         else:
             network = scoring = model.for_scoring()
             passes = [partial(scoring.scenario_latents, self.images, self.measured)]
