@@ -1,7 +1,6 @@
 """The same study through SLURM, on a SLURM of one node that the test starts on this machine."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -35,8 +34,7 @@ def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
     assert (clone / "results" / "smoke" / "evaluation" / "summary.csv").is_file()
 
 
-def test_a_dry_run_lists_what_the_page_predicts():
-    """Its table of jobs, the grid of the tier file, and Snakemake's own count."""
+def test_the_page_has_the_jobs_of_the_tier():
     text = (ROOT / "profiles" / "slurm" / "README.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| `cluster` |"))
     written = [int(cell.replace(",", "")) for cell in line.split("|")[2:-1]]
@@ -45,7 +43,3 @@ def test_a_dry_run_lists_what_the_page_predicts():
     runs = sum(len(methods) for methods in grid.points().values())
     starts, points = len(tier.networks()), len(grid.points())
     assert written == [len(grid.datasets), starts, starts, points, runs]
-    said = printed(sys.executable, "-m", "study", "run", "cluster", "--dry-run")
-    counted = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))
-    jobs = ("data", "pretraining", "scoring", "finetuning")
-    assert [int(counted[job]) for job in jobs] == written[:4]

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
 def launch(out: Path, processes: int = 1, accumulation: int = 1, protocol: str = "paper") -> dict:
-    """Train, score and evaluate in one process, or in two.
+    """Train in one process, or in two; under the paper's loss, score and evaluate too.
 
     In an interpreter of its own: a fork hangs where a backward pass ran with two threads before.
     """
@@ -61,23 +61,18 @@ def test_two_processes_train_as_one(one, two):
 def test_two_processes_score_and_evaluate_as_one(one, two):
     torch.testing.assert_close(two["D"], one["D"], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(two["shift"], one["shift"], rtol=1e-5, atol=1e-9)
-    assert two["ids"] == one["ids"] == list(range(10))
+    assert two["ids"] == one["ids"] == list(range(6))
     assert two["records"] == one["records"]
 
 
 def test_a_pooled_loss_is_another_computation_in_two_processes(tmp_path):
-    """The soft Jaccard loss of each share is averaged; the draws are the same."""
+    """The soft Jaccard loss of each share and part of a step is averaged; draws are the same."""
     alone = launch(tmp_path / "one", protocol="strict")["history"]
-    shared = launch(tmp_path / "two", processes=2, protocol="strict")["history"]
+    shared = launch(tmp_path / "two", 2, accumulation=2, protocol="strict")["history"]
     assert drawn(shared).equals(drawn(alone))
     np.testing.assert_allclose(shared["loss"], alone["loss"], rtol=0.05)
     assert (shared["loss"] != alone["loss"]).all()
-
-
-def test_accumulation_in_two_processes_trains(tmp_path):
-    history = launch(tmp_path / "run", 2, accumulation=2, protocol="strict")["history"]
-    np.testing.assert_allclose(drawn(history).sum(axis=1), 1)
-    assert history["loss"].iloc[1] < history["loss"].iloc[0]
+    assert shared["loss"].iloc[1] < shared["loss"].iloc[0]
 
 
 def test_bfloat16_trains_on_a_gpu_alone(tmp_path):

@@ -96,10 +96,13 @@ def test_online_measures_the_network_that_is_trained(start, tmp_path):
 
 
 def test_a_finished_run_is_read(start, tmp_path, monkeypatch):
-    run = finetune(start, "lsgs", tmp_path)
-    dates = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    def dates() -> dict:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    start = replace(start, settings=TrainingSettings(epochs=1, batch_size=10))
+    run, before = finetune(start, "lsgs", tmp_path), dates()
     again = finetune(start, "lsgs", tmp_path)
-    assert dates == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert dates() == before
     np.testing.assert_array_equal(run.records["tp"], again.records["tp"])
     for change in (
         {"seed": 1},
@@ -107,10 +110,9 @@ def test_a_finished_run_is_read(start, tmp_path, monkeypatch):
         {"parameters": {"fold": 1}},
         {"settings": replace(start.settings, learning_rate=1e-4)},
     ):
-        finetune(replace(start, **change), "lsgs", tmp_path)
-        assert dates != {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        start, before = replace(start, **change), dates()
         finetune(start, "lsgs", tmp_path)
-        dates = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        assert dates() != before
     monkeypatch.setattr(module, "fingerprint", lambda stage: "other code")
     finetune(start, "lsgs", tmp_path)
     assert check(tmp_path / "records.csv")["inputs"]["code"] == "other code"

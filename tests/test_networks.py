@@ -130,7 +130,10 @@ def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
     refused(copy, "no such file", weights=str(tmp_path / "nowhere.pth"))
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    "rounding",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("AVX2" in name)) for name in ROUNDINGS],
+)
 def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
     """D to 1e-4 of itself and p to 1e-4, in float32, against the committed scoring."""
     script = ROOT / "tests" / "score_committed.py"
@@ -144,6 +147,7 @@ def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
         np.testing.assert_allclose(here["p"], committed["final_probs"], atol=PROBABILITY)
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_where_it_is_asked_to(prepared_demo):
     """And its network comes back in by the door for the user's own weights."""
     work = prepared_demo.parents[1]

@@ -94,10 +94,11 @@ def test_distortion(case: Case) -> None:
 
 
 def test_predictions(case: Case) -> None:
+    """In three scenarios, of which each modality is in two; the latents are those of all."""
     images = case.images[0]
     with torch.inference_mode():
-        for k, mask in enumerate(SCENARIOS):
-            heads = case.model.heads(images, mask[None])
+        for k in (1, 4, 6):
+            heads = case.model.heads(images, SCENARIOS[k : k + 1])
             assert heads.shape == (1, 3, 1, 224, 224)
             found = heads.sigmoid()[0, :, 0, ::4, ::4].numpy()
             np.testing.assert_allclose(found, case.golden[f"pred_{k}"], rtol=0, atol=1e-4)

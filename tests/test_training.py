@@ -97,9 +97,13 @@ class StoppedError(Exception):
     """Stands for a kill in the middle of an epoch."""
 
 
-@pytest.mark.parametrize("save_every", [60.0, 0.0])
-@pytest.mark.parametrize("at", [1, 4, 5, 8])
-@pytest.mark.parametrize("name", ["cbc_slp", "cmx"])  # the latter with dropout
+@pytest.mark.parametrize(
+    ("name", "at", "save_every"),
+    [
+        *(("cmx", 1, 60.0), ("cmx", 4, 60.0), ("cmx", 5, 60.0), ("cmx", 8, 60.0)),
+        *(("cmx", 1, 0.0), ("cmx", 4, 0.0), ("cmx", 8, 0.0), ("cbc_slp", 5, 0.0)),
+    ],
+)
 def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name, at, save_every):
     """Steps 1 to 3 are epoch 0: stopped before any state, at its end, and later.
 
@@ -134,17 +138,17 @@ from pathlib import Path
 import test_training as t
 import study.training
 study.training.SAVE_EVERY = 0.0
-model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=20))
+model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=8))
 torch.save(model.state_dict(), {out!r})
 """
 
 
-def test_a_process_that_is_killed_three_times_loses_nothing(tmp_path):
+def test_a_process_that_is_killed_twice_loses_nothing(tmp_path):
     """kill -9 at moments that chance decides; the rerun goes on and ends with the same weights."""
     folder, out = tmp_path / "run", tmp_path / "weights.pt"
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out))
     state = folder / STATE
-    for _ in range(3):
+    for _ in range(2):
         before = state.stat().st_mtime_ns if state.is_file() else 0
         process = subprocess.Popen([sys.executable, "-c", code])
         deadline = time.monotonic() + 120
@@ -157,7 +161,7 @@ def test_a_process_that_is_killed_three_times_loses_nothing(tmp_path):
         process.wait()
         assert not out.exists()
     assert "going on in epoch" in printed(sys.executable, "-c", code)
-    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=20))
+    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=8))
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
 
