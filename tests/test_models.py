@@ -100,6 +100,10 @@ def test_the_copy_for_scoring(name: str) -> None:
     expected = model.eval().scenario_latents(images, SCENARIOS)
     found = copied.scenario_latents(images, SCENARIOS)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    available = SCENARIOS[[4, 6]]
+    torch.testing.assert_close(
+        copied.heads(images, available), model.heads(images, available), rtol=1e-9, atol=1e-9
+    )
     norms = [x for x in copied.modules() if isinstance(x, nn.BatchNorm2d)]
     assert len(norms) < len([x for x in model.modules() if isinstance(x, nn.BatchNorm2d)]) / 2
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

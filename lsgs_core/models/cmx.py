@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,24 @@ class CMXDecoder(nn.Module):
         return self.head(self.dropout(x))
 
 
+class ScoringDecoder(CMXDecoder):
+    """The decoder with the same results up to rounding and an eighth of the multiplications.
+
+    Projection, resizing and fusion are linear, so that each level is fused before it is enlarged.
+    """
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Return the logits as `CMXDecoder.forward` does, in evaluation mode."""
+        size = levels[0].shape[2:]
+        weights = reversed(self.fuse.weight.flatten(1).chunk(len(levels), dim=1))
+        x = self.fuse.get_parameter("bias")[:, None, None]
+        for project, weight, level in zip(self.project.values(), weights, levels, strict=True):
+            matrix, bias = (weight @ project.get_parameter(name) for name in ("weight", "bias"))
+            fused = F.linear(level.movedim(1, 3), matrix, bias).movedim(3, 1)
+            x = x + F.interpolate(fused, size, mode="bilinear", align_corners=False)
+        return self.head(F.relu(self.fuse_norm(x)))
+
+
 class CMX(Backbone):
     """CMX with two convolutional streams: the first modality, and all others together."""
 
@@ -239,6 +258,12 @@ class CMX(Backbone):
         """Return the logits [B, classes, *size] from both rectified streams of each level."""
         fused = [fuse(*level) for fuse, level in zip(self.fusions, levels, strict=True)]
         return F.interpolate(self.decoder(fused), size, mode="bilinear", align_corners=False)
+
+    def for_scoring(self) -> Self:
+        """Return a copy in evaluation mode that computes faster, its decoder included."""
+        faster = super().for_scoring()
+        faster.decoder.__class__ = ScoringDecoder
+        return faster
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return every linear and convolutional layer outside the decoder."""
