@@ -54,6 +54,7 @@ OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
         ("study/figures/scoring.py", *OTHER, set()),
         ("study/tiers.py", "10_000", "20_000", {"evaluation"}),
         ("study/statistics.py", *OTHER, {"evaluation"}),
+        ("study/robustness.py", *OTHER, {"evaluation"}),
         ("study/finetuning.py", "def finetune(", "def _other():\n    pass\n\n\ndef finetune(",
          {"finetuning"}),
         ("lsgs_core/scenarios.py", *OTHER, {*STAGES}),

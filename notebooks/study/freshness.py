@@ -26,7 +26,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "finetuning": ("study.finetuning", *NETWORK),
     "evaluation": (
         *("study.evaluation", "study.statistics", "study.agreement", "study.collection"),
-        *("study.predictions", "study.figures.study"),
+        *("study.predictions", "study.robustness", "study.figures.study"),
     ),
     "mapping": ("study.mapping",),
 }
