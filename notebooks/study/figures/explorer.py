@@ -29,7 +29,7 @@ from study.predictions import Predictions, load_predictions
 from study.statistics import method_title
 
 STYLE = {"description_width": "12em"}
-WIDE: dict[str, Any] = {"style": STYLE, "layout": widgets.Layout(width="25em")}
+WIDE: dict[str, Any] = {"style": STYLE, "layout": widgets.Layout(width="27em")}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _show(
     def panel(title: str) -> widgets.Widget:
         return views[title].panel()
 
-    width = f"{14 + max(map(len, titles)) * 0.6:.0f}em"
+    width = f"{18 + max(map(len, titles)) * 0.6:.0f}em"
     layout = {"width": width}
     choice = widgets.Dropdown(options=titles, description="shown", style=STYLE, layout=layout)
     shown = widgets.interactive_output(lambda title: display(panel(title)), {"title": choice})
