@@ -7,7 +7,6 @@ one part. Shuffled patches (the paper's authors): patches that do not overlap, d
 Neighbours of test patches are trained on, so the scores are too good: `leaks` says so.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations, permutations, product
@@ -170,25 +169,33 @@ def check_separation(
     Raises `InputError` where two parts of a scene have fewer than `margin` pixels between them, or
     where parts of two prepared `scenes` that overlap on the ground show the same of it.
     """
-    boxes: dict[Any, NDArray[Any]] = defaultdict(lambda: np.zeros((0, 4)))
+    boxes: dict[Any, NDArray[Any]] = {}
     for key, rows in table.groupby(["scene", f"fold_{fold}"]):
         corner = rows[["column", "row"]].to_numpy()
         boxes[key] = np.hstack([corner, corner + rows[["size"]].to_numpy()])
-    pairs = [(name, name) for name in table["scene"].unique()] + _overlapping(scenes or {})
-    for one, other in pairs:
-        alone = one == other
-        ground, around = ({}, margin) if alone else (scenes or {}, 0)
-        for first, second in (combinations if alone else permutations)(PARTS, 2):
-            beside = boxes[other, second] + around * np.array([-1, -1, 1, 1])
-            shapes = _polygons(boxes[one, first], ground.get(one))
-            if meeting := _meeting(shapes, _polygons(beside, ground.get(other))):
-                what = f"lie within {margin} pixels of a {second} patch"
-                if not alone:
-                    what = f"show ground that {second} patches of scene {other} show too"
-                raise InputError(f"fold {fold}: {meeting} {first} patches of scene {one} {what}")
+    scenes, nothing = scenes or {}, np.zeros((0, 4))
+    around = margin * np.array([-1, -1, 1, 1])
+    for scene in table["scene"].unique():
+        for first, second in combinations(PARTS, 2):
+            beside = boxes.get((scene, second), nothing) + around
+            close = _meeting(_polygons(boxes.get((scene, first), nothing)), _polygons(beside))
+            if close:
+                raise InputError(
+                    f"fold {fold}: {close} {first} patches of scene {scene} lie within {margin} "
+                    f"pixels of a {second} patch"
+                )
+    for one, other in _overlapping(scenes):
+        for first, second in permutations(PARTS, 2):
+            ground = _polygons(boxes.get((one, first), nothing), scenes[one])
+            same = _meeting(ground, _polygons(boxes.get((other, second), nothing), scenes[other]))
+            if same:
+                raise InputError(
+                    f"fold {fold}: {same} {first} patches of scene {one} show ground that "
+                    f"{second} patches of scene {other} show too"
+                )
 
 
-def _polygons(boxes: NDArray[Any], scene: PreparedScene | None) -> NDArray[Any]:
+def _polygons(boxes: NDArray[Any], scene: PreparedScene | None = None) -> NDArray[Any]:
     """Return rectangles (left, top, right, bottom) in pixels as polygons, of a scene in degrees."""
     # Smaller by a part of a pixel: rectangles that only touch have no pixel in common.
     polygons = shapely.box(*(boxes + 0.25 * np.array([1, 1, -1, -1])).T)

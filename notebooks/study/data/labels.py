@@ -79,11 +79,14 @@ def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
 
 def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
     """Return a function that looks up the numbers, or colours, of a raster."""
-    number_of: Any = int if isinstance(labels, IdLabels) else _packed
-    background = labels.background if isinstance(labels, IdLabels) else []
-    groups = enumerate([background, *labels.groups])  # the code of the background is 0
-    table = {number_of(entry): code for code, group in groups for entry in group}
-    table |= {number_of(entry): labels.ignore for entry in labels.ignored}
+    if isinstance(labels, IdLabels):
+        groups = labels.groups
+        background, ignored = labels.background, labels.ignored
+    else:
+        groups = [[int(_packed(colour))] for colour in labels.groups]
+        background, ignored = [], [int(_packed(colour)) for colour in labels.ignored]
+    table = {number: index for index, group in enumerate(groups, start=1) for number in group}
+    table |= dict.fromkeys(background, 0) | dict.fromkeys(ignored, labels.ignore)
     listed_numbers = np.array(sorted(table))
     codes = np.array([table[number] for number in listed_numbers.tolist()], dtype=np.uint8)
 

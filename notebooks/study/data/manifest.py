@@ -228,14 +228,12 @@ class _Labels(Strict):
 
     def _entries(self) -> list[Any]:
         """Return every entry of the label file that has a meaning."""
-        others = (getattr(self, name, []) for name in ("background", "ignored"))
-        return [*chain(*self.groups, *others)]
+        return [entry for group in self.groups for entry in group]
 
     @property
     def has_background(self) -> bool:
         """Return whether pixels can be labelled as none of the values."""
-        outside, background = getattr(self, "outside", ""), getattr(self, "background", [])
-        return self.overlapping or outside == BACKGROUND or bool(background)
+        return self.overlapping
 
     @property
     def ignore(self) -> int:
@@ -264,6 +262,11 @@ class PolygonLabels(_Labels):
         dict[Name, Annotated[list[str | int], NOT_EMPTY]], NOT_EMPTY, BeforeValidator(_by_name)
     ]
     outside: Literal["ignore", "background"] = "ignore"  # what a pixel without a polygon is
+
+    @property
+    def has_background(self) -> bool:
+        """Return whether pixels can be labelled as none of the values."""
+        return self.outside == BACKGROUND
 
 
 class ScaledPolygonLabels(_Labels):
@@ -294,6 +297,14 @@ class IdLabels(_Labels, Placed):
     # what all other numbers are: a mistake, or unknown
     unlisted: Literal["error", "ignore"] = "error"
 
+    @property
+    def has_background(self) -> bool:
+        """Return whether pixels can be labelled as none of the values."""
+        return bool(self.background)
+
+    def _entries(self) -> list[Any]:
+        return [*super()._entries(), *self.background, *self.ignored]
+
 
 class ColourLabels(_Labels, Placed):
     """A raster of colours: red, green and blue in its first three channels."""
@@ -306,10 +317,8 @@ class ColourLabels(_Labels, Placed):
     # what all other colours are: a mistake, or unknown
     unlisted: Literal["error", "ignore"] = "error"
 
-    @property
-    def groups(self) -> list[Any]:
-        """Return the colours of every value: one each."""
-        return [[colour] for colour in self.values.values()]
+    def _entries(self) -> list[Any]:
+        return [*self.values.values(), *self.ignored]
 
 
 Labels = Annotated[
