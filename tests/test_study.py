@@ -69,10 +69,12 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     (folder / "predictions_demo.npz").write_bytes(b"npz")
     with pytest.raises(InputError, match=r"evaluation/summary.csv"):
         publish(load_tier("starved", ROOT))
-    for seed in (0, 1):
-        parameters = {"dataset": "demo", "model": {"name": "cmx"}, "seed": seed}
-        path = tmp_path / tier.folder.runs("demo", "cmx", 0, seed) / "lsgs" / "records.csv"
-        save_table(path, pd.DataFrame({"tp": [1]}), Record(parameters))
+    outside = {("demo", "cmx", 0, 7): ["lsgs"]}  # the grid was larger once
+    for point, methods in {**tier.grid.points(), **outside}.items():
+        parameters = {"dataset": point[0], "model": {"name": point[1]}}
+        for method in methods:
+            path = tmp_path / tier.folder.runs(*point) / method / "records.csv"
+            save_table(path, pd.DataFrame({"tp": [1]}), Record(parameters))
     shutil.copyfile(ROOT / "data_manifest.yaml", tmp_path / "data_manifest.yaml")
     (folder / "weights.safetensors").write_bytes(b"large")
     (folder / ".scene.17907.pdf").write_bytes(b"%PDF")  # a kill left it
@@ -94,9 +96,10 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     provenance = json.loads((tmp_path / "results" / "smoke" / "provenance.json").read_text())
     assert provenance["command"] == "make study TIER=smoke"
     assert provenance["evaluation"]["environment"]["date"]
-    [runs] = provenance["runs"]
-    assert (runs["dataset"], runs["backbone"], runs["runs"]) == ("demo", "cmx", 2)
-    assert runs["from"] <= runs["to"]
+    grid = [(*point[:2], len(methods)) for point, methods in tier.grid.points().items()]
+    found = [(runs["dataset"], runs["backbone"], runs["runs"]) for runs in provenance["runs"]]
+    assert found == grid
+    assert all(runs["from"] <= runs["to"] for runs in provenance["runs"])
     assert provenance["tier_sha256"] == tier.sha256
 
 
@@ -108,7 +111,7 @@ def test_a_publish_that_is_killed_is_all_or_nothing(tmp_path, monkeypatch):
     (tmp_path / "results" / ".smoke.old" / "table.csv").write_text("old")
     save_table(tmp_path / tier.folder.evaluation / "summary.csv", pd.DataFrame({"a": [1]}),
                Record({}))  # fmt: skip
-    monkeypatch.setattr(commands, "tier_page", lambda folder: 1 / 0)
+    monkeypatch.setattr(commands, "_runs_by_commit", lambda tier: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         publish(tier)
     assert (tmp_path / "results" / "smoke" / "table.csv").read_text() == "old"

@@ -254,8 +254,10 @@ def publish(tier: Tier) -> list[Path]:
 def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
     """How many runs there are of every data set and backbone, of which commit and date."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted((ROOT / tier.folder.root / "runs").rglob("records.csv.record.json")):
-        record = check(path.with_name(path.name.removesuffix(".record.json")))
+    runs = [(tier.folder.runs(*point) / method / "records.csv")
+            for point, methods in tier.grid.points().items() for method in methods]  # fmt: skip
+    for path in sorted(runs):
+        record = check(ROOT / path)
         parameters, environment = record["parameters"], record["environment"]
         keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
         found.setdefault(keys, []).append(environment["date"])
