@@ -21,6 +21,7 @@ from study.losses import paper_loss, segmentation_loss
 from torchmetrics.functional import f1_score, jaccard_index
 
 from lsgs_core import Batch, InputError, ScenarioSet
+from lsgs_core.models import build_backbone
 
 SCENARIOS = ScenarioSet.of(["A", "B"])
 KINDS = ["binary", "multilabel", "multiclass"]
@@ -176,6 +177,36 @@ def test_predictions_and_class_maps():
     assert predict(logits, "multiclass").tolist() == [[[[False, True]], [[True, False]]]]
     assert class_map(logits, "multilabel").tolist() == [[[1, -1]]]
     assert class_map(logits, "multiclass").tolist() == [[[1, 0]]]
+
+
+class OneByOne(torch.nn.Module):
+    """A network as any other module: nothing is shared between its scenarios."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images, available):
+        return self.network(images, available)
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+@pytest.mark.parametrize("backbone", ["cbc_slp", "cmx"])
+def test_sharing_between_scenarios_changes_no_count(backbone, lacking, monkeypatch):
+    torch.manual_seed(0)
+    network = build_backbone(backbone, "demo", (3, 3), 3)
+    batch = random_batch("multilabel", 3, size=32)
+    batch.available[0, 1] = not lacking
+    shared = []
+    whole = type(network).scenario_logits
+    monkeypatch.setattr(
+        type(network), "scenario_logits", lambda *args: shared.append(1) or whole(*args)
+    )
+    tables = [evaluate(model, [batch], SCENARIOS, ("a", "b", "c"), "multilabel")
+              for model in (network, OneByOne(network))]  # fmt: skip
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0]["tp"].sum() > 0
+    assert len(shared) == (not lacking)
 
 
 def test_no_batch():

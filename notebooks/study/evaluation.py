@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
+from lsgs_core.models.backbone import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.devices import Processes
 from study.losses import Protocol, TaskKind
@@ -130,7 +131,13 @@ def scenario_logits(
         The index of the scenario; which patches have a modality, bool [B]; and for these b patches
         the logits, [b, C, H, W], and the pixels that count, bool [b, H, W].
     """
-    for index, mask in enumerate(torch.tensor(scenarios.masks, device=batch.available.device)):
+    masks = torch.tensor(scenarios.masks, device=batch.available.device)
+    if isinstance(model, Backbone) and bool(batch.available.all()):  # encodes each sensor once
+        served = batch.available.any(dim=1)
+        for index, logits in enumerate(model.scenario_logits(batch.images, masks)):
+            yield index, served, logits, batch.counted(masks[index].expand_as(batch.available))
+        return
+    for index, mask in enumerate(masks):
         present = batch.available & mask
         served = present.any(dim=1)  # networks need at least one modality
         if bool(served.any()):

@@ -31,9 +31,13 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 MOST_PIXELS = 10**9  # of a raster
 STEP = 1024  # side in pixels of the windows that are processed: it bounds the memory
 # With several threads, GDAL returns a truncated JPEG 2000 file without raising an error. The mask
-# is kept inside the GeoTIFF, so that a scene is one file per modality. The cache is bounded, since
-# GDAL's own default grows with the machine.
-ENVIRONMENT = {"GDAL_NUM_THREADS": "1", "GDAL_TIFF_INTERNAL_MASK": True, "GDAL_CACHEMAX": 256}
+# is kept inside the GeoTIFF, so that a scene is one file per modality. The cache is bounded, in
+# bytes, since GDAL's own default grows with the machine.
+ENVIRONMENT = {
+    "GDAL_NUM_THREADS": "1",
+    "GDAL_TIFF_INTERNAL_MASK": True,
+    "GDAL_CACHEMAX": 128 * 2**20,
+}
 # Formats that say where pixels are: in files that no hash covers, or at addresses.
 INDIRECT = {"VRT", "DERIVED", "GTI", "STACIT", "STACTA", "WMS", "WMTS", "WCS", "DAAS", "MRF"}
 MAT_VARIABLE = "inputPatch"  # the array in the .mat patches of the paper's authors
