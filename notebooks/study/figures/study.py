@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
 from study.cases import SCORES
-from study.figures import PALETTE, family_members, method_colour
+from study.figures import PALETTE, backbone_title, family_members, method_colour
 from study.statistics import METRICS, UNIFORM_ARMS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
@@ -46,13 +46,13 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
         axes.set_xlabel("IoU minus uniform")
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    figure = _panels(table, draw, width=3.6, height=0.6 + 0.27 * len(order), sharey=True)
-    # The numbers of replicates stand between the panels.
-    figure.set_layout_engine("constrained", wspace=0.08)
-    figure.suptitle(
+    title = (
         f"{METRICS[metric]}: difference to uniform, 95 % over replicates and blocks\n"
         "filled: Holm-corrected p < 0.05; on the right: replicates; second arm: the noise floor"
     )
+    figure = _panels(table, draw, title, width=3.6, height=0.6 + 0.27 * len(order), sharey=True)
+    # The numbers of replicates stand between the panels.
+    figure.set_layout_engine("constrained", wspace=0.08)
     return figure
 
 
@@ -106,9 +106,8 @@ def score_agreement(table: pd.DataFrame) -> Figure:
         axes.set(xlim=(-0.5, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="correlation")
         axes.axvline(0, color="#333333", linewidth=1)
 
-    figure = _panels(table, draw, width=3.4, height=2.6, sharey=True, legend=True)
-    figure.suptitle("How much of a score do two networks have in common?")
-    return figure
+    title = "How much of a score do two networks have in common?"
+    return _panels(table, draw, title, width=3.4, height=2.6, sharey=True, legend=True)
 
 
 def sensor_bars(table: pd.DataFrame) -> Figure:
@@ -123,8 +122,9 @@ def sensor_bars(table: pd.DataFrame) -> Figure:
         axes.invert_yaxis()
         axes.axvline(0, color="#333333", linewidth=1)
         axes.set_xlabel("Shapley value, IoU")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    return _panels(table, draw, width=3, height=2.4)
+    return _panels(table, draw, "What each sensor is worth", width=3, height=2.4)
 
 
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
@@ -163,9 +163,8 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
 
     pairs = len(scores[["dataset", "backbone"]].drop_duplicates())
     height = 1.6 + 0.27 * (scores["method"].nunique() + 1)
-    figure = _panels(scores, draw, width=5.6, height=height, columns=1 if pairs < 2 else 2)
-    figure.suptitle("What each method adds to uniform sampling, by scenario")
-    return figure
+    title, columns = "What each method adds to uniform sampling, by scenario", min(pairs, 2)
+    return _panels(scores, draw, title, width=5.6, height=height, columns=columns)
 
 
 def method_curves(histories: pd.DataFrame) -> Figure:
@@ -182,7 +181,8 @@ def method_curves(histories: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
     height = max(3.2, 0.18 * histories["method"].nunique())
-    return _panels(histories, draw, width=4, height=height, legend=True)
+    title = "What fine-tuning learns, by method: means over folds and seeds"
+    return _panels(histories, draw, title, width=4, height=height, legend=True)
 
 
 def worst_against_mean(summary: pd.DataFrame) -> Figure:
@@ -217,9 +217,9 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
     height = max(3.6, 0.2 * paired["method"].nunique())
-    figure = _panels(paired, draw, width=4, height=height, legend=True)
-    figure.suptitle("What each method adds to uniform sampling, ± one standard error")
-    return figure
+    title = "What each method adds to uniform sampling"
+    title += ", ± one standard error" if len(paired["seed"].unique()) > 1 else ""
+    return _panels(paired, draw, title, width=4, height=height, legend=True)
 
 
 def distortion_against_loss(table: pd.DataFrame) -> Figure:
@@ -246,9 +246,8 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
         label = f"rank correlation {ranks[0]:+.2f}, of counting {ranks[1]:+.2f}"
         axes.text(0, 1, label, transform=axes.transAxes, fontsize="small", va="bottom")
 
-    figure = _panels(table, draw, width=4, height=3.5, legend=True)
-    figure.suptitle("Does D order the scenarios as the loss does, better than counting?")
-    return figure
+    title = "Does D order the scenarios as the loss does, better than counting?"
+    return _panels(table, draw, title, width=4, height=3.5, legend=True)
 
 
 def _look(method: str) -> dict[str, Any]:
@@ -265,6 +264,7 @@ def _look(method: str) -> dict[str, Any]:
 def _panels(
     table: pd.DataFrame,
     draw: Callable[[Axes, pd.DataFrame], None],
+    title: str,
     width: float,
     height: float,
     columns: int = 3,
@@ -282,9 +282,10 @@ def _panels(
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
     for panel in axes.flat[len(groups) :]:
         panel.axis("off")
-    for panel, (names, group) in zip(axes.flat, groups, strict=False):
+    for panel, ((dataset, backbone), group) in zip(axes.flat, groups, strict=False):
         draw(panel, group)
-        panel.set_title(", ".join(map(str, names)), pad=16)
+        panel.set_title(f"{dataset}, {backbone_title(str(backbone))}", pad=16)
+    figure.suptitle(title)
     if legend:
         entries = [panel.get_legend_handles_labels() for panel in figure.axes]
         longest = max(entries, key=lambda entry: len(entry[0]))
