@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from study import speed
+from study.data.manifest import Dataset
+from study.data.patches import PatchDataset
 from study.figures import speed as speed_figures
 from study.speed import FORMS, PARTS, Case
 
@@ -15,6 +18,7 @@ from lsgs_core.models import BACKBONES, build_backbone
 from lsgs_core.models.cbc import Encoder
 from lsgs_core.uncertainty import FEWEST_PATCHES
 
+ROOT = Path(__file__).parents[1]
 SMALL = Case(preset="demo", size=32)
 
 
@@ -86,6 +90,15 @@ def test_growth() -> None:
 def test_distortion_error() -> None:
     for backbone in BACKBONES:
         assert speed.distortion_error(Case(backbone=backbone, preset="demo", size=64)) < 1e-4
+
+
+def test_bfloat16_moves_p_by_little(prepared: Path, dataset: Dataset) -> None:
+    patches = PatchDataset(prepared, dataset, "land_cover", 0, "training", limit=4)
+    weights = ROOT / "results" / "networks" / "demo" / "cmx" / "fold0" / "seed0"
+    row = speed.in_bfloat16("cmx", patches, weights / "weights.safetensors", "cpu", batch_size=2)
+    assert 1e-7 < row["error of p"] < 0.01
+    assert 1e-5 < row["error of D"] < 0.1
+    assert min(row["float32, seconds"], row["bfloat16, seconds"]) > 0
 
 
 def test_peak_memory() -> None:

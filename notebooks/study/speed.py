@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from lsgs_core.distortion import score_scenarios
 from lsgs_core.models import Backbone, build_backbone
 from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.models.cpu import accelerate_on_cpu
@@ -34,6 +36,7 @@ from lsgs_core.randomness import generator
 from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.uncertainty import stop_when_precise, stopping_error
+from study.checkpoints import build_network, load_checkpoint
 from study.data.patches import PatchDataset
 from study.published_form import as_published
 from study.scoring import to_probabilities
@@ -70,7 +73,7 @@ class Case:
 CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
 
 
-def growth(case: Case, most: int = 5, budget: int = 60) -> dict[str, list[Case]]:
+def growth(case: Case, most: int = 5, budget: int = 50) -> dict[str, list[Case]]:
     """Return cases with another number of modalities, patch size and batch, by that field.
 
     Of up to `most` modalities, those with more scenarios than the budget are there once more, with
@@ -264,6 +267,32 @@ def distortion_error(case: Case, device: str = "cpu") -> float:
         for latents in (plain_latents, ours)
     )
     return float(((found - expected).abs() / expected).max())
+
+
+def in_bfloat16(
+    backbone: str, dataset: PatchDataset, weights: Path, device: str, batch_size: int = 8
+) -> dict[str, Any]:
+    """Score patches with a trained network of the demo preset in float32, and in mixed bfloat16.
+
+    Returns:
+        The backbone, seconds per patch of both, and what bfloat16 changes: the largest relative
+        difference of D (`error of D`) and the largest difference of p (`error of p`).
+    """
+    model = build_network(backbone, "demo", dataset, device)
+    load_checkpoint(model, weights)
+    row: dict[str, Any] = {"backbone": backbone}
+    scenarios, distortions = ScenarioSet.of(dataset.modalities), []
+    batches = list(dataset.batches(batch_size))
+    for name, mixed in {"float32": False, "bfloat16": True}.items():
+        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed):
+            score_scenarios(model, batches[:1], scenarios, progress=False)  # not counted
+            start = time.perf_counter()
+            distortions.append(score_scenarios(model, batches, scenarios).distortion)
+            row[f"{name}, seconds"] = (time.perf_counter() - start) / len(dataset)
+    exact, coarse = distortions
+    p, q = map(to_probabilities({}), distortions)
+    return row | {"error of D": np.abs(coarse[:-1] / exact[:-1] - 1).max(),
+                  "error of p": np.abs(q - p).max()}  # fmt: skip
 
 
 def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
