@@ -15,7 +15,7 @@ from lsgs_core.probabilities import total_variation
 from lsgs_core.regression import measured_scenarios, regress_scenarios
 
 FOLDER = Path(__file__).parent.parent / "results" / "many_sensors"
-BUDGETS = {5: (16, 20), 8: (40, 48, 60), 10: (40, 60, 80)}
+BUDGETS = {5: (16, 20), 8: (40, 48, 60), 10: (40, 50, 60, 80)}
 
 
 def held_out(scenarios: ScenarioSet, distortion: np.ndarray, budget: int) -> pd.DataFrame:

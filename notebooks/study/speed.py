@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from lsgs_core.distortion import score_scenarios
+from lsgs_core.distortion import SCENARIOS_AT_A_TIME, score_scenarios
 from lsgs_core.models import Backbone, build_backbone
 from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.models.cpu import accelerate_on_cpu
@@ -73,7 +73,7 @@ class Case:
 CASE = [field.name for field in fields(Case)]  # the columns of a case in tables
 
 
-def growth(case: Case, most: int = 5, budget: int = 50) -> dict[str, list[Case]]:
+def growth(case: Case, most: int = 5, budget: int = 60) -> dict[str, list[Case]]:
     """Return cases with another number of modalities, patch size and batch, by that field.
 
     Of up to `most` modalities, those with more scenarios than the budget are there once more, with
@@ -131,7 +131,8 @@ class _Workload:
             passes = [lambda: deque(latents(), maxlen=0)]  # one by one, as they are scored
         else:
             network = scoring = model.for_scoring()
-            passes = [partial(scoring.scenario_latents, self.images, self.measured)]
+            parts = self.measured.split(SCENARIOS_AT_A_TIME)
+            passes = [partial(scoring.scenario_latents, self.images, part) for part in parts]
         return partial(_score, network, passes, times)
 
     def _train(self, model: Backbone, optimiser: torch.optim.Optimizer) -> dict[str, float]:
