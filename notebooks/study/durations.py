@@ -25,7 +25,7 @@ SECONDS: Mapping[str, tuple[float, float, float]] = {
     "cmx": (0.023, 0.006, 0.001),
 }
 # Seconds of a notebook besides: starting, importing, drawing. Notebook 01 downloads nothing.
-BESIDES = {"data": 50, "pretraining": 20, "scoring": 28, "finetuning": 24, "evaluation": 60}
+BESIDES = {"data": 30, "pretraining": 20, "scoring": 28, "finetuning": 24, "evaluation": 60}
 # Patches of the data sets that come with the repository, in the manifest's own folds: side in
 # pixels, number of training patches, and of test patches.
 PATCHES = {"demo": (64, 293, 93), "landsat7": (32, 268, 69)}
