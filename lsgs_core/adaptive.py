@@ -175,6 +175,13 @@ class KernelGroupDRO(LossProportional):
         self.log_weights = self.log_weights + self.step * smoothed / len(smoothed)
         self.log_weights -= self.log_weights.max()
 
+    def report(self) -> dict[str, float]:
+        """Return the degrees of freedom of the smoothing, the trace of K (K + ridge I)^-1.
+
+        They are near 1 where all scenarios share one loss, and near K where each keeps its own.
+        """
+        return {"degrees_of_freedom": float((self.eigen[0] / (self.eigen[0] + self.ridge)).sum())}
+
 
 class Exp3S(ScenarioSampler):
     """Exp3.S, a bandit whose rewards change over time, as in automated curriculum learning.

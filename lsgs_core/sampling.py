@@ -88,6 +88,10 @@ class ScenarioSampler:
     def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
         """Learn from the scenario and the loss of each sample of a step, [B] each."""
 
+    def report(self) -> dict[str, float]:
+        """Return what the history of a run says of the sampler after each epoch, by column."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, a dictionary for JSON."""
         return {name: np.asarray(getattr(self, name)).tolist() for name in self._kept}

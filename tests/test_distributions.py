@@ -119,6 +119,19 @@ def adapting(name: str, prior: np.ndarray = UNIFORM) -> ScenarioSampler:
     return adaptive.Exp3S(prior, step=0.02, window=32)
 
 
+def test_kernel_group_dro_shares_losses_between_scenarios_that_are_alike() -> None:
+    kernel = np.eye(7)
+    kernel[0, 1] = kernel[1, 0] = 0.99
+    sampler = adaptive.KernelGroupDRO(UNIFORM, UNIFORM, kernel, step=0.5)
+    for _ in range(20):  # the second scenario is never drawn
+        sampler.observe(np.array([0, 2, 3, 4, 5, 6]), np.array([2.0, 1, 1, 1, 1, 1]))
+    p = sampler.probabilities(1)
+    assert p[0] > p[1] > p[2] == pytest.approx(p[6])
+    freedom = np.trace(kernel @ np.linalg.inv(kernel + sampler.ridge * np.eye(7)))
+    assert sampler.report() == {"degrees_of_freedom": pytest.approx(freedom)}
+    assert sampler.ridge != 1
+
+
 @pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
 def test_state_goes_on(name: str) -> None:
     random = np.random.default_rng(1)

@@ -16,7 +16,7 @@ from study.settings import TrainingSettings
 from study.training import STATE, train, turned
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
-from lsgs_core.adaptive import LossProportional
+from lsgs_core.adaptive import KernelGroupDRO, LossProportional
 from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters
 from lsgs_core.sampling import FixedSampler
 
@@ -213,6 +213,13 @@ def test_history_says_what_was_drawn_and_how_fast_it_learned(tmp_path):
     assert (history["drawn:A+B+C"] == 1).all()
     assert (history["drawn:A"] == 0).all()
     assert (history["score"] == 0.5).all()
+
+
+def test_history_says_what_the_sampler_reports(tmp_path):
+    sampler = KernelGroupDRO(UNIFORM.probabilities(0), UNIFORM.probabilities(0), np.eye(7), 0.1)
+    _, history = run(tmp_path, None, replace(SETTINGS, epochs=2), sampler=sampler)
+    assert history["degrees_of_freedom"].between(0, 7).all()
+    assert history["degrees_of_freedom"].iloc[1] == 7 / (1 + sampler.ridge)
 
 
 def test_samples_without_a_label_tell_a_sampler_nothing(tmp_path):

@@ -71,7 +71,7 @@ def train(
 
     Returns:
         One row per epoch: epoch, learning_rate, loss, the share of samples drawn per scenario
-        (columns `drawn:<scenario>`), and what `validate` gave.
+        (columns `drawn:<scenario>`), what the sampler reports, and what `validate` gave.
 
     Raises `FloatingPointError` for a loss that is not finite, with patches and scenarios, and
     `InputError` where there is no patch, or the settings do not fit the data or the device.
@@ -239,7 +239,7 @@ class _Run:
         row = {"epoch": epoch, "learning_rate": rate, "loss": self.loss / len(self.dataset)}
         shares = (self.drawn / len(self.dataset)).tolist()
         names = (f"drawn:{name}" for name in self.dropout.scenarios.names)
-        return row | dict(zip(names, shares, strict=True))
+        return row | dict(zip(names, shares, strict=True)) | self.dropout.sampler.report()
 
     def _batches(self, order: NDArray[np.int64], first: int) -> Iterator[list[Batch]]:
         """This process's share of every batch from the first on, in the parts of accumulation."""
