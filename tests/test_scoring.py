@@ -214,9 +214,15 @@ def test_latents_of_another_form_are_refused(change, message):
         score(model, [ones(2)])
 
 
-@pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize(
-    ("name", "modalities"), [("cbc_slp", 3), ("cbc", 2), ("cmx", 3), ("cmx", 2), ("cbc_slp", 6)]
+    ("name", "modalities", "exclusive"),
+    [
+        ("cbc_slp", 3, True),
+        ("cbc", 2, False),
+        ("cmx", 3, False),
+        ("cmx", 2, True),
+        ("cbc_slp", 6, False),  # more scenarios than are measured at a time
+    ],
 )
 def test_predictions_are_those_of_a_forward_pass_for_each_scenario(name, modalities, exclusive):
     """Also with patches and pixels that a modality does not observe."""
@@ -226,10 +232,10 @@ def test_predictions_are_those_of_a_forward_pass_for_each_scenario(name, modalit
     model = model.double().eval()
     available = torch.ones(4, modalities, dtype=torch.bool)
     available[1, 0] = False
-    seen = torch.ones(4, modalities, 64, 64, dtype=torch.bool)
+    seen = torch.ones(4, modalities, 32, 32, dtype=torch.bool)
     seen[2, 1, :9] = False  # one modality alone: the patch has no full scenario
     seen[3, :, :9] = False
-    images = [torch.randn(4, bands, 64, 64, dtype=torch.float64) for bands in model.bands]
+    images = [torch.randn(4, bands, 32, 32, dtype=torch.float64) for bands in model.bands]
     batch = Batch(tuple(images), available, seen=seen)
     scored = PredictionModel(model, exclusive)
     scores = score_scenarios(scored, [batch], scenarios, progress=False)
