@@ -18,7 +18,9 @@ from lsgs_core.errors import (
 from lsgs_core.probabilities import scenario_probabilities, smooth_scores, total_variation
 from lsgs_core.randomness import generator
 
-FEWEST_PATCHES = 32  # with fewer, a standard error over patches is unreliable
+# With fewer, an error is unreliable: where few patches hold much of D, passes that stopped after 32
+# patches knew p as well as they said in 83 % of the orders only, and in 90 % after 96.
+FEWEST_PATCHES = 96
 JACKKNIFE_PARTS = 100  # more patches are left out several at a time
 ToProbabilities = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
