@@ -105,10 +105,10 @@ def test_scoring_stops_when_p_is_known():
         until = stop_when_precise(tolerance, to_probabilities, 400) if tolerance else None
         return score_scenarios(Latent(), batches(100), scenarios, until=until, progress=False)
 
-    whole, coarse, fine = scored(0), scored(0.008), scored(0.003)
+    whole, coarse, fine = scored(0), scored(0.008), scored(0.002)
     assert len(whole.patch_ids) == 400
     assert FEWEST_PATCHES <= len(coarse.patch_ids) < len(fine.patch_ids) < 400
-    for found, tolerance in ((coarse, 0.008), (fine, 0.003)):
+    for found, tolerance in ((coarse, 0.008), (fine, 0.002)):
         difference = to_probabilities(found.distortion) - to_probabilities(whole.distortion)
         assert np.abs(difference).max() < 3 * tolerance
         error = stopping_error(found.patch_distortion, to_probabilities, 400)
