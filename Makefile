@@ -67,7 +67,7 @@ bench: $(VENV)/installed
 		-p patch_size 128 -p patch_stride 32 -p block_size 256 -p validation_blocks 2
 	$(RUN_NOTEBOOK) notebooks/A2_speed.ipynb $(BENCH)/A2.ipynb -p work ../$(BENCH)/demo \
 		-p paper_work ../$(BENCH)/paper -p results ../results/benchmarks -p preset paper \
-		-p patch_size 224 -p repeats 3 -p modalities 10 -p patches 5000 -p orders 20 \
+		-p patch_size 224 -p repeats 2 -p modalities 10 -p patches 5000 -p orders 20 \
 		-p threads $(CORES)
 
 # A scene mapped by a network, whatever sensors it has; RAW is the folder of its files, and MISSING
