@@ -29,12 +29,7 @@ from study.settings import Positive, Rate
 from study.statistics import METRICS, planned_pairs
 
 NOTEBOOK_FOLDER = Path(__file__).parents[1]
-# A scoring of two modalities, from which every method can be made, to look at its settings.
-_D, _P = np.array([1.0, 0.5, 0.0]), np.full(3, 1 / 3)
-EXAMPLE = Evidence(
-    ScenarioSet.of(["A", "B"]), _P, _D, _D[:, None], steps=10**6, measure=lambda: _P,
-    prediction_distortion=_D,
-)  # fmt: skip
+FIVE = ScenarioSet.of(["A", "B", "C", "D", "E"])  # for settings whose data set is not known yet
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=10**6)]
 OrDefault = Annotated[int, Field(ge=-1, le=10**6)]  # -1 is the manifest's value
@@ -60,8 +55,19 @@ def _methods(text: str) -> str:
     return text
 
 
+def check_settings(method: str, scenarios: ScenarioSet) -> None:
+    """Raise `InputError` where the settings in a method's name do not fit the scenarios."""
+    p = np.full(len(scenarios), 1 / len(scenarios))
+    distortion = np.linspace(1, 0, len(scenarios))
+    scoring = Evidence(
+        scenarios, p, distortion, distortion[:, None], steps=10**6, measure=lambda: p,
+        prediction_distortion=distortion,
+    )  # fmt: skip
+    find_method(method).sampler(scoring)  # which looks at the settings
+
+
 def _method(name: str) -> str:
-    find_method(name).sampler(EXAMPLE)  # which looks at the settings
+    check_settings(name, FIVE)
     return name
 
 

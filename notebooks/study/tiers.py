@@ -20,11 +20,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS
+from lsgs_core.scenarios import ScenarioSet
 from study.data.folds import default_split
 from study.data.manifest import NAME, Manifest, load_manifest
 from study.data.schema import Strict, read_json, read_yaml, validated
 from study.files import file_sha256, make_folder, written_beside
-from study.parameters import Backbone, Index, Method, check_against, notebook_model
+from study.parameters import (
+    Backbone,
+    Index,
+    Method,
+    check_against,
+    check_settings,
+    notebook_model,
+)
 from study.statistics import UNIFORM_ARMS, planned_pairs
 
 NOTEBOOKS = {
@@ -273,6 +281,11 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
 
 def _check_grid(tier: Tier) -> None:
     """Check every start of the grid against the manifest, which knows data sets and networks."""
+    for (dataset, *_), methods in tier.grid.points().items():
+        scenarios = ScenarioSet.of(tuple(tier.manifest.dataset(dataset).modalities))
+        for method in methods:
+            if "@" in method:
+                check_settings(method, scenarios)
     for dataset, backbone, fold, pretraining_seed in tier.networks():
         definition = tier.manifest.dataset(dataset)
         split = tier.setting("data", "split") or default_split(tier.setting("data", "protocol"))
