@@ -8,7 +8,7 @@ from study.figures.scoring import MOST_SHOWN, method_at_a_glance
 
 from lsgs_core import InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.regression import measured_scenarios, regress_scenarios
-from lsgs_core.uncertainty import bootstrap_probabilities, stop_when_precise
+from lsgs_core.uncertainty import FEWEST_PATCHES, bootstrap_probabilities, stop_when_precise
 
 TEN, SIX = (ScenarioSet.of([f"m{m}" for m in range(count)]) for count in (10, 6))
 
@@ -110,9 +110,9 @@ def test_a_scoring_within_a_budget():
     def to_probabilities(distortion):
         return scenario_probabilities(distortion).probabilities
 
-    until = stop_when_precise(0.5, to_probabilities, 40)
-    stopped = score_scenarios(model, batches, SIX, None, until, False, 30)
-    assert len(stopped.patch_ids) == 32
+    until = stop_when_precise(0.5, to_probabilities, 160)
+    stopped = score_scenarios(model, 4 * batches, SIX, None, until, False, 30)
+    assert len(stopped.patch_ids) == FEWEST_PATCHES
     drawn = [
         bootstrap_probabilities(scores.patch_distortion, scores.block_ids, to_probabilities, 200,
                                 predictive_error=error).std(axis=0)
