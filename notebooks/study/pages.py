@@ -80,7 +80,7 @@ def benchmark_page(folder: Path) -> str:
     times = pd.read_csv(folder / "time_to_probabilities.csv").round(3)
     case = ["task", "backbone", "preset", "modalities", "size", "batch"]
     lines = _prose(
-        f"{record['parameters']['processor']}, {environment['threads']} threads, PyTorch "
+        f"{record['parameters']['processor']}, threads: {environment['threads']}, PyTorch "
         f"{environment['packages']['torch']}, {environment['date'][:10]}. Medians in seconds, "
         "the two forms measured in turns: *plain* is the form that defines the networks, "
         "*ours* what runs. Distortions, outputs and gradients are the same up to rounding."
