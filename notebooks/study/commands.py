@@ -256,8 +256,8 @@ def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], list[str]] = {}
     runs = [(tier.folder.runs(*point) / method / "records.csv")
             for point, methods in tier.grid.points().items() for method in methods]  # fmt: skip
-    for path in sorted(runs):
-        record = check(ROOT / path)
+    for path in sorted(ROOT / run for run in runs if (ROOT / run).is_file()):  # a part, by hand
+        record = check(path)
         parameters, environment = record["parameters"], record["environment"]
         keys = parameters["dataset"], parameters["model"]["name"], str(environment["commit"])
         found.setdefault(keys, []).append(environment["date"])
