@@ -57,7 +57,7 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
-# Times and memory of this machine, at the paper's size: an hour on one quiet CPU core (CORES=1).
+# Times and memory of this machine, at the paper's size: about an hour on one CPU core (CORES=1).
 BENCH := work/bench
 RUN_NOTEBOOK := $(BIN)/python -m papermill --cwd notebooks --no-progress-bar --log-level WARNING
 bench: $(VENV)/installed
