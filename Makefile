@@ -15,10 +15,11 @@ export LSGS_NETWORKS := $(NETWORKS)
 
 .PHONY: study book networks reproduce test test-slow bench map data-check lab format outputs lock clean
 
+# Python compiles what it imports: to compile all that is installed takes a minute and a half.
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 

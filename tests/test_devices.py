@@ -17,38 +17,26 @@ from test_training import SETTINGS, run, small
 
 from lsgs_core import InputError
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
 
-
-def launch(out: Path, processes: int = 1, accumulation: int = 1, protocol: str = "paper") -> dict:
-    """Train in one process, or in two; under the paper's loss, score and evaluate too.
-
-    In an interpreter of its own: a fork hangs where a backward pass ran with two threads before.
-    """
-    out.mkdir()
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one and two processes gave under the paper's loss and under ours, by "1 paper" etc."""
+    out = tmp_path_factory.mktemp("found")
     variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     variables["PYTHONPATH"] = os.pathsep.join(sys.path)
-    printed(sys.executable, SCRIPT, out, processes, accumulation, protocol, **variables)
-    result = torch.load(out / "result.pt", weights_only=True)
-    return result | {"history": pd.read_csv(io.StringIO(result["history"]))}
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("one") / "run")
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two") / "run", processes=2)
+    printed(sys.executable, Path(__file__).with_name("two_processes.py"), out, **variables)
+    cases = torch.load(out / "found.pt", weights_only=True)
+    return {name: result | {"history": pd.read_csv(io.StringIO(result["history"]))}
+            for name, result in cases.items()}  # fmt: skip
 
 
 def drawn(history: pd.DataFrame) -> pd.DataFrame:
     return history.filter(like="drawn:")
 
 
-def test_two_processes_train_as_one(one, two):
+def test_two_processes_train_as_one(found):
     """Each takes half of every batch, under a loss that is a mean over pixels."""
+    one, two = found["1 paper"], found["2 paper"]
     np.testing.assert_allclose(two["history"]["loss"], one["history"]["loss"], rtol=1e-9)
     assert drawn(two["history"]).equals(drawn(one["history"]))
     assert one["weights"].keys() == two["weights"].keys()
@@ -58,17 +46,17 @@ def test_two_processes_train_as_one(one, two):
     assert two["count"] == one["count"]  # the sampler of every process saw every loss
 
 
-def test_two_processes_score_and_evaluate_as_one(one, two):
+def test_two_processes_score_and_evaluate_as_one(found):
+    one, two = found["1 paper"], found["2 paper"]
     torch.testing.assert_close(two["D"], one["D"], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(two["shift"], one["shift"], rtol=1e-5, atol=1e-9)
     assert two["ids"] == one["ids"] == list(range(6))
     assert two["records"] == one["records"]
 
 
-def test_a_pooled_loss_is_another_computation_in_two_processes(tmp_path):
+def test_a_pooled_loss_is_another_computation_in_two_processes(found):
     """The soft Jaccard loss of each share and part of a step is averaged; draws are the same."""
-    alone = launch(tmp_path / "one", protocol="strict")["history"]
-    shared = launch(tmp_path / "two", 2, accumulation=2, protocol="strict")["history"]
+    alone, shared = (found[f"{count} strict"]["history"] for count in (1, 2))
     assert drawn(shared).equals(drawn(alone))
     np.testing.assert_allclose(shared["loss"], alone["loss"], rtol=0.05)
     assert (shared["loss"] != alone["loss"]).all()

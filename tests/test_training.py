@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,18 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
     assert not same(first, third)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs by backbone, with their histories."""
+
+    @cache
+    def trained(name):
+        sampler = LossProportional(THIRDS, 0.5, 1)
+        return run(tmp_path_factory.mktemp("whole"), small(name), sampler=sampler)
+
+    return trained
+
+
 class StoppedError(Exception):
     """Stands for a kill in the middle of an epoch."""
 
@@ -104,13 +117,12 @@ class StoppedError(Exception):
         *(("cmx", 1, 0.0), ("cmx", 4, 0.0), ("cmx", 8, 0.0), ("cbc_slp", 5, 0.0)),
     ],
 )
-def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name, at, save_every):
+def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, whole, name, at, save_every):
     """Steps 1 to 3 are epoch 0: stopped before any state, at its end, and later.
 
     With a state after every epoch alone, and with one after every step.
     """
     monkeypatch.setattr("study.training.SAVE_EVERY", save_every)
-    whole, history = run(tmp_path / "whole", small(name), sampler=LossProportional(THIRDS, 0.5, 1))
     steps = 0
 
     class Stopping(LossProportional):
@@ -126,7 +138,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name, at,
     assert (tmp_path / "cut" / STATE).is_file() == (at > (1 if save_every == 0 else 3))
     torch.rand(3)  # what the generators were used for in between does not matter
     resumed, of_both = run(tmp_path / "cut", small(name), sampler=LossProportional(THIRDS, 0.5, 1))
-    assert same(whole, resumed)
+    model, history = whole(name)
+    assert same(model, resumed)
     assert history.equals(of_both)
 
 
@@ -138,7 +151,7 @@ from pathlib import Path
 import test_training as t
 import study.training
 study.training.SAVE_EVERY = 0.0
-model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=8))
+model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=4))
 torch.save(model.state_dict(), {out!r})
 """
 
@@ -161,7 +174,7 @@ def test_a_process_that_is_killed_twice_loses_nothing(tmp_path):
         process.wait()
         assert not out.exists()
     assert "going on in epoch" in printed(sys.executable, "-c", code)
-    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=8))
+    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=4))
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
 

@@ -1,6 +1,6 @@
-"""What test_devices.py runs in one process or in two, in an interpreter of its own.
+"""What test_devices.py runs in one process and in two: `python two_processes.py OUT`.
 
-`python two_processes.py OUT PROCESSES ACCUMULATION PROTOCOL`
+In an interpreter of its own: a fork hangs where a backward pass ran with two threads before.
 """
 
 import sys
@@ -18,9 +18,7 @@ from test_training import SCENARIOS, SETTINGS, Blobs, small
 from lsgs_core.adaptive import LossProportional
 from lsgs_core.models.lora import add_lora
 
-out, count, accumulation, protocol = sys.argv[1:]
 torch.set_num_threads(1)
-settings = replace(SETTINGS, epochs=2, accumulation=int(accumulation), protocol=protocol)
 # In float64, where nothing but a mistake can make a difference: in float32 the gradients of this
 # network differ by 1e-3 when sums change their order. It has no dropout, which every process draws
 # for itself; and with low-rank updates its batch normalisation, whose statistics on a CPU are those
@@ -36,7 +34,10 @@ class Patches(Blobs):
             yield replace(batch, images=images, target=batch.target.double())
 
 
-def train_score_evaluate(folder: Path) -> dict:
+def train_score_evaluate(folder: Path, protocol: str, accumulation: int) -> dict:
+    """Train, and under the paper's loss score and evaluate."""
+    folder.mkdir(exist_ok=True)
+    settings = replace(SETTINGS, epochs=2, accumulation=accumulation, protocol=protocol)
     model = small("cbc_slp").double()
     if protocol == "paper":
         add_lora(model)
@@ -71,5 +72,10 @@ def train_score_evaluate(folder: Path) -> dict:
     }
 
 
-result = in_processes(train_score_evaluate, (Path(out),), int(count), "cpu")
-torch.save(result, Path(out) / "result.pt")
+found = {}
+# Two processes first: they are forks of this one, in which no backward pass may have run.
+for case in ((2, "paper", 1), (2, "strict", 2), (1, "paper", 1), (1, "strict", 1)):
+    count, *settings = case
+    folder = Path(sys.argv[1], f"{count} {settings[0]}")
+    found[folder.name] = in_processes(train_score_evaluate, (folder, *settings), count, "cpu")
+torch.save(found, Path(sys.argv[1]) / "found.pt")

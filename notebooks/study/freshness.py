@@ -8,8 +8,7 @@ that they import from this project. Comments, docstrings, layout and what only d
 
 import ast
 import hashlib
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +32,7 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
 PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__).parent}
 
 
-@lru_cache
+@cache
 def imported(module: str) -> frozenset[str]:
     """Names of the modules of this project that a module imports, itself included."""
     found: set[str] = set()
@@ -47,17 +46,14 @@ def imported(module: str) -> frozenset[str]:
             continue
         # Importing a module runs the packages around it.
         waiting += [name.rpartition(".")[0]] if name.count(".") > 1 else []
-        for node in _without_imports_of_types(ast.parse(_path(name).read_text("utf-8"))):
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            source = node.module or ""
+        for source, names in _imports(_path(name).read_text("utf-8")):
             if source.partition(".")[0] in PACKAGES:
-                inner = [f"{source}.{alias.name}" for alias in node.names]
+                inner = [f"{source}.{one}" for one in names]
                 waiting += [source, *(n for n in inner if _path(n).is_file())]
     return frozenset(found - set(PACKAGES))
 
 
-@lru_cache
+@cache
 def fingerprint(stage: NotebookStage) -> str:
     """SHA-256 over the code that decides the results of a stage."""
     digest = hashlib.sha256()
@@ -68,14 +64,19 @@ def fingerprint(stage: NotebookStage) -> str:
     return digest.hexdigest()
 
 
-def _without_imports_of_types(tree: ast.Module) -> Iterator[ast.AST]:
-    """Every node of a module but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield from ast.walk(node)
+@cache  # modules have imports in common, and parsing takes most of the time
+def _imports(code: str) -> list[tuple[str, list[str]]]:
+    """Modules from which code imports, and what, but for what only a type checker reads."""
+    return [
+        (node.module or "", [alias.name for alias in node.names])
+        for part in ast.parse(code).body
+        if not (isinstance(part, ast.If) and ast.unparse(part.test) == "TYPE_CHECKING")
+        for node in ast.walk(part)
+        if isinstance(node, ast.ImportFrom)
+    ]
 
 
-@lru_cache
+@cache
 def _written(code: str) -> str:
     tree, documented = ast.parse(code), ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(tree):
