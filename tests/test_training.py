@@ -151,7 +151,7 @@ from pathlib import Path
 import test_training as t
 import study.training
 study.training.SAVE_EVERY = 0.0
-model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=4))
+model, _ = t.run(Path({folder!r}), t.small("cmx"), t.replace(t.SETTINGS, epochs=8))
 torch.save(model.state_dict(), {out!r})
 """
 
@@ -174,7 +174,7 @@ def test_a_process_that_is_killed_twice_loses_nothing(tmp_path):
         process.wait()
         assert not out.exists()
     assert "going on in epoch" in printed(sys.executable, "-c", code)
-    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=4))
+    whole, _ = run(tmp_path / "whole", small("cmx"), replace(SETTINGS, epochs=8))
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.state_dict().items())
 
