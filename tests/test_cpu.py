@@ -48,7 +48,7 @@ def results(model: Backbone, images: list[Tensor], available: Tensor) -> dict[st
         *(("cbc", "demo", 2**20, 2), ("cbc", "demo", 1500, 1)),
         *(("cbc_slp", "odd", 2**20, 2), ("cbc_slp", "odd", 1500, 1)),
         *(("cbc", "odd", 2**20, 1), ("cbc", "odd", 1500, 2)),
-        *(("cbc_slp", "cube", 1500, 2), ("cbc", "cube", 2**20, 1)),
+        *(("cbc_slp", "cube", 6000, 2), ("cbc", "cube", 2**20, 1)),
     ],
 )
 def test_outputs_and_gradients(

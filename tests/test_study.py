@@ -68,7 +68,7 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     (folder / "figure.png").write_bytes(b"png")
     (folder / "predictions_demo.npz").write_bytes(b"npz")
     with pytest.raises(InputError, match=r"evaluation/summary.csv"):
-        publish(load_tier("starved", ROOT))
+        publish(load_tier("study_flood", ROOT))
     outside = {("demo", "cmx", 0, 7): ["lsgs"]}  # the grid was larger once
     for point, methods in {**tier.grid.points(), **outside}.items():
         parameters = {"dataset": point[0], "model": {"name": point[1]}}
