@@ -189,7 +189,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     """Draw what each method adds to uniform sampling: in the worst scenario, and in the mean.
 
     A point is the mean over replicates of the paired differences, and its bars are their standard
-    errors; uniform is the mean of its arms.
+    errors; uniform is the mean of its arms. A line joins the settings of a method: its front.
 
     Args:
         summary: The columns dataset, backbone, method, seed, mean_iou and worst_iou.
@@ -204,6 +204,10 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
         paired[column] -= paired[f"{column}_of_uniform"]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        settings = rows.groupby("method", sort=False)[columns].mean()
+        for name, front in settings.groupby(lambda method: method.partition("@")[0]):
+            front = front.sort_values("mean_iou")  # the settings of one method, by a line
+            axes.plot(front["mean_iou"], front["worst_iou"], color=method_colour(str(name)), lw=0.8)
         for method, own in rows.groupby("method", sort=False):
             means, errors = own[columns].mean(), own[columns].sem().fillna(0)
             axes.errorbar(
