@@ -71,7 +71,7 @@ def test_the_table_of_a_network(prepared, dataset, monkeypatch):
     seed_weights(0, "pretraining")
     model = build_network("cmx", "demo", patches).eval()
     found = [("demo", "cmx/uniform", patches, model)]
-    monkeypatch.setattr(robustness, "networks_of", lambda grid: iter(found))
+    monkeypatch.setattr(robustness, "networks_of", lambda grid, most: iter(found))
     monkeypatch.setattr(robustness, "DAMAGES", {"all": partial(lose_values, share=1.0)})
     monkeypatch.setattr(robustness, "RATES", (0.0, 0.5))
     scenarios = ScenarioSet.of(patches.modalities)

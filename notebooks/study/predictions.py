@@ -180,8 +180,10 @@ def predict_patches(
     return np.array(predicted).astype(np.uint8)
 
 
-def networks_of(grid: "Collected") -> Iterator[tuple[str, str, PatchDataset, Backbone]]:
-    """Yield the networks of the first fold and seed of every data set.
+def networks_of(
+    grid: "Collected", most: int | None = None
+) -> Iterator[tuple[str, str, PatchDataset, Backbone]]:
+    """Yield the networks of the first fold and seed of every data set, of at most so many methods.
 
     Those before fine-tuning are method "pretrained". A checkpoint that is missing, or was made with
     other parameters, raises `InputError`.
@@ -197,7 +199,7 @@ def networks_of(grid: "Collected") -> Iterator[tuple[str, str, PatchDataset, Bac
         model = build_network(backbone, asked["preset"], test, grid.device)
         network = network_seed(asked["pretraining_seed"], seed)
         folders = {"pretrained": grid.study.pretrained(dataset, backbone, fold, network)}
-        folders |= {n: grid.study.runs(dataset, backbone, fold, seed) / n for n in methods}
+        folders |= {n: grid.study.runs(dataset, backbone, fold, seed) / n for n in methods[:most]}
         for method, folder in folders.items():
             made_with = {"model": model.configuration, "dataset": dataset, "fold": fold}
             made_with |= {} if method == "pretrained" else {"method": method, "seed": seed}

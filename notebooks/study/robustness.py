@@ -87,7 +87,9 @@ class Damaged(nn.Module):
 
 
 def robustness(grid: "Collected") -> pd.DataFrame:
-    """Measure the networks of `networks_of` by every protocol, on some patches of all blocks.
+    """Measure networks by every protocol, on some patches of all blocks.
+
+    They are those of `networks_of` before fine-tuning and with the first method after it.
 
     Returns:
         The columns dataset, network ("backbone/method"), protocol; IoU as `average`, over all
@@ -99,7 +101,9 @@ def robustness(grid: "Collected") -> pd.DataFrame:
     priors = {f"fail {rate}": deployment_prior(scenarios, [rate] * count) for rate in RATES}
     priors = {"average": np.ones(len(scenarios)), **priors}
     rows = []
-    for dataset, name, test, model in tqdm(networks_of(grid), desc="damage", unit="network"):
+    for dataset, name, test, model in tqdm(
+        networks_of(grid, most=1), desc="damage", unit="network"
+    ):
         spread = np.linspace(0, len(test) - 1, grid.parameters["damaged_patches"])
         batches = list(test.batches(size, np.unique(spread.astype(int))))
         calibration = calibration_errors(model, batches, scenarios, test.task_kind)
