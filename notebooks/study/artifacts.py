@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ def _same(recorded: object, wanted: object) -> bool:
     return recorded == json.loads(json.dumps(wanted))
 
 
+@cache
 def _commit() -> str | None:
     """The commit of the source tree that runs, with '+changes' where it was edited."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes"]
