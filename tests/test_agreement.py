@@ -136,7 +136,7 @@ def test_what_cannot_be_compared_says_why(tmp_path, tier):
     changed = dict(tier.sections)
     changed["04_finetuning"] = {**changed["04_finetuning"], "epochs": 7, "threads": 2}
     other = replace(tier, sections=changed)
-    assert why_not_compared(other, tmp_path) == "04_finetuning: epochs is 7 here and 6 there"
+    assert why_not_compared(other, tmp_path) == "04_finetuning: epochs is 7 here and 3 there"
     arguments = whole, by_scenario(), other, tmp_path
     assert "epochs is 7" in compared_with_committed(*arguments, str(tmp_path))[1]
     assert "no published results" in compared_with_committed(*arguments, "nowhere")[1]

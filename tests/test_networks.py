@@ -141,9 +141,10 @@ def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
     found = json.loads(said.splitlines()[0])
     for network in NETWORKS:
         place = re.sub("^results/networks", "results/reference/scores", network.weights)
-        committed = pd.read_csv((ROOT / place).with_name("patch_distortion.csv"), index_col=0)
+        committed = pd.read_csv((ROOT / place).with_name("patch_distortion.csv"))
+        committed = committed.set_index("patch_id").drop(columns="block")
         here = found[network.backbone]
-        there = committed.loc[[*map(int, here)]].drop(columns="block").to_numpy()
+        there = committed.loc[[*map(int, here)]].to_numpy()
         np.testing.assert_allclose([*here.values()], there, rtol=DISTORTION, atol=0)
         p, q = (scenario_probabilities(d.mean(axis=0)).probabilities
                 for d in (np.array([*here.values()]), there))  # fmt: skip
