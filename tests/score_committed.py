@@ -1,5 +1,5 @@
 """Scores the committed networks of the demo in a process of its own, whose environment can ask for
-another rounding: `python score_committed.py PREPARED`. Prints JSON: backbone, patch, d_k(x)."""
+another processor's rounding: `python score_committed.py PREPARED`. Prints JSON: backbone, D, p."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from study.data.patches import PatchDataset
 from study.devices import make_deterministic
 from study.pretraining import load_checkpoint
 
-from lsgs_core import ScenarioSet, build_backbone, score_scenarios
+from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,15 +30,14 @@ def committed_network(backbone: str, patches: PatchDataset):
 def main() -> None:
     make_deterministic(threads=1)
     definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
-    patches = PatchDataset(Path(sys.argv[1]), definition, "land_cover", 0, "training", limit=16)
+    patches = PatchDataset(Path(sys.argv[1]), definition, "land_cover", 0, "training")
     scenarios = ScenarioSet.of(patches.modalities)
     found = {}
     for backbone in ("cbc_slp", "cbc", "cmx"):
         model = committed_network(backbone, patches)
         scores = score_scenarios(model, patches.batches(8), scenarios, progress=False)
-        found[backbone] = dict(
-            zip(scores.patch_ids.tolist(), scores.patch_distortion.tolist(), strict=True)
-        )
+        p = scenario_probabilities(scores.distortion).probabilities
+        found[backbone] = {"D": scores.distortion.tolist(), "p": p.tolist()}
     print(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ from study.checkpoints import load_pretrained
 from study.data.manifest import load_manifest
 from study.files import file_sha256
 
-from lsgs_core import InputError, build_backbone, scenario_probabilities
+from lsgs_core import InputError, build_backbone
 
 MANIFEST = ROOT / "data_manifest.yaml"
 NETWORKS = load_manifest(MANIFEST).networks
@@ -135,20 +135,16 @@ def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
     [pytest.param(name, marks=[pytest.mark.slow] * ("AVX2" in name)) for name in ROUNDINGS],
 )
 def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
-    """Distortions to 1e-4 and their p to 1e-4, in float32, against the committed scoring."""
+    """D to 1e-4 of itself and p to 1e-4, in float32, against the committed scoring."""
     script = ROOT / "tests" / "score_committed.py"
     said = printed(sys.executable, script, prepared_demo, **ROUNDINGS[rounding])
     found = json.loads(said.splitlines()[0])
     for network in NETWORKS:
         place = re.sub("^results/networks", "results/reference/scores", network.weights)
-        committed = pd.read_csv((ROOT / place).with_name("patch_distortion.csv"))
-        committed = committed.set_index("patch_id").drop(columns="block")
+        committed = json.loads((ROOT / place).with_name("probabilities.json").read_text())
         here = found[network.backbone]
-        there = committed.loc[[*map(int, here)]].to_numpy()
-        np.testing.assert_allclose([*here.values()], there, rtol=DISTORTION, atol=0)
-        p, q = (scenario_probabilities(d.mean(axis=0)).probabilities
-                for d in (np.array([*here.values()]), there))  # fmt: skip
-        np.testing.assert_allclose(p, q, atol=PROBABILITY)
+        np.testing.assert_allclose(here["D"], committed["D_sh"], rtol=DISTORTION, atol=0)
+        np.testing.assert_allclose(here["p"], committed["final_probs"], atol=PROBABILITY)
 
 
 @pytest.mark.slow
