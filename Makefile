@@ -15,7 +15,8 @@ export LSGS_NETWORKS := $(NETWORKS)
 
 .PHONY: study book networks reproduce test test-slow bench map data-check lab format outputs lock clean
 
-# Python compiles what it imports: to compile all that is installed takes a minute and a half.
+# Python compiles what it imports, once: to compile all that is installed takes a minute and a half.
+unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	$(PYTHON) -m venv $(VENV)
