@@ -145,6 +145,7 @@ class Method:
     sampler: Callable[[Evidence], ScenarioSampler]
     low_rank: bool = False  # True trains low-rank updates (LoRA) instead of all weights
     stream: str = "scenario"  # purpose of the random numbers that scenarios are drawn with
+    rate: float = 1.0  # multiple of the usual learning rate
 
 
 METHODS: dict[str, Method] = {}
@@ -179,7 +180,7 @@ def find_method(name: str) -> Method:
     """Return the method of a name, such as "lsgs" or "group_dro@mixing=1@step=50".
 
     The settings that follow "@" are the keyword arguments of the method's function, non-negative
-    numbers.
+    numbers, and `rate`, which multiplies the learning rate.
     """
     check_type("method", name, str)
     own, *texts = name.split("@")
@@ -188,7 +189,7 @@ def find_method(name: str) -> Method:
     _, *possible = signature(chosen.sampler).parameters
     for text in texts:
         setting, _, number = text.partition("=")
-        check_choice(f"method {own}: setting", setting, possible)
+        check_choice(f"method {own}: setting", setting, [*possible, "rate"])
         # One way to write a number: two names of one method would be two runs.
         right = re.fullmatch(r"(0|[1-9][0-9]{0,8})(\.[0-9]{0,8}[1-9])?", number)
         if not right or setting in settings:
@@ -197,7 +198,9 @@ def find_method(name: str) -> Method:
     if not settings:
         return chosen
     title = ", ".join([chosen.title, *(f"{key} = {value:g}" for key, value in settings.items())])
-    return replace(chosen, title=title, sampler=partial(chosen.sampler, **settings))
+    rate = settings.pop("rate", 1.0)
+    check_number(f"method {own}: rate", rate, lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000")
+    return replace(chosen, title=title, sampler=partial(chosen.sampler, **settings), rate=rate)
 
 
 @method("uniform", "uniform")

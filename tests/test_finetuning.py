@@ -79,6 +79,14 @@ def test_every_method_runs(start, tmp_path):
     )
 
 
+def test_a_rate_multiplies_the_learning_rate(start, tmp_path):
+    start = replace(start, settings=replace(start.settings, epochs=1, learning_rate=2e-3))
+    expected = {"uniform": 2e-3, "uniform@rate=3": 6e-3, "lora@rate=0.5": 5e-3}
+    for name, rate in expected.items():
+        run = finetune(start, name, tmp_path / name, keep_weights=False)
+        assert run.history["learning_rate"].tolist() == [pytest.approx(rate)]
+
+
 def test_online_measures_the_network_that_is_trained(start, tmp_path):
     asked = []
     first = module._scored_again(start, build())

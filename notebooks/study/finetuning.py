@@ -66,6 +66,7 @@ def finetune(start: Start, name: str, folder: Path, keep_weights: bool = True) -
         seed_weights(start.seed, "finetuning")
         add_lora(model, start.lora_rank)
         settings = replace(settings, learning_rate=start.lora_learning_rate)
+    settings = replace(settings, learning_rate=settings.learning_rate * method.rate)
     device = str(next(model.parameters()).device)
     steps = settings.epochs * len(settings.batch_sizes(len(start.training)))
     evidence = replace(start.evidence, seed=start.seed, epochs=settings.epochs, steps=steps)

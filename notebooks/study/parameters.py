@@ -183,7 +183,11 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
     read_failure_rates(get("failure_rates", ""), scenarios)
     measured_scenarios(scenarios, get("scenario_budget", 0))
     if "drawn_by" in parameters:
-        find_method(parameters["drawn_by"]).sampler(without_evidence(scenarios))
+        method = find_method(parameters["drawn_by"])
+        method.sampler(without_evidence(scenarios))
+        if method.low_rank or method.rate != 1:
+            expected = "a method that trains all weights, without a rate"
+            raise InputError(f"drawn_by: expected {expected}, found {parameters['drawn_by']!r}")
     if {"backbone", "preset"} <= parameters.keys() and not is_own(parameters["backbone"]):
         presets = BACKBONES[parameters["backbone"]][1]
         if parameters["preset"] not in presets:
