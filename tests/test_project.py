@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 from checkout import printed, tracked_files
+from study.pages import tier_page
 from study.parameters import notebook_parameters
 
 from lsgs_core.methods import METHODS
@@ -47,6 +48,11 @@ def test_what_is_installed_is_what_the_extras_say():
     assert "torchvision" not in LOCK
     for name, pinned in EXTRAS.items():
         assert version(name).split("+")[0] == pinned, name
+
+
+@pytest.mark.parametrize("published", sorted((ROOT / "results").glob("*/provenance.json")))
+def test_pages_of_results_are_those_of_their_tables(published):
+    assert published.with_name("README.md").read_text("utf-8") == tier_page(published.parent)
 
 
 DOCUMENTS = [

@@ -42,9 +42,11 @@ def tier_page(folder: Path) -> str:
         agreement = (tables / AGREEMENT).read_text().strip()
         if agreement and not agreement.startswith(NOT_COMPARED):
             lines += _prose(f"Beside [ten further seeds](../reference/README.md): {agreement}.")
+    tested_on = provenance["parameters"]["04_finetuning"]["tested_on"]
+    blocks = "held-out blocks" if tested_on == "test" else f"{tested_on} blocks"
     lines += _prose(
-        "IoU, averaged over the classes, on held-out blocks: mean and, in brackets, standard "
-        "deviation over seeds. Worst scenario: the one that most seeds have."
+        f"IoU, averaged over the classes, on {blocks}: mean and, in brackets, standard deviation "
+        "over seeds. Worst scenario: the one that most seeds have."
     )
     lines += _summary_table(summary)
     if (tables / "trivial.csv").is_file():
