@@ -79,6 +79,16 @@ def test_planned_contrasts_with_two_seeds_are_taken(project):
     assert project(change).setting("evaluation", "contrasts").startswith("lsgs-uniform")
 
 
+def test_validation_blocks_have_no_records_of_the_networks_before(project):
+    def change(tier):
+        tier["grid"] |= {"methods": ["uniform", "lsgs"], "seeds": 2}
+        tier["all"] = {"tested_on": "validation"}
+        tier["05_evaluation"] = {"contrasts": "lsgs-pretrained"}
+
+    with pytest.raises(InputError, match="lsgs-pretrained needs both methods"):
+        project(change)
+
+
 @pytest.mark.parametrize("name", ["dmeo", "../tiers/smoke", "sub/smoke", "", "downloads", "a b"])
 def test_names_that_are_no_tier(project, tmp_path, name):
     project(lambda tier: None)

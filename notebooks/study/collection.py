@@ -34,10 +34,11 @@ class Collected:
     tier: Tier | None  # None if notebooks were run one by one
     # methods of (dataset, backbone, fold, seed)
     points: Mapping[tuple[str, str, int, int], Sequence[str]]
-    tests: Mapping[tuple[str, int], PatchDataset]  # test patches of every (dataset, fold)
+    tests: Mapping[tuple[str, int], PatchDataset]  # patches of every (dataset, fold) tested on
     scenarios: ScenarioSet
     prior: NDArray[np.float64] | None  # of each scenario in deployment, [K]; None is uniform
     records: pd.DataFrame  # of whole replicates, see `collect`
+    before: pd.DataFrame  # those of the pretrained networks, on test blocks whatever runs had
     histories: pd.DataFrame  # learning curves, likewise
     left_out: int  # number of rows of replicates that lack folds
     parameters: Mapping[str, Any]  # of the notebook
@@ -66,9 +67,8 @@ class Collected:
     def lost(self, scores: pd.DataFrame) -> pd.DataFrame:
         """Add to `scores` what each network lost in each scenario before fine-tuning, in IoU."""
         seed = self.parameters["pretraining_seed"]
-        records = self.records[self.records["method"] == "pretrained"]
-        network = records["seed"].map(lambda own: network_seed(seed, own))
-        before = scenario_scores(records.assign(network=network), NETWORK)
+        network = self.before["seed"].map(lambda own: network_seed(seed, own))
+        before = scenario_scores(self.before.assign(network=network), NETWORK)
         full = before[before["scenario"] == self.scenarios.names[self.scenarios.full]]
         before = before.merge(full, on=NETWORK, suffixes=("", "_full"))
         before["lost"] = before["iou_full"] - before["iou"]
@@ -89,11 +89,13 @@ def open_grid(notebook: Mapping[str, Any]) -> Collected:
     tests = {}
     for dataset, fold in sorted({(dataset, fold) for dataset, _, fold, _ in points}):
         source = study.prepared(dataset), known.dataset(dataset), task, fold
-        tests[dataset, fold] = PatchDataset(*source, "test", normalisation, limit or None)
+        tested_on = parameters["tested_on"]
+        tests[dataset, fold] = PatchDataset(*source, tested_on, normalisation, limit or None)
     if not tests:
         raise InputError(f"{study.root}/runs: no run is there; has notebook 04 been run?")
     scenarios = ScenarioSet.of(next(iter(tests.values())).modalities)
-    common = {name: parameters[name] for name in ("task", "normalisation", "evaluation_patches")}
+    names = ["task", "normalisation", "evaluation_patches", "tested_on"]
+    common = {name: parameters[name] for name in names}
     expected = {
         dataset: {**common, "dataset": dataset, "data_sha256": test.data_sha256}
         for (dataset, _), test in tests.items()
@@ -104,9 +106,11 @@ def open_grid(notebook: Mapping[str, Any]) -> Collected:
     made_with["tier_sha256"] = tier.sha256 if tier else ""
     found = collect(study, points, "records.csv", expected, parameters["pretraining_seed"])
     records = whole_replicates(found)
+    pretrained = records["method"] == "pretrained"
+    compared = records if parameters["tested_on"] == "test" else records[~pretrained]
     return Collected(
         study, tier, points, tests, scenarios,
-        read_failure_rates(parameters["failure_rates"], scenarios), records,
+        read_failure_rates(parameters["failure_rates"], scenarios), compared, records[pretrained],
         whole_replicates(collect(study, points, "history.csv", expected)),
         len(found) - len(records), parameters, Record(made_with, device=str(device)), device,
     )  # fmt: skip
@@ -137,7 +141,10 @@ def collect(
             paths["pretrained"] = study.pretrained(dataset, backbone, fold, network)
         paths |= {method: folder / method for method in methods}
         for method, path in paths.items():
-            table = load_table(path / name, {**expected[dataset], "fold": fold})
+            made_with = {**expected[dataset], "fold": fold}
+            if method == "pretrained":  # whose network is always tested on test blocks
+                del made_with["tested_on"]
+            table = load_table(path / name, made_with)
             point: tuple[Any, ...] = dataset, backbone, fold, seed, method
             table = table.assign(**dict(zip(RUN, point, strict=True)))
             tables.append(table[[*RUN, *table.columns.difference(RUN, sort=False)]])

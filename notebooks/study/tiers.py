@@ -45,6 +45,8 @@ NOTEBOOKS = {
 MOST_COUNTED = 10_000  # folds or seeds; more is a typing error that would fill the memory
 # Parameters that can name a file, by stage.
 FILES = {"data": "index_file", "pretraining": "weights", "finetuning": "probabilities"}
+# Parameters of notebook 04 on which notebook 05 would find its runs to be others, hours later.
+READ_AGAIN = ("task", "normalisation", "evaluation_patches", "tested_on")
 # What names a network and a run, and how the names of jobs say it.
 NETWORK = ("dataset", "backbone", "fold", "pretraining_seed")
 RUN = ("dataset", "backbone", "fold", "seed")
@@ -272,8 +274,13 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
             file = tier.setting(stage, setting)
             if file not in ("", "committed", "train") and not (folder / file).is_file():
                 raise InputError(f"{setting}: expected a file, seen from notebooks, found {file!r}")
+        for name in READ_AGAIN:
+            made, read = (tier.setting(stage, name) for stage in ("finetuning", "evaluation"))
+            if made != read:
+                where = f"{NOTEBOOKS['evaluation']}.{name}"
+                raise InputError(f"{where}: expected {made!r} as in notebook 04, found {read!r}")
         if "contrasts" in (content.get(NOTEBOOKS["evaluation"]) or {}):
-            _check_replicates(tier.grid, tier.setting("evaluation", "contrasts"))
+            _check_replicates(tier)
     except InputError as error:
         raise InputError(f"{path.name}: {error}") from error
     return tier
@@ -296,14 +303,15 @@ def _check_grid(tier: Tier) -> None:
             tier.manifest.network(dataset, backbone, fold, pretraining_seed)
 
 
-def _check_replicates(grid: Grid, contrasts: str) -> None:
+def _check_replicates(tier: Tier) -> None:
     """Raise `InputError` where a planned contrast has no data set and backbone with two seeds."""
     seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
-    for (dataset, backbone, _, seed), methods in grid.points().items():
+    before = {"pretrained"} if tier.setting("evaluation", "tested_on") == "test" else set()
+    for (dataset, backbone, _, seed), methods in tier.grid.points().items():
         for method in methods:
-            for name in {method, "pretrained", "uniform" if method in UNIFORM_ARMS else method}:
+            for name in {method, *before, "uniform" if method in UNIFORM_ARMS else method}:
                 seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)
-    for first, second in planned_pairs(contrasts):
+    for first, second in planned_pairs(tier.setting("evaluation", "contrasts")):
         shared = [of.get(first, set()) & of.get(second, set()) for of in seeds.values()]
         if max(map(len, shared)) < 2:
             raise InputError(
