@@ -199,7 +199,8 @@ def find_method(name: str) -> Method:
         return chosen
     title = ", ".join([chosen.title, *(f"{key} = {value:g}" for key, value in settings.items())])
     rate = settings.pop("rate", 1.0)
-    check_number(f"method {own}: rate", rate, lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000")
+    expected = "a number from 0.001 to 1000"
+    check_number(f"method {own}: rate", rate, lambda x: 1e-3 <= x <= 1e3, expected)
     return replace(chosen, title=title, sampler=partial(chosen.sampler, **settings), rate=rate)
 
 

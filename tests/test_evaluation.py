@@ -7,6 +7,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from checkout import ROOT
+from scene import manifest_content
+from study.artifacts import Record, save_table
+from study.collection import open_grid
+from study.data.patches import PatchDataset
 from study.evaluation import (
     AlwaysPositive,
     class_map,
@@ -18,6 +24,9 @@ from study.evaluation import (
     validation_scores,
 )
 from study.losses import paper_loss, segmentation_loss
+from study.parameters import notebook_parameters
+from study.statistics import Counts
+from study.tiers import READ_AGAIN, StudyFolder
 from torchmetrics.functional import f1_score, jaccard_index
 
 from lsgs_core import Batch, InputError, ScenarioSet
@@ -277,3 +286,42 @@ def test_nothing_in_truth_or_prediction_is_no_score_and_no_crash():
     assert np.isnan(list(found.values())).all()
     records = evaluate(Never(), [batch], SCENARIOS, ("x",), "binary").assign(m=1)
     assert summary(records, SCENARIOS, ["m"])["worst_scenario"].item() == ""
+
+
+@pytest.mark.parametrize("tested_on", ["test", "validation"])
+def test_runs_are_compared_on_the_blocks_that_they_were_tested_on(
+    prepared, dataset, raw, wheel, tmp_path, monkeypatch, tested_on
+):
+    """Networks before fine-tuning have test blocks alone, and are left out with other ones."""
+    monkeypatch.chdir(ROOT / "notebooks")
+    manifest, study = tmp_path / "manifest.yaml", StudyFolder(tmp_path / "work")
+    manifest.write_text(yaml.safe_dump(manifest_content(raw, wheel), sort_keys=False), "utf-8")
+    study.prepared("demo").parent.mkdir(parents=True)
+    study.prepared("demo").symlink_to(prepared)
+    notebook = notebook_parameters(ROOT / "notebooks" / "05_evaluation.ipynb")
+    notebook |= {"work": str(study.root), "manifest": str(manifest), "tested_on": tested_on}
+    notebook |= {"evaluation_patches": 0, "pretraining_seed": -1}
+    for seed in (0, 1):
+        folder = study.runs("demo", "cmx", 0, seed)
+        places = {study.pretrained("demo", "cmx", 0, seed): "test"}
+        places |= {folder / method: tested_on for method in ("uniform", "lsgs")}
+        for place, split in places.items():
+            patches = PatchDataset(prepared, dataset, "land_cover", 0, split)
+            scenarios = ScenarioSet.of(patches.modalities)
+            model, about = (
+                AlwaysPositive(len(patches.classes)),
+                (patches.classes, patches.task_kind),
+            )
+            records = evaluate(model, patches.batches(8), scenarios, *about)
+            made_with = {name: notebook[name] for name in READ_AGAIN}
+            if place.parent != folder:
+                del made_with["tested_on"]
+            made_with |= {"dataset": "demo", "fold": 0, "data_sha256": patches.data_sha256}
+            save_table(place / "records.csv", records, Record(made_with))
+            save_table(place / "history.csv", pd.DataFrame({"epoch": [0]}), Record(made_with))
+    grid = open_grid(notebook)
+    assert (grid.before["method"] == "pretrained").all()
+    assert len(grid.before) > 0
+    methods = list(grid.records["method"].unique())
+    assert methods == ["pretrained", "uniform", "lsgs"][tested_on != "test" :]
+    Counts.of(grid.records, methods, grid.scenarios)  # raises where blocks differ

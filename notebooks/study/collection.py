@@ -20,7 +20,7 @@ from study.devices import choose_device, make_deterministic
 from study.evaluation import AlwaysPositive, class_scores, evaluate, scenario_scores
 from study.parameters import checked_parameters
 from study.statistics import whole_replicates
-from study.tiers import StudyFolder, Tier, load_tier, network_seed
+from study.tiers import READ_AGAIN, StudyFolder, Tier, load_tier, network_seed
 
 NETWORK = ["dataset", "backbone", "fold", "network"]
 RUN = ["dataset", "backbone", "fold", "seed", "method"]
@@ -86,16 +86,14 @@ def open_grid(notebook: Mapping[str, Any]) -> Collected:
     points = tier.grid.points() if tier else study.points()
     known, limit = load_manifest(Path(parameters["manifest"])), parameters["evaluation_patches"]
     task, normalisation = parameters["task"], parameters["normalisation"]
-    tests = {}
+    tests, tested_on = {}, parameters["tested_on"]
     for dataset, fold in sorted({(dataset, fold) for dataset, _, fold, _ in points}):
         source = study.prepared(dataset), known.dataset(dataset), task, fold
-        tested_on = parameters["tested_on"]
         tests[dataset, fold] = PatchDataset(*source, tested_on, normalisation, limit or None)
     if not tests:
         raise InputError(f"{study.root}/runs: no run is there; has notebook 04 been run?")
     scenarios = ScenarioSet.of(next(iter(tests.values())).modalities)
-    names = ["task", "normalisation", "evaluation_patches", "tested_on"]
-    common = {name: parameters[name] for name in names}
+    common = {name: parameters[name] for name in READ_AGAIN}
     expected = {
         dataset: {**common, "dataset": dataset, "data_sha256": test.data_sha256}
         for (dataset, _), test in tests.items()
@@ -107,7 +105,7 @@ def open_grid(notebook: Mapping[str, Any]) -> Collected:
     found = collect(study, points, "records.csv", expected, parameters["pretraining_seed"])
     records = whole_replicates(found)
     pretrained = records["method"] == "pretrained"
-    compared = records if parameters["tested_on"] == "test" else records[~pretrained]
+    compared = records if tested_on == "test" else records[~pretrained]
     return Collected(
         study, tier, points, tests, scenarios,
         read_failure_rates(parameters["failure_rates"], scenarios), compared, records[pretrained],
