@@ -276,6 +276,20 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
     return FixedSampler(p)
 
 
+@method("cardinality of predictions", "control")
+def cardinality_prediction(evidence: Evidence) -> ScenarioSampler:
+    """As cardinality, fitted to LSGS on predictions: its control."""
+    target = lsgs_prediction(evidence).probabilities(0)
+    return FixedSampler(distributions.by_cardinality(evidence.scenarios, target))
+
+
+@method("permuted predictions", "control")
+def permuted_prediction(evidence: Evidence) -> ScenarioSampler:
+    """As permuted within, with the probabilities of LSGS on predictions: its decisive control."""
+    target = lsgs_prediction(evidence).probabilities(0)
+    return FixedSampler(distributions.permuted(evidence.scenarios, target, evidence.seed, True))
+
+
 @method("coverage", "successor")
 def coverage(evidence: Evidence) -> ScenarioSampler:
     """Coverage sampling: U is the distortion, K compares latent shifts at half the median distance.

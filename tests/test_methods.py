@@ -58,6 +58,11 @@ def test_what_is_drawn_from():
         assert p(most).argmin() == p(least).argmax() == THREE.full
     assert np.ptp(p("lsgs_strong")) > 2 * np.ptp(p("lsgs"))
     np.testing.assert_allclose(p("cardinality") @ THREE.missing, SCORED @ THREE.missing)
+    predicted, groups = p("lsgs_prediction"), THREE.missing
+    np.testing.assert_allclose(p("cardinality_prediction") @ groups, predicted @ groups)
+    for missing in range(3):  # the same probabilities, of other scenarios
+        own, exchanged = (v[groups == missing] for v in (predicted, p("permuted_prediction")))
+        np.testing.assert_array_equal(np.sort(own), np.sort(exchanged))
     assert p("coverage").min() >= 0.5 / 7 - 1e-9  # mixed with uniform
     assert p("bernoulli").argmax() == THREE.full
     assert p("curriculum").argmax() == THREE.full
@@ -67,7 +72,7 @@ def test_what_is_drawn_from():
 
 
 def test_methods_that_draw_depend_on_the_seed_alone():
-    for name in ("permuted", "permuted_within", "dirichlet"):
+    for name in ("permuted", "permuted_within", "permuted_prediction", "dirichlet"):
         np.testing.assert_array_equal(p(name), p(name))
         drawn = {tuple(p(name, replace(EVIDENCE, seed=seed))) for seed in range(6)}
         assert len(drawn) > 3

@@ -20,6 +20,7 @@ RUN_HERE = {
 # Their notebooks take hours, GPUs, a cluster, or this very test: what they would do is listed.
 LISTED = ["paper", "reference", "scratch", "pilot", "pilot_landsat8", "rates", "lora"]
 LISTED += ["study_demo", "study_landsat7", "study_flood", "study_landsat8", "bounds"]
+LISTED += ["confirmation"]
 QUICK = ("scratch",)  # the others take half a minute each
 LISTED_HERE = {f"make study TIER={tier}" for tier in LISTED}
 RUN_ELSEWHERE = {
