@@ -42,17 +42,25 @@ def tier_page(folder: Path) -> str:
         agreement = (tables / AGREEMENT).read_text().strip()
         if agreement and not agreement.startswith(NOT_COMPARED):
             lines += _prose(f"Beside [ten further seeds](../reference/README.md): {agreement}.")
-    tested_on = provenance["parameters"]["04_finetuning"]["tested_on"]
+    finetuning = provenance["parameters"]["04_finetuning"]
+    if finetuning["pretraining_seed"] >= 0:
+        lines += _prose(
+            "All seeds of a fold fine-tune the same pretrained network: intervals and p-values hold "
+            "for that network, and say nothing about another one."
+        )
+    tested_on = finetuning["tested_on"]
     blocks = "held-out blocks" if tested_on == "test" else f"{tested_on} blocks"
     lines += _prose(
         f"IoU, averaged over the classes, on {blocks}: mean and, in brackets, standard deviation "
-        "over seeds. Worst scenario: the one that most seeds have."
+        "over seeds. The scenario named is the worst one for most seeds."
     )
     lines += _summary_table(summary)
     if (tables / "trivial.csv").is_file():
         trivial = pd.read_csv(tables / "trivial.csv").groupby("dataset", sort=False)["iou"].mean()
         scores = ", ".join(f"{iou:.3f} on {dataset}" for dataset, iou in trivial.items())
-        lines += [f"The predictor that says yes everywhere has {scores}.", ""]
+        lines += _prose(
+            f"A predictor that marks every pixel as every class has an IoU of {scores}."
+        )
     for name, title in (
         ("planned_contrasts", "Contrasts that were fixed beforehand"),
         ("differences", "Every method against uniform"),
@@ -84,8 +92,8 @@ def benchmark_page(folder: Path) -> str:
     lines = _prose(
         f"{record['parameters']['processor']}, threads: {environment['threads']}, PyTorch "
         f"{environment['packages']['torch']}, {environment['date'][:10]}. Medians in seconds, "
-        "the two forms measured in turns: *plain* is the form that defines the networks, "
-        "*ours* what runs. Distortions, outputs and gradients are the same up to rounding."
+        "the two forms measured in turns: *plain* is the published form, *ours* the faster "
+        "one that is used. Distortions, outputs and gradients are the same up to rounding."
     )
     lines += [f"Hours until p is known, for {record['parameters']['patches']} patches:", ""]
     lines += _table([*times], times.itertuples(index=False))
