@@ -53,7 +53,8 @@ class Batch:
                 continue
             check_type(name, value, torch.Tensor)
             check_shape(name, value, shape)
-            if (value.dtype == torch.bool) == name.endswith("ids") or value.is_floating_point():
+            whole = not (value.is_floating_point() or value.is_complex())
+            if (value.dtype == torch.bool) == name.endswith("ids") or not whole:
                 raise InputError(f"{name}: expected booleans, or whole numbers for identifiers")
         if self.target is not None:
             check_type("target", self.target, torch.Tensor)

@@ -16,7 +16,8 @@ Shape = Sequence[int | None]  # None stands for any length
 class InputError(ValueError):
     """One sentence that names a file, field or parameter, what was expected and what was found.
 
-    It is raised before any long computation starts.
+    It is raised before any long computation starts, but for what only the computation shows, such
+    as a latent that is not finite.
     """
 
 

@@ -73,6 +73,10 @@ def published_scoring(
         check_type(name, text, str)
     for name in ("direction", "inverse_temperature", "mixing", "ridge"):
         check_number(f"settings.{name}", settings.get(name), lambda x: True, "a number")
+    check_type("settings.smooth", settings.get("smooth", True), bool)
+    if settings.get("lengthscale", "median") != "median":
+        expected = "a positive number or 'median'"
+        check_number("settings.lengthscale", settings["lengthscale"], lambda x: x > 0, expected)
     scenarios = scores.scenarios
     check_type("scores.scenarios", scenarios, ScenarioSet)
     numbers = {}
@@ -157,9 +161,7 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     fields: dict[str, Any] = {"descriptor": content.get("descriptor", "distortion")}
     for field, (ours, ndim) in ARRAYS.items():
         if field in content:
-            fields[ours] = values = real_numbers(field, content[field])
-            if values.ndim != ndim or len(values) != len(scenarios):
-                raise InputError(f"{field}: expected finite numbers for every scenario")
+            fields[ours] = real_numbers(field, content[field], [len(scenarios), None][:ndim])
     settings: dict[str, Any] = {}
     for ours, field in SETTINGS.items():
         if field in content:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lsgs_core import adaptive, distributions
 from lsgs_core.errors import InputError
 from lsgs_core.probabilities import rbf_kernel, scenario_probabilities
-from lsgs_core.sampling import ScenarioSampler
+from lsgs_core.sampling import FixedSampler, ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
 
 THREE = ScenarioSet.of(["RGB", "NIR", "SWIR"])
@@ -245,3 +245,12 @@ def test_coverage_gives_nothing_to_what_never_happens() -> None:
     utility, prior = np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.5, 0.5])
     p = distributions.coverage(utility, np.eye(3), mixing=1, prior=prior)
     np.testing.assert_allclose(p, [0, 1 / 3, 2 / 3], atol=1e-4)
+
+
+def test_a_fixed_sampler_takes_its_own_state_alone() -> None:
+    sampler = FixedSampler([0.5, 0.5])
+    for same in ([0.5, 0.5], np.array([0.5, 0.5])):
+        sampler.load_state_dict({"probabilities": same})
+    for other in ({"probabilities": np.array([0.4, 0.6])}, {"probabilities": "half"}, {}):
+        with pytest.raises(InputError, match="expected the same scenario probabilities"):
+            sampler.load_state_dict(other)

@@ -168,3 +168,9 @@ def test_an_encoder_that_modalities_share():
         assert torch.equal(model.latent(images, available), expected)
     scores = score_scenarios(model, [images_of(2, 8)], SCENARIOS, progress=False)
     assert scores.distortion[:6].min() > 0
+
+
+def test_there_is_a_value_of_absence_for_every_modality() -> None:
+    model = HookedModel(Foreign(), "encoder", absent=[torch.ones(3)])
+    with pytest.raises(InputError, match="absent: expected 3 tensors, found 1"):
+        model.latent(images_of(2), torch.ones(2, 3, dtype=torch.bool))

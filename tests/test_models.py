@@ -210,7 +210,8 @@ def test_initialisation() -> None:
         ({"name": "cbc", "decoder_depths": ()}, "decoder_depths"),
         ({"name": "cbc", "decoder_depths": (2, 2, 2, 2)}, "decoder_channels"),
         ({"name": "cbc", "attention_heads": 7}, "token_width"),
-        ({"name": "cmx", "decoder_width": 0}, "decoder_width.*counts from 1"),
+        ({"name": "cbc", "stage_blocks": (True,) * 4}, "stage_blocks.*found True"),
+        ({"name": "cmx", "decoder_width": 0}, "decoder_width.*integer from 1"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:

@@ -203,7 +203,8 @@ def test_low_rank_updates_of_branches_and_tokens_are_trained(own, tmp_path):
     assert changed == {f"{layer}.weight" for layer in layers}
     token = torch.nn.Parameter(torch.ones(3))
     inner = build_own(NAME, [3, 3, 3], 1).networks[0]
-    stacked = AdaptedBackbone(HookedModel(inner.model, "1", inner.call, absent=[token]), [3] * 3, 1)
+    absent = [token, torch.zeros(3), torch.zeros(3)]
+    stacked = AdaptedBackbone(HookedModel(inner.model, "1", inner.call, absent=absent), [3] * 3, 1)
     run(tmp_path / "token", stacked)
     assert not torch.equal(token, torch.ones(3))
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lsgs_core.errors import LARGEST_COUNT, InputError, check_choice, shown
+from lsgs_core.errors import InputError, check_choice, check_count, check_number, shown
 from lsgs_core.models.author_weights import load_author_weights
-from lsgs_core.models.backbone import Backbone, is_count
+from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.cbc import CBC, CBC_PRESETS, CBC_SLP_PRESETS
 from lsgs_core.models.cmx import CMX, CMX_PRESETS
 
@@ -55,14 +55,11 @@ def build_backbone(
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise InputError(f"{field}: expected one like {default!r}, found {shown(value)}")
-        parts = value if isinstance(value, tuple) else (value,)
-        if isinstance(default, float):
-            right = 0 <= parts[0] < 1
-        else:
-            right = all(isinstance(part, bool) or is_count(part) for part in parts)
-        if not right:
-            expected = f"counts from 1 to {LARGEST_COUNT} or a rate below 1"
-            raise InputError(f"{field}: expected {expected}, found {shown(value)}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(default, float):
+                check_number(field, part, lambda rate: 0 <= rate < 1, "a rate from 0 to below 1")
+            elif not isinstance(default, bool):
+                check_count(field, part)
         settings[key] = value if isinstance(value, tuple) else type(default)(value)
     chosen = replace(presets[preset], **settings)
     with torch.device("meta"):  # its size is known before any memory is taken
@@ -70,7 +67,8 @@ def build_backbone(
     if size > MOST_PARAMETERS:
         raise InputError(f"settings: expected at most {MOST_PARAMETERS:,} weights, found {size:,}")
     model = kind(bands, classes, chosen)
-    model.configuration = {"name": name, "preset": preset, "bands": list(bands), "classes": classes}
+    sizes = {"bands": list(model.bands), "classes": model.classes}
+    model.configuration = {"name": name, "preset": preset, **sizes}
     for key, value in asdict(chosen).items():
         model.configuration[key] = list(value) if isinstance(value, tuple) else value
     return model

@@ -65,6 +65,7 @@ class HookedModel(nn.Module):
                 raise InputError(f"{field}: expected one of {names[1:20]}, found {shown(name)}")
         self._low_rank = tuple(low_rank)
         check_type("absent", absent, list, tuple, nn.ParameterList, type(None))
+        self._filled = len(absent or ())  # number of modalities, where they have values
         for index, value in enumerate(absent or ()):
             check_type("absent", value, Tensor)
             check_shape("absent", value, [None])
@@ -108,6 +109,8 @@ class HookedModel(nn.Module):
     def forward(self, images: Sequence[Tensor], available: Tensor) -> Any:
         """Return the network's output for the available modalities."""
         check_type("images", images, Sequence)
+        if self._filled not in (0, len(images)):
+            raise InputError(f"absent: expected {len(images)} tensors, found {self._filled}")
         blanked = []
         for index, image in enumerate(Batch(tuple(images), available).images):
             value = getattr(self, f"absent{index}", image.new_zeros(image.shape[1])).to(image.dtype)

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lsgs_core.errors import LARGEST_COUNT, InputError, check_shape, check_type, shown
+from lsgs_core.errors import InputError, check_count, check_shape, check_type
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
 
 Images = Tensor | Sequence[Tensor]
-
-
-def is_count(value: Any) -> bool:
-    """Return True for an integer from 1 to `LARGEST_COUNT`."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
 def zero_absent(features: Tensor, available: Tensor) -> Tensor:
@@ -49,13 +44,10 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, bands: Sequence[int], classes: int, settings: Any = None) -> None:
         super().__init__()
-        right = isinstance(bands, Sequence) and 2 <= len(bands) <= LARGEST_MODALITY_COUNT
-        if not right or not all(map(is_count, bands)):
-            expected = f"2 to {LARGEST_MODALITY_COUNT} counts of at least 1"
-            raise InputError(f"bands: expected {expected}, found {shown(bands)}")
-        if not is_count(classes):
-            raise InputError(f"classes: expected a count of at least 1, found {shown(classes)}")
-        self.bands, self.classes, self.settings = tuple(bands), classes, settings
+        check_type("bands", bands, Sequence)
+        check_count("length of bands", len(bands), 2, LARGEST_MODALITY_COUNT)
+        self.bands = tuple(check_count("bands", count) for count in bands)
+        self.classes, self.settings = check_count("classes", classes), settings
         self.configuration: dict[str, Any] = {}  # `build_backbone` fills it
 
     def forward(self, images: Images, available: Tensor) -> Tensor:

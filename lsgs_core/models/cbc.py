@@ -390,12 +390,8 @@ class CBC(Backbone):
     ) -> Tensor:
         """Return the logits of all heads, [B, heads, classes, H, W].
 
-        Args:
-            latent: Shared latent of `_share`, [B, N, C·M].
-            correlated: Tokens of `_share`, [B, M, N, T], for the private branches.
-            skips: x1…x4 of `_encode`, nothing masked.
-            available: bool [B, M].
-            size: H and W.
+        The shared latent [B, N, C·M] and the correlated tokens [B, M, N, T] are those of `_share`,
+        the skips x1…x4 of `_encode`, nothing masked. The size is H and W.
         """
         if self.settings.private_branches:
             states = zip(self.to_private, correlated.unbind(1), available.unbind(1), strict=True)
