@@ -5,7 +5,7 @@ learns is its state, which is saved with the training state. Arguments that seve
 
 - `prior`: Prior probabilities of the scenarios, [K].
 - `mixing`: gamma as in LSGS, the weight of q in p = (1 - mixing) prior + mixing q, from 0 to 1.
-- `step`: Step size eta of the updates, from 0 to 100.
+- `step`: Step size eta of the updates, from 0 to 100,000.
 - `memory`: Weight of the past in running averages, from 0 to 1.
 - `kernel`: Kernel between scenarios, [K, K].
 """
@@ -21,6 +21,7 @@ from lsgs_core.probabilities import likeliest_ridge, smooth_scores, standardise
 from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
 
 LARGEST_EXPONENT = 700.0  # of e without an overflow
+LARGEST_STEP = 1e5  # far beyond any that serves; runs of few steps have large ones
 LARGEST = 1e300  # size of a loss or a factor, with which no sum overflows
 
 
@@ -115,7 +116,10 @@ class GroupDRO(ScenarioSampler):
 
     def __init__(self, prior: ArrayLike, step: float = 0.01, mixing: float = 0.9) -> None:
         self.prior = check_probabilities(prior)
-        self.step, self.mixing = _range("step", step, 0, 100), _range("mixing", mixing, 0, 1)
+        self.step, self.mixing = (
+            _range("step", step, 0, LARGEST_STEP),
+            _range("mixing", mixing, 0, 1),
+        )
         self.log_weights = _logarithm(self.prior)
 
     def probabilities(self, epoch: int) -> Probabilities:
@@ -157,7 +161,7 @@ class KernelGroupDRO(LossProportional):
         super().__init__(prior, 1.0, mixing, memory)
         self.ridge = 1.0
         self.log_weights = _logarithm(check_probabilities(start, len(self.prior), "start"))
-        self.step = _range("step", step, 0, 100)
+        self.step = _range("step", step, 0, LARGEST_STEP)
         self.smoother = real_numbers("kernel", kernel, [len(self.prior)] * 2)
         self.eigen = np.linalg.eigh(self.smoother)
 
@@ -202,7 +206,7 @@ class Exp3S(ScenarioSampler):
         memory: float = 0.9,
         window: int = 256,
     ) -> None:
-        self.prior, self.step = check_probabilities(prior), _range("step", step, 0, 100)
+        self.prior, self.step = check_probabilities(prior), _range("step", step, 0, LARGEST_STEP)
         self.exploration = _range("exploration", exploration, 0, 1)
         self.memory = _range("memory", memory, 0, 1)
         self.log_weights = _logarithm(self.prior)

@@ -70,9 +70,7 @@ def executed_notebooks(folder: Path) -> dict[str, NotebookNode]:
 
 def write_notebooks(notebooks: Mapping[str, NotebookNode], folder: Path) -> None:
     """Write `<name>.ipynb` for every notebook, and remove other notebooks from the folder."""
-    texts = {
-        f"{name}.ipynb": nbformat.writes(notebook) + "\n" for name, notebook in notebooks.items()
-    }
+    texts = {f"{name}.ipynb": nbformat.writes(one) + "\n" for name, one in notebooks.items()}
     if (size := sum(len(text.encode()) for text in texts.values())) > LARGEST:
         raise InputError(f"{folder}: expected at most {LARGEST} bytes of notebooks, found {size}")
     for other in set(make_folder(folder).glob("*.ipynb")) - {folder / name for name in texts}:

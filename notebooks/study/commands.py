@@ -63,14 +63,13 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
 def reproduce(tier: Tier, run: str, cores: int) -> int:
     """Run one committed result again in a folder of its own, and say whether it is the same.
 
-    The run is such as demo/cmx/lsgs/0/0; "" takes the first one of the last backbone. Returns 0
+    The run is such as demo/cmx/lsgs/0/0; "" takes the last seed of the last backbone. Returns 0
     where it is the same, 1 where it is not or did not finish.
     """
     again = load_tier(tier.name, ROOT, Path("work") / "reproduction")
     if not run:
-        dataset, backbone, fold, seed = list(tier.grid.points())[-1]
-        method = tier.grid.points()[dataset, backbone, fold, seed][0]
-        run = f"{dataset}/{backbone}/{method}/{fold}/{seed}"
+        (dataset, backbone, fold, seed), methods = [*tier.grid.points().items()][-1]
+        run = f"{dataset}/{backbone}/{methods[0]}/{fold}/{seed}"
     single = only(again, run)
     published = ROOT / "results" / tier.name / "evaluation" / "records.csv.xz"
     if not published.is_file():

@@ -109,7 +109,7 @@ def finetune_each(
 
 
 def _scored_again(start: Start, model: torch.nn.Module) -> NDArray[np.float64]:
-    """Score the network as it is now, with the settings of the scoring."""
+    """Score the network as it is now, in all scenarios, with the settings of the scoring."""
     batches = start.training.batches(start.settings.batch_size)
     scores = score_scenarios(model, batches, start.evidence.scenarios, progress=False)
     now = replace(start.evidence, distortion=scores.distortion, latent_shift=scores.latent_shift)

@@ -3,7 +3,8 @@
 Notebooks ask `artifacts.is_made` with parameters, hashes of inputs and the fingerprint of their
 stage's code before long work. Snakemake has the fingerprint as a parameter of each rule, so that it
 starts a notebook again for the same reasons. The code of a stage are the modules below with all
-that they import from this project. Comments, docstrings, layout and what only draws do not count.
+that they import from this project. Comments, docstrings and layout do not count, and a figure of
+the study counts for its evaluation alone.
 """
 
 import ast

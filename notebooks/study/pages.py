@@ -45,8 +45,8 @@ def tier_page(folder: Path) -> str:
     finetuning = provenance["parameters"]["04_finetuning"]
     if finetuning["pretraining_seed"] >= 0:
         lines += _prose(
-            "All seeds of a fold fine-tune the same pretrained network: intervals and p-values hold "
-            "for that network, and say nothing about another one."
+            "All seeds of a fold fine-tune the same pretrained network: intervals and p-values "
+            "hold for that network, and say nothing about another one."
         )
     tested_on = finetuning["tested_on"]
     blocks = "held-out blocks" if tested_on == "test" else f"{tested_on} blocks"
@@ -101,7 +101,7 @@ def benchmark_page(folder: Path) -> str:
         [*case, "plain, seconds", "ours, seconds", "times as fast"],
         ([*r[:6], f"{r.plain:.2f}", f"{r.ours:.2f}", f"{r.ratio:.1f}"] for r in ratios),
     )
-    lines += ["Memory that a training step adds, in GB:", ""]
+    lines += ["Largest resident memory of a process that trains, in GB:", ""]
     lines += _table(
         [*case, "plain", "ours", "ours of plain"],
         ([*r[:6], f"{r.plain:.1f}", f"{r.ours:.1f}", f"{r.ratio:.0%}"] for r in memory),

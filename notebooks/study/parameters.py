@@ -60,7 +60,7 @@ def check_settings(method: str, scenarios: ScenarioSet) -> None:
     p = np.full(len(scenarios), 1 / len(scenarios))
     distortion = np.linspace(1, 0, len(scenarios))
     scoring = Evidence(
-        scenarios, p, distortion, distortion[:, None], steps=10**6, measure=lambda: p,
+        scenarios, p, distortion, distortion[:, None], steps=1, measure=lambda: p,
         prediction_distortion=distortion,
     )  # fmt: skip
     find_method(method).sampler(scoring)  # which looks at the settings
@@ -109,12 +109,10 @@ TYPES: Mapping[str, Any] = {
     **settings.TYPES,
     **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
     **dict.fromkeys(("paper_work", "scorings", "raw", "explored", "reference"), Folder),
-    **dict.fromkeys(("manifest", "weights"), Annotated[Text, Field(min_length=1)]),
-    "tiers": Annotated[Text, Field(min_length=1)],
+    **dict.fromkeys(("manifest", "weights", "tiers"), Annotated[Text, Field(min_length=1)]),
     **dict.fromkeys(("scenes", "missing"), Text),
     **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
-    "dataset": Name,
-    "task": Name,
+    **dict.fromkeys(("dataset", "task"), Name),
     "normalisation": _one_of(get_args(Normalisation)),
     "backbone": Backbone,
     **dict.fromkeys(
@@ -128,11 +126,9 @@ TYPES: Mapping[str, Any] = {
     "methods": Annotated[Text, AfterValidator(_methods)],
     **dict.fromkeys(("patch_size", "patch_stride", "block_size", "growth_size"), Count),
     **dict.fromkeys(("margin", "validation_blocks"), OrDefault),
-    **dict.fromkeys(("training_patches", "evaluation_patches"), Count),
-    **dict.fromkeys(("shown_patches", "damaged_patches"), Count),
-    "scenario_budget": Count,
+    **dict.fromkeys(("training_patches", "evaluation_patches", "shown_patches"), Count),
+    **dict.fromkeys(("damaged_patches", "scenario_budget"), Count),
     "lora_learning_rate": Rate,
-    "lora_rank": Annotated[int, Field(ge=1, le=1024)],
     "direction": Annotated[float, Field(ge=-(10**6), le=10**6), AfterValidator(_not_zero)],
     "descriptor": Literal["distortion", "latent_shift", "availability"],
     **dict.fromkeys(("lengthscale", "inverse_temperature", "tolerance"), Tuning),
@@ -145,8 +141,7 @@ TYPES: Mapping[str, Any] = {
     "modalities": Annotated[int, Field(ge=2, le=LARGEST_MODALITY_COUNT)],
     "patches": Annotated[int, Field(ge=64, le=10**6)],
     "workers": Annotated[int, Field(ge=0, le=1024)],
-    "processes": Annotated[int, Field(ge=1, le=1024)],
-    "threads": Annotated[int, Field(ge=1, le=1024)],
+    **dict.fromkeys(("processes", "threads", "lora_rank"), Annotated[int, Field(ge=1, le=1024)]),
     "device": Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu)(:\d+)?)$")],
 }
 

@@ -101,9 +101,7 @@ def robustness(grid: "Collected") -> pd.DataFrame:
     priors = {f"fail {rate}": deployment_prior(scenarios, [rate] * count) for rate in RATES}
     priors = {"average": np.ones(len(scenarios)), **priors}
     rows = []
-    for dataset, name, test, model in tqdm(
-        networks_of(grid, most=1), desc="damage", unit="network"
-    ):
+    for dataset, name, test, model in tqdm(networks_of(grid, 1), desc="damage", unit="network"):
         spread = np.linspace(0, len(test) - 1, grid.parameters["damaged_patches"])
         batches = list(test.batches(size, np.unique(spread.astype(int))))
         calibration = calibration_errors(model, batches, scenarios, test.task_kind)

@@ -25,7 +25,7 @@ from study.finetuning import Start
 from study.freshness import NotebookStage, fingerprint
 from study.parameters import checked_parameters
 from study.settings import TrainingSettings
-from study.tiers import NOTEBOOKS, StudyFolder
+from study.tiers import NETWORK, NOTEBOOKS, StudyFolder
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class NetworkRun:
     @property
     def network(self) -> tuple[str, str, int, int]:
         """Data set, backbone, fold and seed of the pretraining, which name a network."""
-        names = ("dataset", "backbone", "fold", "pretraining_seed")
-        dataset, backbone, fold, seed = (self.parameters[name] for name in names)
+        dataset, backbone, fold, seed = (self.parameters[name] for name in NETWORK)
         return dataset, backbone, fold, seed
 
     @property
@@ -109,9 +108,7 @@ class NetworkRun:
         """Return what a fine-tuning starts from, whatever its method; see `Start`."""
         decisive = ("training_patches", "evaluation_patches", "tested_on", "processes")
         return Start(
-            **{
-                name: getattr(self, name) for name in ("training", "validation", "test", "settings")
-            },
+            **{n: getattr(self, n) for n in ("training", "validation", "test", "settings")},
             **{n: self.parameters[n] for n in ("seed", "lora_learning_rate", "lora_rank")},
             build=self.pretrained,
             evidence=evidence,

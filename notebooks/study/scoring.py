@@ -22,11 +22,7 @@ from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.randomness import generator
 from lsgs_core.scoring_file import published_scoring
-from lsgs_core.uncertainty import (
-    ToProbabilities,
-    stop_when_precise,
-    stopping_error,
-)
+from lsgs_core.uncertainty import ToProbabilities, stop_when_precise, stopping_error
 from study.artifacts import is_made, load_weights, save_weights
 from study.devices import Processes, in_processes, is_first_process
 

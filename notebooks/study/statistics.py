@@ -118,7 +118,7 @@ def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def common_replicates(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep the seeds that all methods of a data set and backbone have: figures never mix others."""
+    """Keep the seeds that have most methods of their data set and backbone, if possible all."""
     keys = ["dataset", "backbone"]
     methods = table.groupby([*keys, "seed"])["method"].transform("nunique")
     most = methods.groupby([table[key] for key in keys]).transform("max")

@@ -25,14 +25,7 @@ from study.data.folds import default_split
 from study.data.manifest import NAME, Manifest, load_manifest
 from study.data.schema import Strict, read_json, read_yaml, validated
 from study.files import file_sha256, make_folder, written_beside
-from study.parameters import (
-    Backbone,
-    Index,
-    Method,
-    check_against,
-    check_settings,
-    notebook_model,
-)
+from study.parameters import Backbone, Index, Method, check_against, check_settings, notebook_model
 from study.statistics import UNIFORM_ARMS, planned_pairs
 
 NOTEBOOKS = {
@@ -136,10 +129,10 @@ class StudyFolder:
             dataset, backbone, fold, seed, method = path.relative_to(self.root).parts[1:-1]
             point = dataset, backbone, int(fold[len("fold") :]), int(seed[len("seed") :])
             found.setdefault(point, []).append(method)
-        order = list(METHODS)
+        order = {name: number for number, name in enumerate(METHODS)}
 
         def place(method: str) -> tuple[int, str]:
-            return order.index(method.partition("@")[0]), method
+            return order.get(method.partition("@")[0], len(order)), method
 
         return {point: sorted(found[point], key=place) for point in sorted(found)}
 
@@ -288,6 +281,10 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
 
 def _check_grid(tier: Tier) -> None:
     """Check every start of the grid against the manifest, which knows data sets and networks."""
+    sensors = {"+".join(tier.manifest.dataset(name).modalities) for name in tier.grid.datasets}
+    if len(sensors) > 1:  # notebook 05 compares scenarios, hours later
+        expected = "the same modalities in all data sets of a tier"
+        raise InputError(f"datasets: expected {expected}, found {sorted(sensors)}")
     for (dataset, *_), methods in tier.grid.points().items():
         scenarios = ScenarioSet.of(tuple(tier.manifest.dataset(dataset).modalities))
         for method in methods:

@@ -124,13 +124,9 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
             patches.append(patch.flip(-1) if symmetry >= 4 else patch)
         return torch.stack(patches)
 
-    return replace(
-        batch,
-        images=tuple(turn(image) for image in batch.images),
-        target=None if batch.target is None else turn(batch.target),
-        valid=None if batch.valid is None else turn(batch.valid),
-        seen=None if batch.seen is None else turn(batch.seen),
-    )
+    names = [name for name in ("target", "valid", "seen") if getattr(batch, name) is not None]
+    others = {name: turn(getattr(batch, name)) for name in names}
+    return replace(batch, images=tuple(turn(image) for image in batch.images), **others)
 
 
 class _Run:
