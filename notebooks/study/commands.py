@@ -36,7 +36,7 @@ TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pd
 NETWORKS = ROOT / "results" / "networks"
 DOWNLOADS = ROOT / "work" / "downloads"
 NETWORK_FILES = ("weights.safetensors", "model_card.md", "history.csv", "records.csv")
-MOST_DRAWN = 4  # a tier with more networks publishes the tables of each, and not its figures
+MOST_DRAWN = 4  # of more networks, tables are published, without figures and those of patches
 
 
 def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
@@ -228,6 +228,7 @@ def publish(tier: Tier) -> list[Path]:
         kinds = TABLES if many and name in ("pretrained", "scores") else TABLES | FIGURES
         for path in sorted((ROOT / source).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(ROOT / source).parts)
+            hidden |= many and path.name == "patch_distortion.csv"
             if path.suffix in kinds and not hidden and not path.name.endswith(".record.json"):
                 copy = beside / name / path.relative_to(ROOT / source)
                 make_folder(copy.parent)
