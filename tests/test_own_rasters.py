@@ -11,10 +11,10 @@ import pytest
 import rasterio
 import raw_layouts as raw
 import shapely
-from study.data.manifest import Dataset
+from study.data.manifest import Dataset, FoundScenes
 from study.data.patches import make_patches
 from study.data.preparation import PATCH_TABLE, PreparedScene, prepare
-from study.data.raw_files import RawFolder
+from study.data.raw_files import RawFolder, find_scenes
 
 from lsgs_core import InputError
 
@@ -199,6 +199,15 @@ def test_folders_that_are_links(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "disk" / "round").symlink_to(pair)  # a circle
     assert prepare(PAIR, pair, tmp_path / "made").scenes["scene"].modalities == ["optical", "radar"]
     assert sorted(RawFolder(pair).paths)[-1] == "optical.tif"
+
+
+@pytest.mark.parametrize("name", ["a\x01", "a b"])
+def test_a_file_that_gives_no_name_of_a_scene(pair: Path, name: str) -> None:
+    found = {"file": "${place}.tif", "name": "${place}"}
+    dataset = PAIR.model_copy(update={"scenes": {}, "find_scenes": FoundScenes(**found)})
+    (pair / "radar.tif").rename(pair / f"{name}.tif")
+    with pytest.raises(InputError, match="name of a scene"):
+        find_scenes(dataset, pair)
 
 
 @pytest.mark.parametrize(

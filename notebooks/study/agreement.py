@@ -61,10 +61,10 @@ def scoring_sentence(here: Path, committed: Path) -> str:
     """Say in a sentence how far a scoring is from the committed one of the same network."""
     if not committed.is_file():
         return f"{NOT_COMPARED}, which have no such scoring"
-    networks = [_scoring(path)["meta_info"].get("weights_sha256") for path in (here, committed)]
-    if networks[0] != networks[1]:
-        return f"{NOT_COMPARED}: those are of another network"
     try:
+        first, second = (_scoring(path)["meta_info"] for path in (here, committed))
+        if first.get("weights_sha256") != second.get("weights_sha256"):
+            return f"{NOT_COMPARED}: those are of another network"
         d, p = scoring_difference(here, committed)
     except InputError as error:
         return f"{NOT_COMPARED}: {error}"

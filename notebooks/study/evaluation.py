@@ -174,13 +174,8 @@ def calibration_errors(
     Probabilities are sorted into bins of equal width; the error is the mean distance between the
     mean probability of a bin and the share of it that is true, weighted by its pixels. A multiclass
     pixel counts once, with the probability of the class that is predicted; any other counts once
-    for every class. Pixels that no sensor of the scenario sees are left out.
-
-    Args:
-        model: Gives logits [B, C, H, W] for `model(images, available)`; in evaluation mode.
-        batches: Batches with target and valid pixels.
-        scenarios: The scenarios.
-        kind: Kind of the target.
+    for every class. Pixels that no sensor of the scenario sees are left out. The model is in
+    evaluation mode; arguments are those of `evaluate`.
 
     Returns:
         The columns scenario and calibration_error, from 0 to 1; NaN where no pixel counts.

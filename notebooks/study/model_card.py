@@ -21,7 +21,7 @@ def save_model_card(
 ) -> Path:
     """Write `model_card.md` into the folder of a checkpoint, whose record is given.
 
-    The history is None where a checkpoint was loaded; records are of the test patches.
+    The history is None where a checkpoint was loaded; records are of the patches it is tested on.
     """
     dataset, made_with = training.dataset, dict(record.parameters)
     # The code's fingerprint stays in the record: an edit is no news about the network.
@@ -32,7 +32,7 @@ def save_model_card(
         column = f"drawn:{row.scenario}"
         drawn = "" if history is None or column not in history else f"{history[column].mean():.3f}"
         rows.append(f"| {row.scenario} | {drawn} | {row.iou:.3f} | {row.f1:.3f} |")
-    modalities = made_with.get("modalities", {})
+    modalities, tested_on = made_with.get("modalities", {}), made_with.get("tested_on", "test")
     data = [
         f"{dataset.title}; {len(training)} patches of {training.size} × {training.size} pixels, "
         f"fold {made_with['fold']} held out for testing",
@@ -54,7 +54,7 @@ def save_model_card(
         "\n".join([f"- {entry}" for entry in data]),
         "The weights are derived from these data: see their licences before passing them on.",
         "## Scenarios",
-        "IoU and F1 are averaged over the classes, on test patches that no training saw.",
+        f"IoU and F1 are averaged over the classes, on {tested_on} patches that no training saw.",
         "\n".join(["| scenario | drawn in training | IoU | F1 |", "|---|---|---|---|", *rows]),
         "## How it was made",
         f"```json\n{json.dumps({**made_with, 'inputs': inputs}, indent=1)}\n```",

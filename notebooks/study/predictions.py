@@ -222,12 +222,7 @@ def save_predictions(path: Path, predictions: Predictions, record: Record) -> Pa
     """Write predictions as a compressed .npz; equal predictions give equal bytes."""
     arrays: dict[str, Any] = {**vars(predictions)}
     arrays |= {MAP + name: values for name, values in arrays.pop("maps").items()}
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    return save(path, write, record)
+    return save(path, lambda to: np.savez_compressed(to, **arrays), record)
 
 
 def load_predictions(path: Path) -> Predictions:

@@ -132,12 +132,8 @@ class NetworkRun:
 def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:
     """Open the run that a notebook's parameters ask for, and fix threads and kernels.
 
-    Args:
-        stage: "pretraining", "scoring" or "finetuning".
-        notebook: Names and values of the notebook, as `globals()` gives them there.
-
-    Raises:
-        InputError: A parameter cannot be used, or the data are not prepared.
+    Names and values of the notebook are those of its `globals()`. Raises `InputError` where a
+    parameter cannot be used, or the data are not prepared.
     """
     parameters = checked_parameters(NOTEBOOKS[stage], notebook)
     if parameters["pretraining_seed"] < 0:

@@ -52,11 +52,8 @@ def scored(run: "NetworkRun", measured: Measured = "latent") -> ScenarioScores:
     """Return the scoring of a run's pretrained network on its training patches.
 
     A scoring that is there already, of the same weights, data and code, is read instead. One of the
-    latent stops early where the run has a tolerance; patches come in random order then.
-
-    Args:
-        run: The run of notebook 03.
-        measured: What is compared between scenarios: the latent, or the predicted probabilities.
+    latent stops early where the run has a tolerance; patches come in random order then. What is
+    `measured` between scenarios is the latent, or the predicted probabilities.
     """
     parameters, until, stopped_by = run.parameters, None, {}
     if measured == "latent" and parameters["tolerance"]:

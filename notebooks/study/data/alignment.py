@@ -19,7 +19,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
-from rasterio.windows import Window
+from rasterio.windows import Window, subdivide
 
 from lsgs_core.errors import InputError
 from study.data.manifest import Placed
@@ -94,11 +94,7 @@ class Grid:
 
 def windows(height: int, width: int) -> list[Window]:
     """Return windows of at most `STEP` × `STEP` pixels that cover a raster."""
-    return [
-        Window(column, row, min(STEP, width - column), min(STEP, height - row))
-        for row in range(0, height, STEP)
-        for column in range(0, width, STEP)
-    ]
+    return subdivide(Window(0, 0, width, height), STEP, STEP)
 
 
 @contextmanager

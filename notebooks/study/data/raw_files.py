@@ -286,7 +286,10 @@ def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
     scenes: dict[str, dict[str, str]] = {}
     origin: dict[str, Path] = {}
     for variables, path in raw.matches(dataset.find_scenes.file):
-        name = fill(dataset.find_scenes.name, variables)
+        try:
+            name = fill(dataset.find_scenes.name, variables)
+        except ValueError as error:
+            raise InputError(f"{path!r}: gives no name of a scene: {error}") from error
         if not re.fullmatch(manifest.NAME, name):
             raise InputError(
                 f"{path}: {name!r} cannot be the name of a scene, expected {manifest.NAME}"
