@@ -10,7 +10,6 @@ import torch
 from study.artifacts import (
     Record,
     check,
-    describe,
     load_table,
     load_weights,
     save,
@@ -19,7 +18,7 @@ from study.artifacts import (
     save_weights,
 )
 from study.figures import save_figure, use_style
-from study.files import file_sha256, written_beside
+from study.files import file_sha256
 from study.predictions import composite
 
 from lsgs_core import InputError
@@ -81,15 +80,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv", "t.csv.record.json"]
 
 
-def test_written_beside_keeps_the_suffix(tmp_path):
-    with written_beside(tmp_path / "figure.png") as temporary:
-        assert temporary.suffix == ".png"
-        assert temporary.parent == tmp_path
-        temporary.write_bytes(b"x")
-        assert not (tmp_path / "figure.png").exists()
-    assert (tmp_path / "figure.png").read_bytes() == b"x"
-
-
 def test_figures_are_equal_bytes_and_have_records(tmp_path):
     use_style()
     digests = []
@@ -101,13 +91,6 @@ def test_figures_are_equal_bytes_and_have_records(tmp_path):
         digests.append((file_sha256(png), file_sha256(pdf)))
         assert check(png, {"fold": 1})["file"] == f"{name}.png"
     assert digests[0] == digests[1]
-
-
-def test_describing_what_is_there(tmp_path):
-    path = tmp_path / "patches.csv"
-    path.write_text("patch_id\n0\n")
-    describe(path, RECORD)
-    assert check(path, {"seed": 0})["inputs"] == {"weights": "abc"}
 
 
 def test_pictures_and_maps_of_odd_input():

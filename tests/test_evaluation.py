@@ -18,6 +18,7 @@ from study.evaluation import (
     class_map,
     class_scores,
     evaluate,
+    lowest_quarter,
     predict,
     scenario_scores,
     summary,
@@ -178,6 +179,11 @@ def test_summary_finds_the_worst_scenario():
     assert row["worst_scenario"] == "B"
     found = row[["worst_iou", "mean_iou", "full_iou", "drop"]].tolist()
     assert found == pytest.approx([0.1, 0.3, 0.5, 0.2])
+
+
+def test_the_lowest_quarter_is_rounded_up_and_skips_what_is_undefined():
+    scores = np.array([[0.5, 0.1, np.nan, 0.4, 0.3, 0.2, 0.9, 0.8], [np.nan] * 8])
+    np.testing.assert_allclose(lowest_quarter(scores), [0.15, np.nan])  # two of seven; none
 
 
 def test_predictions_and_class_maps():

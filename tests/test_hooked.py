@@ -69,25 +69,13 @@ while queue:  # the packages that the core needs, and those that they need
         continue
     queue += [re.split("[ <>=!~;\\\\[(]", line)[0] for line in lines if "extra ==" not in line]
 
-class Block:
-    blocked = {
-        module
-        for module, packages in importlib.metadata.packages_distributions().items()
-        if not {name.lower().replace("_", "-") for name in packages} & {*allowed, "lsgs-core"}
-    } | {"study"}
-
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in self.blocked:
-            return self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = map(Block, sys.meta_path)
-assert "pandas" in Block.blocked and "torch" not in Block.blocked
+blocked = {
+    module
+    for module, packages in importlib.metadata.packages_distributions().items()
+    if not {name.lower().replace("_", "-") for name in packages} & {*allowed, "lsgs-core"}
+} | {"study"}
+assert "pandas" in blocked and "torch" not in blocked
+sys.modules.update(dict.fromkeys(blocked - sys.modules.keys()))  # importing a None is an error
 for name in sys.argv[1:]:
     import_module(name)
 exec(sys.stdin.read())

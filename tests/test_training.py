@@ -252,6 +252,8 @@ def test_paper_loss_and_sgd_run(tmp_path):
     settings = replace(SETTINGS, protocol="paper", optimiser="sgd", epochs=1)
     _, history = run(tmp_path, small("cbc_slp"), settings)
     assert history["loss"].iloc[0] > np.log1p(np.exp(-1))
+    _, strict = run(tmp_path / "strict", small("cbc_slp"), replace(settings, protocol="strict"))
+    assert history["loss"].iloc[0] < strict["loss"].iloc[0] - 0.1  # which adds a Jaccard loss
 
 
 def test_a_single_patch_left_over_joins_the_batch_before(tmp_path):
