@@ -418,6 +418,8 @@ def checks_parameters(folder: Path, file: str) -> None:
 def loads_weights(folder: Path, _: str) -> None:
     path = folder / "weights.safetensors"
     model = copy.deepcopy(network())
+    with torch.no_grad():
+        next(model.parameters()).zero_()  # which the file's weights replace
     before = copy.deepcopy(model.state_dict())
     try:
         load_checkpoint(model, path)

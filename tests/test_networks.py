@@ -123,8 +123,12 @@ def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
     own = {name: wanted[name] for name in ("model", "modalities", "classes")}
     save_weights(path, model.state_dict(), Record({**own, "dataset": "elsewhere"}))
     other = built(network)
+    with torch.no_grad():
+        next(other.parameters()).zero_()
     found = load_pretrained(other, str(path), write(), wanted)
     assert found.history is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
     save_weights(path, model.state_dict(), Record({**own, "classes": ["a", "b", "c", "d", "e"]}))
     refused(copy, "made with classes", weights=str(path))
     refused(copy, "no such file", weights=str(tmp_path / "nowhere.pth"))
