@@ -116,10 +116,8 @@ class GroupDRO(ScenarioSampler):
 
     def __init__(self, prior: ArrayLike, step: float = 0.01, mixing: float = 0.9) -> None:
         self.prior = check_probabilities(prior)
-        self.step, self.mixing = (
-            _range("step", step, 0, LARGEST_STEP),
-            _range("mixing", mixing, 0, 1),
-        )
+        self.step = _range("step", step, 0, LARGEST_STEP)
+        self.mixing = _range("mixing", mixing, 0, 1)
         self.log_weights = _logarithm(self.prior)
 
     def probabilities(self, epoch: int) -> Probabilities:

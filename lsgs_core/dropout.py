@@ -26,6 +26,8 @@ class ScenarioDropout:
         scenarios: K scenarios of M modalities.
         sampler: A sampler, or the probabilities of the scenarios, [K].
         seed: Random seed of the run; it, `stream` and `stage` are those of `draw_scenarios`.
+        stream: Purpose of the random numbers.
+        stage: Stage of the training.
 
     Example:
         >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])

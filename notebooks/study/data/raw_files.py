@@ -289,7 +289,7 @@ def _variables(dataset: Dataset, raw: RawFolder) -> dict[str, dict[str, str]]:
         try:
             name = fill(dataset.find_scenes.name, variables)
         except ValueError as error:
-            raise InputError(f"{path!r}: gives no name of a scene: {error}") from error
+            raise InputError(f"{str(path)!r}: gives no name of a scene: {error}") from error
         if not re.fullmatch(manifest.NAME, name):
             raise InputError(
                 f"{path}: {name!r} cannot be the name of a scene, expected {manifest.NAME}"
