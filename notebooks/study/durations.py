@@ -30,6 +30,7 @@ BESIDES = {"data": 30, "pretraining": 20, "scoring": 28, "finetuning": 24, "eval
 # pixels, number of training patches, and of test patches.
 PATCHES = {"demo": (64, 293, 93), "landsat7": (32, 268, 69)}
 PATCHES |= {"flood": (64, 59, 24), "landsat8": (32, 440, 114)}
+PATCHES |= {f"{name}_five": PATCHES[name] for name in ("demo", "flood")}
 RESIZED = {"protocol": "strict", "split": "", "patch_size": 0, "patch_stride": 0}
 RESIZED |= {"block_size": 0, "margin": -1, "validation_blocks": -1}
 
