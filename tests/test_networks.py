@@ -126,6 +126,7 @@ def test_ones_own_weights_come_in_by_the_same_door(copy, tmp_path):
     with torch.no_grad():
         next(other.parameters()).zero_()
     found = load_pretrained(other, str(path), write(), wanted)
+    assert found.origin == "a checkpoint of this study"
     assert found.history is None
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name

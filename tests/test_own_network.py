@@ -49,19 +49,41 @@ def good(bands, classes, call=joined, stride=1):
     return HookedModel(nn.Sequential(*layers), "1", call, low_rank=["0", "2"])
 
 
-class looks_at_the_absent(nn.Module):
+class wrapped(nn.Module):
     def __init__(self, bands, classes):
         super().__init__()
         self.inner = good(bands, classes)
-        self.latent = self.inner.latent
 
+    def latent(self, images, available):
+        return self.inner.latent(images, available)
+
+    def forward(self, images, available):
+        return self.inner(images, available)
+
+
+class looks_at_the_absent(wrapped):
     def forward(self, images, available):
         return self.inner(images, available) + images[-1].mean(dim=1, keepdim=True)
 
 
-class mixes_samples(looks_at_the_absent):
+class looks_in_its_latent(wrapped):
+    def latent(self, images, available):
+        return self.inner.latent(images, available) + images[-1].mean(dim=1, keepdim=True)
+
+
+class mixes_samples(wrapped):
     def forward(self, images, available):
         return self.inner(images, available).cumsum(dim=0)
+
+
+class mixes_latents(wrapped):  # as the published code does
+    def latent(self, images, available):
+        return self.inner.latent(images, available).cumsum(dim=0)
+
+
+class draws_its_latent(wrapped):
+    def latent(self, images, available):
+        return torch.rand(len(available), 1, 2, 2)
 
 
 small = lambda bands, classes: good(bands, classes, stride=2)
@@ -139,7 +161,10 @@ def test_nothing_but_the_command_line_imports_it(own, tmp_path):
         ("my_networks:other_type", "forward: expected a Tensor, found {'logits'"),
         ("my_networks:fails", "fails: RuntimeError: .*expected input.* to have 9 channels"),
         ("my_networks:looks_at_the_absent", "pixels of an absent modality: expected at most 0"),
+        ("my_networks:looks_in_its_latent", "pixels of an absent modality: expected at most 0"),
         ("my_networks:mixes_samples", "a patch alone and in a batch: expected at most 0.0001"),
+        ("my_networks:mixes_latents", "a patch alone and in a batch: expected at most 0.0001"),
+        ("my_networks:draws_its_latent", "D of the full scenario: expected at most 0.0001"),
         (NAME, None),
     ],
 )
