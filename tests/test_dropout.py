@@ -1,9 +1,6 @@
-"""The drop-in of other people's loops: plain, Lightning's, accelerate's, in one process and two."""
+"""The drop-in of other people's loops; test_devices.py trains in two processes with it."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -117,41 +114,6 @@ def test_draws_are_those_of_the_method_and_absent_pixels_are_gone():
     has = torch.tensor([[True, False, True]] * 5)
     _, available = dropout(images, [7, 0, 2, 9, 4], 2, has)
     assert not available[:, 1].any()
-
-
-def learned(rank: int = 0, count: int = 1) -> dict:
-    """What a process draws in three epochs, and what the sampler learns there."""
-    dropout, drawn = adaptive(), {}
-    for step, batch in enumerate(np.arange(24).reshape(6, 4)):
-        own = np.array_split(batch, count)[rank]
-        chosen = dropout.draw(own.tolist(), step // 2)
-        dropout.observe(torch.tensor([np.sin(i * k) + 1 for i, k in zip(own, chosen, strict=True)]))
-        drawn |= dict(zip(own.tolist(), chosen.tolist(), strict=True))
-    return {"drawn": list(drawn.items()), "state": dropout.state_dict()}
-
-
-SHARED = """
-import json, sys, torch
-from test_dropout import learned
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-    json.dump(learned(rank, 2), file)
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_draw_and_learn_as_one(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launcher, tmp_path / "shared.py", tmp_path], check=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    one = learned()
-    two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert {i: k for share in two for i, k in share["drawn"]} == dict(one["drawn"])
-    assert two[0]["state"] == two[1]["state"] == one["state"]
 
 
 def test_losses_belong_to_the_last_draw_and_the_state_is_kept():
