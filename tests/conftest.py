@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scene
 import torch
+from checkout import ROOT, copy_checkout
 from study.data.manifest import Dataset, Manifest, load_manifest
 from study.data.patches import make_patches
 from study.data.preparation import prepare
@@ -17,7 +18,6 @@ from study.data.raw_files import fetch
 torch.set_num_threads(1)  # what the notebooks use; more threads give other roundings
 
 REFERENCE = Path(__file__).parent / "reference"
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,12 @@ def prepared_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(definition, fetch(definition.source, ROOT / "work" / "downloads" / "demo"), folder)
     make_patches(definition, folder)
     return folder
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A fresh clone of this checkout."""
+    return copy_checkout(tmp_path)
 
 
 @pytest.fixture(scope="session")

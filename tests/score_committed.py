@@ -1,18 +1,18 @@
 """Scores the committed networks of the demo in a process of its own, whose environment can ask for
-another processor's rounding: `python score_committed.py PREPARED`. Prints JSON: backbone, D, p."""
+another processor's rounding: `python score_committed.py PREPARED`. Prints JSON: D and p."""
 
 import json
 import sys
 from pathlib import Path
 
+import torch
+from checkout import ROOT
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
 from study.devices import make_deterministic
 from study.pretraining import load_checkpoint
 
 from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
-
-ROOT = Path(__file__).parents[1]
 
 
 def committed_network(backbone: str, patches: PatchDataset):
@@ -32,7 +32,7 @@ def main() -> None:
     definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
     patches = PatchDataset(Path(sys.argv[1]), definition, "land_cover", 0, "training")
     scenarios = ScenarioSet.of(patches.modalities)
-    found = {}
+    found = {"capability": torch.backends.cpu.get_cpu_capability()}
     for backbone in ("cbc_slp", "cbc", "cmx"):
         model = committed_network(backbone, patches)
         scores = score_scenarios(model, patches.batches(8), scenarios, progress=False)

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkout import printed
-from study.commands import ROOT
+from checkout import ROOT, printed
 from study.tiers import load_tier
-from test_study import clone, outputs  # noqa: F401 - a fixture
+from test_study import outputs
 
 SCRIPT = Path(__file__).parent / "start_slurm.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -27,7 +26,7 @@ def slurm(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CAN_START, reason="needs root, and SLURM from Debian's packages")
-def test_the_smoke_grid_on_slurm(clone, slurm):  # noqa: F811
+def test_the_smoke_grid_on_slurm(clone, slurm):
     study = sys.executable, "-m", "study", "run", "smoke", "--profile", "profiles/slurm"
     assert "submitted with SLURM jobid" in printed(*study, folder=clone)
     assert len(outputs(clone)) >= 10

@@ -144,6 +144,8 @@ def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
     script = ROOT / "tests" / "score_committed.py"
     said = printed(sys.executable, script, prepared_demo, **ROUNDINGS[rounding])
     found = json.loads(said.splitlines()[0])
+    capability = ROUNDINGS[rounding].get("ATEN_CPU_CAPABILITY", found["capability"])
+    assert found["capability"] == capability.upper()  # and not this processor's
     for network in NETWORKS:
         place = re.sub("^results/networks", "results/reference/scores", network.weights)
         committed = json.loads((ROOT / place).with_name("probabilities.json").read_text())

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from checkout import copy_checkout, printed
+from checkout import ROOT, printed
 from study import networks
 from study.artifacts import Record, save_weights, sidecar_path
 from study.checkpoints import load_network
@@ -26,7 +26,6 @@ from test_training import SCENARIOS, Blobs, run
 from lsgs_core import AdaptedBackbone, HookedModel, InputError
 from lsgs_core.models.lora import add_lora, merge_lora
 
-ROOT = Path(__file__).parent.parent
 NAME = "my_networks:good"
 OWN = """
 import os
@@ -235,9 +234,8 @@ def test_low_rank_updates_of_branches_and_tokens_are_trained(own, tmp_path):
 
 
 @pytest.mark.slow
-def test_segformer_goes_through_the_whole_study(tmp_path):
+def test_segformer_goes_through_the_whole_study(clone):
     """The cells and the tier of notebook A3 in files, as its last section says."""
-    clone = copy_checkout(tmp_path)
     notebook = nbformat.read(clone / "notebooks" / "A3_your_own_network.ipynb", 4)
     code = [c.source for c in notebook.cells if c.cell_type == "code" and "SegformerC" in c.source]
     (clone / "my_networks.py").write_text("\n\n\n".join(code), "utf-8")

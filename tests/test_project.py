@@ -11,13 +11,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from checkout import printed, tracked_files
+from checkout import ROOT, printed, tracked_files
 from study.pages import tier_page
 from study.parameters import notebook_parameters
 
 from lsgs_core.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

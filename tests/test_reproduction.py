@@ -2,10 +2,10 @@
 
 import pandas as pd
 import pytest
+from checkout import ROOT
 from statistics_records import records_of
 from study.reproduction import compare, only
 from study.tiers import StudyFolder, load_tier
-from test_tiers import ROOT
 
 from lsgs_core import InputError
 

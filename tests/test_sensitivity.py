@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.special import softmax
 from study.scoring import VARIED, precision_sentence, sensitivity
+from test_regression import Sum
 
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.distortion import clustered_standard_error
@@ -78,13 +79,6 @@ def to_probabilities(distortion):
     return scenario_probabilities(distortion).probabilities
 
 
-class Latent(torch.nn.Module):
-    """Its latent is the sum of the images that are there."""
-
-    def latent(self, images, available):
-        return sum(i * a[:, None, None, None] for i, a in zip(images, available.T, strict=True))
-
-
 def batches(count: int):
     """Patches of 40 blocks in random order, which differ more between blocks than within."""
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +86,7 @@ def batches(count: int):
     for index, block in enumerate(blocks):
         effect = (1 + block / 40)[:, None, None, None]
         noise = torch.randn(3, 4, 1, 4, 4, generator=generator)
-        images = tuple(one * size * effect for one, size in zip(noise, (1, 2, 3), strict=True))
+        images = tuple(one * effect for one in noise)
         ids = torch.arange(4) + 4 * index
         available = torch.ones(4, 3, dtype=torch.bool)
         yield Batch(images, available, patch_ids=ids, block_ids=block)
@@ -103,7 +97,7 @@ def test_scoring_stops_when_p_is_known():
 
     def scored(tolerance):
         until = stop_when_precise(tolerance, to_probabilities, 400) if tolerance else None
-        return score_scenarios(Latent(), batches(100), scenarios, until=until, progress=False)
+        return score_scenarios(Sum(), batches(100), scenarios, until=until, progress=False)
 
     whole, coarse, fine = scored(0), scored(0.008), scored(0.002)
     assert len(whole.patch_ids) == 400
@@ -142,7 +136,7 @@ def test_the_whole_pass_lies_within_two_stated_errors():
 
 
 def test_what_is_said_of_the_precision():
-    scores = score_scenarios(Latent(), batches(10), ScenarioSet.of([*"ABC"]), progress=False)
+    scores = score_scenarios(Sum(), batches(10), ScenarioSet.of([*"ABC"]), progress=False)
     scene = np.full(7, 0.02)
 
     def said(patches, tolerance):

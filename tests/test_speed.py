@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkout import ROOT
 from study import speed
 from study.data.manifest import Dataset
 from study.data.patches import PatchDataset
@@ -16,7 +17,6 @@ from lsgs_core.models import BACKBONES, build_backbone
 from lsgs_core.models.cbc import Encoder
 from lsgs_core.uncertainty import FEWEST_PATCHES
 
-ROOT = Path(__file__).parents[1]
 SMALL = Case(preset="demo", size=32)
 
 

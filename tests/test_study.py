@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from checkout import copy_checkout, environment, printed
+from checkout import ROOT, environment, printed
 from study import commands
 from study.artifacts import Record, save_table
 from study.commands import MARK, _only_one, end_orphans, main, publish, sweep
@@ -27,7 +27,6 @@ from study.tiers import load_tier
 
 from lsgs_core import InputError
 
-ROOT = Path(__file__).parent.parent
 KILLS = 50
 
 
@@ -206,11 +205,6 @@ def test_how_long_it_takes_is_said(tmp_path):
     after = executed(tier, tmp_path)
     assert list(durations(before, after)) == ["evaluation: 61 seconds in 1 notebook"]
     assert not list(durations(after, after))
-
-
-@pytest.fixture
-def clone(tmp_path):
-    return copy_checkout(tmp_path)
 
 
 def command(tier: str = "smoke") -> list[str]:
