@@ -314,11 +314,9 @@ def test_runs_are_compared_on_the_blocks_that_they_were_tested_on(
         for place, split in places.items():
             patches = PatchDataset(prepared, dataset, "land_cover", 0, split)
             scenarios = ScenarioSet.of(patches.modalities)
-            model, about = (
-                AlwaysPositive(len(patches.classes)),
-                (patches.classes, patches.task_kind),
-            )
-            records = evaluate(model, patches.batches(8), scenarios, *about)
+            classes, kind = patches.classes, patches.task_kind
+            model = AlwaysPositive(len(classes))
+            records = evaluate(model, patches.batches(8), scenarios, classes, kind)
             made_with = {name: notebook[name] for name in READ_AGAIN}
             if place.parent != folder:
                 del made_with["tested_on"]

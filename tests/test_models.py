@@ -13,11 +13,10 @@ from lsgs_core.errors import InputError
 from lsgs_core.models import BACKBONES, Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cbc import Refinement
 from lsgs_core.models.lora import add_lora
+from lsgs_core.scenarios import ScenarioSet
 
 NAMES = tuple(BACKBONES)
-SCENARIOS = torch.tensor(
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool
-)
+SCENARIOS = torch.tensor(ScenarioSet.of(["A", "B", "C"]).masks)
 
 
 def demo(name: str, **settings: Any) -> Backbone:

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.probabilities import scenario_probabilities
+from lsgs_core.scenarios import ScenarioSet
 
 REFERENCE = Path(__file__).parent / "reference"
 NAMES = ("cbc_slp", "cbc", "cmx")
-SCENARIOS = torch.tensor(
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool
-)
+SCENARIOS = torch.tensor(ScenarioSet.of(["A", "B", "C"]).masks)
 
 
 def formula_weights(name: str) -> dict[str, torch.Tensor]:
