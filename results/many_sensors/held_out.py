@@ -1,6 +1,6 @@
-"""How well budgets of scenarios predict the others: `python tests/measure_many_sensors.py`.
+"""How well budgets of scenarios predict the others: `python results/many_sensors/held_out.py`.
 
-It reads D of every scenario in `results/many_sensors` and writes `held_out.csv` and a figure there.
+It reads D of every scenario from the files beside it, and writes `held_out.csv` and a figure there.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from lsgs_core import ScenarioSet, scenario_probabilities
 from lsgs_core.probabilities import total_variation
 from lsgs_core.regression import measured_scenarios, regress_scenarios
 
-FOLDER = Path(__file__).parent.parent / "results" / "many_sensors"
+FOLDER = Path(__file__).parent
 BUDGETS = {5: (16, 20), 8: (40, 48, 60), 10: (40, 50, 60, 80)}
 
 
@@ -51,8 +51,8 @@ if __name__ == "__main__":
         scenarios = ScenarioSet.of([name for name in column.index if "+" not in name])
         for budget in budgets:
             table = held_out(scenarios, column.to_numpy(), budget)
-            rows.append({"M": count, "scenarios": len(scenarios), "budget": budget}
-                        | summary(table))  # fmt: skip
+            about = {"M": count, "scenarios": len(scenarios), "budget": budget}
+            rows.append(about | summary(table))
         others = table[~table["measured"]]
         bars = 1.96 * others["error"]
         panel.errorbar(others["D"], others["predicted"], bars, fmt=".", elinewidth=0.3, alpha=0.6)

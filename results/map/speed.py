@@ -1,4 +1,4 @@
-"""Measure maps of large scenes: `python tests/measure_map.py <folder, 4 GB> > speed.jsonl`.
+"""Measure maps of large scenes: `python results/map/speed.py <folder, 4 GB> > speed.jsonl`.
 
 The demo scene is repeated until it has 2,000 and 10,000 pixels on a side. Notebook 06 maps it with
 the committed CMX, on one thread; processor time and memory are those of its process.
@@ -17,7 +17,7 @@ import torch
 from study.data.manifest import load_manifest
 from study.data.raw_files import fetch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def write_scene(demo: Path, folder: Path, side: int) -> None:
