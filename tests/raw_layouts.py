@@ -8,15 +8,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import geopandas
 import numpy as np
 import rasterio
 import scipy.io
 import shapely
 import yaml
 from numpy.typing import NDArray
+from scene import MANIFEST
 from study.data.manifest import Dataset
 
-MANIFEST = Path(__file__).parents[1] / "data_manifest.yaml"
 ENTRIES: dict[str, Any] = yaml.safe_load(MANIFEST.read_text("utf-8"))["datasets"]
 UTM = "EPSG:32650"
 Codes = dict[str, NDArray[Any]]
@@ -40,6 +41,20 @@ def write_raster(path: Path, pixels: NDArray[Any], driver: str = "GTiff", **prof
 def read_raster(path: Path) -> NDArray[Any]:
     with rasterio.open(path) as raster:
         return raster.read()
+
+
+def rewrite(path: Path, change: Any = lambda pixels: pixels, **place: Any) -> None:
+    """Write a raster again with other pixels, or at another place."""
+    with rasterio.open(path) as raster:
+        profile = {"crs": raster.crs, "transform": raster.transform} | place
+        pixels = raster.read()
+    write_raster(path, np.ascontiguousarray(change(pixels)), **profile)
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """Where the first channel has data, [H, W]."""
+    with rasterio.open(path) as raster:
+        return raster.read_masks(1) > 0
 
 
 def cells(shape: tuple[int, int], values: Any, side: int) -> NDArray[np.uint8]:
@@ -138,11 +153,11 @@ COLOURS = ["000000", "ffffff", "0000ff", "00ffff", "00ff00", "ffff00", "ff0000"]
 DARK = np.s_[40:48, 8:20]  # where near infrared is 0
 
 
-def write_potsdam(folder: Path, side: int = 96) -> Codes:
+def write_potsdam(folder: Path) -> Codes:
     """Ten tiles of both lists of the contest."""
     expected, palette = {}, np.array([list(bytes.fromhex(c)) for c in COLOURS], dtype=np.int64)
     for number, tile in enumerate(TILES):
-        codes = np.roll(cells((side, side), range(1, 7), 16), 16 * number, axis=1)
+        codes = np.roll(cells((96, 96), range(1, 7), 16), 16 * number, axis=1)
         codes[::16], codes[:, ::16] = 0, 0  # boundaries
         labels = np.moveaxis(palette[codes], -1, 0)
         if tile in LOSSY:
@@ -176,11 +191,11 @@ RAW_VALUES = [*range(13), 255]
 PER_COLUMN, PER_ROW = 3.0, -4.0  # metres of height per pixel of 10 m
 
 
-def write_hunan(folder: Path, side: int = 64) -> Codes:
+def write_hunan(folder: Path) -> Codes:
     """Eight patches in three splits; the training split is georeferenced, the others are not."""
     expected: Codes = {}
     for split, number, name in ((s, n, i) for s, ids in HUNAN.items() for n, i in enumerate(ids)):
-        raw = np.roll(cells((side, side), RAW_VALUES, 8), 8 * number, axis=1)
+        raw = np.roll(cells((64, 64), RAW_VALUES, 8), 8 * number, axis=1)
         looked_up = np.take(PUBLISHED, np.where(raw == 255, 12, raw))
         codes = np.where(looked_up == 255, 255, looked_up.clip(max=6) + 1).astype(np.uint8)
         optical = signal(codes, 12, len(expected), 1000).astype(np.uint16)
@@ -201,9 +216,9 @@ def write_hunan(folder: Path, side: int = 64) -> Codes:
     return expected
 
 
-def write_author_patches(folder: Path, count: int = 12, side: int = 32) -> Codes:
+def write_dstl_patches(folder: Path, count: int = 12) -> Codes:
     """Patches whose files are written in another order in every folder."""
-    codes = [cells((side, side), [0, 1, 1, 0, 1], 8 + n) for n in range(count)]
+    codes = [cells((32, 32), [0, 1, 1, 0, 1], 8 + n) for n in range(count)]
     stacks = [np.moveaxis(signal(c, 20, n) + 500 * n, 0, -1) for n, c in enumerate(codes)]
     names = [f"6010_{n}_patch{n * 7 % count}" for n in range(count)]
     arrays = {"RGBs": [s[..., :3].astype(np.uint16) for s in stacks], "all20Ch": stacks}
@@ -240,6 +255,14 @@ def ground(pixel: float = 10, left: float = 5e5, crs: str = UTM) -> dict[str, An
     return {"crs": crs, "transform": rasterio.Affine(pixel, 0, left, 0, -pixel, 3e6)}
 
 
+ENTRIES["fields"] = ENTRIES["pair"] | {
+    "labels": {
+        "kind": "polygons", "file": "fields.gpkg", "column": "use",
+        "values": {"low": [1], "high": 2},
+    },
+}  # fmt: skip
+
+
 def write_pair(folder: Path, clouded: tuple[slice, slice] = np.s_[:40, :20]) -> Codes:
     """One scene with clouds over a part of two patches, a corner of which radar lacks too."""
     ids = cells((96, 96), [1, 2, 2], 8)
@@ -250,3 +273,27 @@ def write_pair(folder: Path, clouded: tuple[slice, slice] = np.s_[:40, :20]) -> 
         write_raster(folder / f"{name}.tif", pixels, **ground())
     ids[:4, :4] = 255
     return {"scene": ids}
+
+
+def write_fields(folder: Path) -> Codes:
+    """The same with polygons as labels: half of the scene is of one value, half of another."""
+    write_pair(folder)
+    draw_fields(folder / "fields.gpkg")
+    codes = np.repeat([[1] * 48 + [2] * 48], 96, axis=0)
+    codes[:4, :4] = 255
+    return {"scene": codes}
+
+
+def draw_fields(
+    path: Path, values: Any = (1, 2), column: str = "use", crs: str | None = UTM,
+    shift: float = 0, corner: float = 0, kind: str = "geometry", **options: Any,
+) -> None:  # fmt: skip
+    """Write polygons, or what GeoPandas makes of them; those after the second lie elsewhere."""
+    shapes = []
+    for left in (5e5, 5e5 + 480, *[0] * (len(values) - 2)):
+        (west, south), (east, north) = (left + shift, 3e6 - 960), (left + shift + 480, 3e6)
+        edge = [(west, north), (west, south), (east + corner, south), (east, north)]
+        shapes.append(shapely.Polygon(edge))
+    frame = geopandas.GeoDataFrame({column: values}, geometry=shapes, crs=crs)
+    frame.geometry = getattr(frame, kind)
+    frame.to_file(path, **options)

@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import geopandas
 import numpy as np
 import pytest
 import rasterio
 import raw_layouts as raw
 import scipy.io
-import shapely
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -64,7 +62,7 @@ NAMED: dict[str, Any] = {
     "<10**400>": 10**400, "<2**63>": 2**63, "<complex>": 1j, "<object>": object(), "<set>": {1},
     "<long>": "a" * 9999, "<nul>": "a\0b", "<bytes>": b"abc", "<nan array>": np.full(7, np.nan),
     "<tensor>": torch.ones(2, 3), "<deep>": functools.reduce(lambda x, _: [x], range(900), []),
-    "<13 modalities>": {f"m{n}": ["VV"] for n in range(13)}, "<lambda>": lambda *_: 1 / 0,
+    "<13 modalities>": {f"m{n}": ["VV"] for n in range(13)},
     "<254 values>": {f"v{n}": n for n in range(254)}, "<text array>": np.array(["a"] * 7),
     "<13 names>": [f"m{n}" for n in range(13)], "<empty array>": np.zeros((0, 7)),
 }  # fmt: skip
@@ -111,13 +109,6 @@ def edit(path: Path, change: dict[str, Any], within: str = "") -> None:
 # --- what is done to files ------------------------------------------------------------------------
 
 
-def rewrite(path: Path, change: Callable[[Any], Any] = lambda pixels: pixels, **place: Any) -> None:
-    pixels = change(raw.read_raster(path))
-    with rasterio.open(path) as raster:
-        profile = {"crs": raster.crs, "transform": raster.transform}
-    raw.write_raster(path, np.ascontiguousarray(pixels), **profile | place)
-
-
 def reclaim(path: Path, profile: dict[str, Any]) -> None:
     """A raster of this size and kind, of which no pixel is written."""
     whole = {"driver": "GTiff", "count": 3, "dtype": "uint8", "SPARSE_OK": True} | raw.ground()
@@ -127,6 +118,7 @@ def reclaim(path: Path, profile: dict[str, Any]) -> None:
 
 
 def placed(profile: dict[str, Any]) -> dict[str, Any]:
+    """With a transform in place of its six numbers."""
     if profile.get("transform"):
         return profile | {"transform": rasterio.Affine(*profile["transform"])}
     return profile
@@ -194,57 +186,49 @@ class Fuse:
         return (sys.exit, ("code of a file was run",))
 
 
-def weights(path: Path, change: dict[str, Any]) -> None:
-    """Entries of a checkpoint that are missing, or others by a name of what is done to them."""
-    entries = dict(network().state_dict())
+def changed(entries: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a checkpoint, some by a name of what is done to them; all others are the same."""
+    entries = dict(entries)
     for name, how in change.items():
         tensor = entries.pop(name, torch.ones(1))
         match how:
-            case "wider":
-                entries[name] = torch.zeros(*tensor.shape, 2)
+            case "missing":
+                pass
             case "renamed":
                 entries[f"{name}x"] = tensor
+            case "wider":
+                entries[name] = torch.zeros(*tensor.shape, 2)
+            case "shorter":
+                entries[name] = tensor[:1]
             case float():
-                entries[name] = torch.full(tensor.shape, how)
+                entries[name] = torch.full(tensor.shape, how, dtype=torch.float64)
             case str() if hasattr(torch, how):
                 entries[name] = tensor.to(getattr(torch, how))
+            case _:
+                entries[name] = how
+    return entries
+
+
+def weights(path: Path, change: dict[str, Any]) -> None:
+    """A checkpoint of ours with its record, some of whose entries are others."""
+    zeros, ones = ({name: [value] * 3 for name in "ABC"} for value in (0.0, 1.0))
     description = {
         "bands": {name: list("rgb") for name in "ABC"}, "classes": ["x"], "task_kind": "binary",
-        "patch_size": 64, "pixel_size": 10.0, "means": {name: [0.0] * 3 for name in "ABC"},
-        "deviations": {name: [1.0] * 3 for name in "ABC"},
+        "patch_size": 64, "pixel_size": 10.0, "means": zeros, "deviations": ones,
     }  # fmt: skip
     made_with = {"model": network().configuration, "description": description}
-    save_weights(path, entries, Record(made_with))
+    save_weights(path, changed(network().state_dict(), change), Record(made_with))
 
 
-def authors(path: Path, change: dict[str, Any], wrapper: str = "", prefix: str = "") -> None:
-    """A checkpoint in the authors' layout, whose entries take no space, with other entries."""
+def authors(path: Path, change: dict[str, Any], wrapper: str = "") -> None:
+    """A checkpoint in the authors' layout, whose entries take no space but for the changed ones."""
     listed = json.loads((ROOT / "tests" / "reference" / "cbc.state_dict.json").read_text())
-    entries: dict[str, Any] = {
+    entries = {
         name: torch.zeros((), dtype=getattr(torch, entry["dtype"])).expand(entry["shape"])
         for name, entry in listed.items()
     }
-    for name, how in change.items():
-        tensor = entries.pop(name, torch.ones(1))
-        if isinstance(how, str) and how in ("double", "long", "cfloat"):
-            entries[name] = getattr(tensor, how)()
-        elif how != "missing":
-            entries[name] = tensor[:1] if how == "shorter" else named(how)
-            if isinstance(how, float):
-                entries[name] = torch.tensor(how).expand(tensor.shape)
-    entries = {f"{prefix}{name}": entry for name, entry in entries.items()}
+    entries = changed(entries, change)
     torch.save({wrapper: entries} if wrapper else entries, path)
-
-
-def draw(path: Path, change: dict[str, Any]) -> None:
-    """Half of the scene is of one value, half of another; or something else."""
-    given = {"column": "use", "values": [1, 2], "shift": 0.0, "crs": raw.UTM, "kind": "geometry"}
-    given |= {"layer": "land", "mode": "w"} | change
-    boxes = [shapely.box(x, 3e6 - 960, x + 480, 3e6) for x in (5e5, 5e5 + 480)]
-    column = {given["column"]: given["values"]}
-    frame = geopandas.GeoDataFrame(column, geometry=boxes, crs=given["crs"])
-    frame.geometry = getattr(frame.translate(given["shift"]), given["kind"])
-    frame.to_file(path, driver="GPKG", layer=given["layer"], mode=given["mode"])
 
 
 DEEDS: dict[str, Callable[..., Any]] = {
@@ -261,12 +245,12 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "flipped": flip,
     "twice": twice,
     "swapped": lambda path, other: shutil.copy(path.with_name(other), path),
-    "plus": lambda path, number: rewrite(path, lambda pixels: pixels + number),
-    "times": lambda path, number: rewrite(path, lambda pixels: pixels * number),
-    "channels": lambda path, *chosen: rewrite(path, lambda pixels: pixels[list(chosen)]),
-    "smaller": lambda path, rows: rewrite(path, lambda pixels: pixels[:, :rows]),
-    "as": lambda path, kind: rewrite(path, lambda pixels: pixels.astype(kind)),
-    "placed": lambda path, place: rewrite(path, **placed(place)),
+    "plus": lambda path, number: raw.rewrite(path, lambda pixels: pixels + number),
+    "times": lambda path, number: raw.rewrite(path, lambda pixels: pixels * number),
+    "channels": lambda path, *chosen: raw.rewrite(path, lambda pixels: pixels[list(chosen)]),
+    "smaller": lambda path, rows: raw.rewrite(path, lambda pixels: pixels[:, :rows]),
+    "as": lambda path, kind: raw.rewrite(path, lambda pixels: pixels.astype(kind)),
+    "placed": lambda path, place: raw.rewrite(path, **placed(place)),
     "declared": reclaim,
     "named": name_channel,
     "mat": lambda path, name, *shape: scipy.io.savemat(path, {name: np.zeros(shape)}),
@@ -274,7 +258,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "wheel": wheel,
     "weights": weights,
     "authors": authors,
-    "polygons": draw,
+    "polygons": lambda path, change: raw.draw_fields(path, **change),
     "pickle": lambda path: path.write_bytes(pickle.dumps({"model": Fuse()})),
     "torch": lambda path: torch.save({"model": Fuse()}, path),
     "described": lambda path: describe(path, Record({})),
@@ -296,20 +280,7 @@ def manifest(folder: Path, name: str) -> None:
 
 def layout(folder: Path, name: str) -> None:
     manifest(folder, name)
-    writer = "author_patches" if name == "dstl_patches" else name
-    np.savez(folder / "expected.npz", **getattr(raw, f"write_{writer}")(folder / "raw"))
-
-
-def polygons(folder: Path) -> None:
-    """A pair of sensors with polygons as labels."""
-    layout(folder, "pair")
-    labels = {"kind": "polygons", "file": "fields.gpkg", "column": "use"}
-    labels |= {"values": {"low": [1], "high": 2}}
-    edit(folder / "manifest.yaml", {"datasets.pair.labels": labels})
-    draw(folder / "raw" / "fields.gpkg", {})
-    codes = np.repeat([[1] * 48 + [2] * 48], 96, axis=0)
-    codes[:4, :4] = 255
-    np.savez(folder / "expected.npz", scene=codes)
+    np.savez(folder / "expected.npz", **getattr(raw, f"write_{name}")(folder / "raw"))
 
 
 def prepared(folder: Path) -> None:
@@ -381,7 +352,9 @@ def prepares(folder: Path, _: str) -> None:
     except InputError:
         assert not (folder / "prepared").exists()
         raise
-    for scene, codes in np.load(folder / "expected.npz").items():
+    expected = np.load(folder / "expected.npz")
+    assert set(record.scenes) == set(expected)
+    for scene, codes in expected.items():
         assert (raw.read_raster(folder / "prepared" / scene / "labels.tif")[0] == codes).all()
     assert record.complete
 
@@ -512,7 +485,7 @@ DOES: dict[str, Callable[[Path, str], Any]] = {
     "main": runs_command,
     "fetch": fetches,
 }
-VALID = manifest, layout, polygons, prepared, project, files, served
+VALID = manifest, layout, prepared, project, files, served
 BASES: dict[str, Callable[..., None]] = {base.__name__: base for base in VALID}
 
 
