@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -38,8 +39,7 @@ from lsgs_core.sampling import FixedSampler
 # Rasters without georeference are what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
-WRITERS = {"dstl": raw.write_dstl, "potsdam": raw.write_potsdam, "hunan": raw.write_hunan}
-WRITERS |= {"dstl_patches": raw.write_author_patches, "pair": raw.write_pair}
+LAYOUTS = ["dstl", "dstl_patches", "potsdam", "hunan", "pair"]
 SLIDING: dict[str, Any] = {"size": 32, "stride": 16}
 BLOCKS = SLIDING | {"count": 3, "block_size": 64, "margin": 8, "validation_blocks": 1}
 PAIR = raw.dataset("pair")
@@ -55,7 +55,7 @@ def layout_of(tmp_path_factory: pytest.TempPathFactory) -> LayoutOf:
     def make(name: str) -> SimpleNamespace:
         folder, prepared = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared")
         made = SimpleNamespace(raw=folder, prepared=prepared, dataset=raw.dataset(name))
-        made.expected = WRITERS[name](folder)
+        made.expected = getattr(raw, f"write_{name}")(folder)
         made.record = prepare(made.dataset, folder, prepared)
         return made
 
@@ -73,20 +73,9 @@ def on(pattern: str, change: Damage) -> Damage:
     return lambda folder: [change(path) for path in list(folder.rglob(pattern))]
 
 
-def rewrite(pattern: str, change: Any = lambda pixels: pixels, **profile: Any) -> Damage:
-    """Write rasters again with other pixels, or with other places."""
-
-    def write(path: Path) -> None:
-        with rasterio.open(path) as raster:
-            given = {"crs": raster.crs, "transform": raster.transform} | profile
-        raw.write_raster(path, change(raw.read_raster(path)), **given)
-
-    return on(pattern, write)
-
-
-def mask(path: Path) -> NDArray[np.bool_]:
-    with rasterio.open(path) as raster:
-        return raster.read_masks(1) > 0
+def rewrite(pattern: str, *change: Any, **place: Any) -> Damage:
+    """Write rasters again with other pixels, or at other places."""
+    return on(pattern, lambda path: raw.rewrite(path, *change, **place))
 
 
 def backbone(patches: PatchDataset) -> Any:
@@ -155,14 +144,9 @@ def test_it_trains_on_the_raw_layout(
     assert np.isfinite(run(patches, tmp_path, backbone(patches)))
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_labels_are_those_of_an_independent_oracle(layout_of: LayoutOf, name: str) -> None:
-    layout = layout_of(name)
-    assert set(layout.record.scenes) == set(layout.expected)  # DSTL's unlabelled image is left out
-    for scene, codes in layout.expected.items():
-        found = raw.read_raster(layout.prepared / scene / "labels.tif")[0]
-        np.testing.assert_array_equal(found, codes)
-    report = check_data(layout.dataset, layout.raw)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_data_check_finds_nothing_wrong(layout_of: LayoutOf, name: str) -> None:
+    report = check_data(layout_of(name).dataset, layout_of(name).raw)
     assert (report.state, report.problems) == ("ready", [])
 
 
@@ -183,7 +167,9 @@ def test_coarse_bands_are_stretched_over_the_image(layout_of: LayoutOf, image: s
 def test_near_infrared_of_0_hides_nothing(layout_of: LayoutOf, tile: str) -> None:
     """Whether GDAL tags the fourth channel as alpha or not."""
     names = ("RGB", "NIR", "height")
-    rgb, nir, heights = (mask(layout_of("potsdam").prepared / tile / f"{n}.tif") for n in names)
+    rgb, nir, heights = (
+        raw.read_mask(layout_of("potsdam").prepared / tile / f"{n}.tif") for n in names
+    )
     assert nir.all()
     assert heights.all(axis=0).tolist() == [True] * 95 + [tile != raw.NARROW]
     assert rgb.all()
@@ -246,16 +232,6 @@ def test_tiles_may_lack_a_modality(copied: Copied, tmp_path: Path) -> None:
     assert scored(patches) == patches.patch_ids[~lacking].tolist()
 
 
-def test_black_as_nodata_takes_no_channel_from_a_colour(
-    layout_of: LayoutOf, copied: Copied, tmp_path: Path
-) -> None:
-    layout, folder = layout_of("potsdam"), copied("potsdam")
-    rewrite("*noBoundary.tif", nodata=0)(folder)
-    prepare(layout.dataset, folder, tmp_path)
-    made = [raw.read_raster(at / "2_10/labels.tif") for at in (layout.prepared, tmp_path)]
-    np.testing.assert_array_equal(*made)
-
-
 UTM33 = {"transform": rasterio.Affine(0.05, 0, 366976.5, 0, -0.05, 5808718.5)}
 TAGGED = UTM33 | {"crs": "EPSG:32633"}
 
@@ -292,7 +268,7 @@ def test_hunan_bands(layout_of: LayoutOf, scene: str) -> None:
     slope = np.degrees(np.arctan(np.hypot(raw.PER_COLUMN, raw.PER_ROW) / 10))
     np.testing.assert_allclose(terrain[2], slope, atol=1e-3)
     # The hole in the heights of train_10, and the four pixels beside it.
-    assert (~mask(layout.prepared / "train_10/terrain.tif")).sum() == 5
+    assert (~raw.read_mask(layout.prepared / "train_10/terrain.tif")).sum() == 5
 
 
 def test_patches_are_paired_by_name(layout_of: LayoutOf) -> None:
@@ -386,10 +362,8 @@ def test_scenes_that_show_the_same_ground(crs: str, metres: int, part: str, refu
     table = pd.DataFrame({"scene": ["a", "b"], "row": 0, "column": 0, "size": 50})
     table["fold_0"] = ["training", part]
     check_separation(table, 0, 0)  # two scenes of unknown places
-    if refused:
-        with pytest.raises(InputError, match=f"fold 0: 1 training patches of scene a .* {part}"):
-            check_separation(table, 0, 0, scenes)
-    else:
+    sentence = f"fold 0: 1 training patches of scene a .* {part}"
+    with pytest.raises(InputError, match=sentence) if refused else nullcontext():
         check_separation(table, 0, 0, scenes)
 
 
@@ -423,8 +397,8 @@ class Flipped(PatchDataset):
 def test_what_no_present_modality_sees_is_not_counted(layout_of: LayoutOf, tmp_path: Path) -> None:
     prepared, kinds = layout_of("pair").prepared, (PatchDataset, Flipped)
     clouds = raw.read_raster(layout_of("pair").raw / "clouds.tif")[0] > 0
-    np.testing.assert_array_equal(mask(prepared / "scene/optical.tif"), ~clouds)
-    assert (~mask(prepared / "scene/radar.tif")).sum() == 16
+    np.testing.assert_array_equal(raw.read_mask(prepared / "scene/optical.tif"), ~clouds)
+    assert (~raw.read_mask(prepared / "scene/radar.tif")).sum() == 16
     make_patches(PAIR, prepared)
     for fold, hidden, corner in ((0, 32 * 20, 16), (1, 8 * 20, 0)):  # in the test patches of each
         both = [kind(prepared, PAIR, "land_cover", fold, "test") for kind in kinds]
@@ -474,7 +448,7 @@ def test_a_hole_in_one_channel_is_a_hole(copied: Copied, tmp_path: Path, pixel: 
     bands[0, side // 4 : side // 2, side // 4 : side // 2] = 9
     raw.write_raster(folder / "optical.tif", bands, nodata=9, **raw.ground(pixel))
     prepare(raw.dataset("pair", masks={}), folder, tmp_path)
-    seen = mask(tmp_path / "scene/optical.tif")
+    seen = raw.read_mask(tmp_path / "scene/optical.tif")
     assert not seen[25:47, 25:47].any()
     assert seen.sum() >= 96**2 - 26**2
     assert set(raw.read_raster(tmp_path / "scene/optical.tif")[:, seen].flat) == {50}
@@ -489,38 +463,16 @@ def test_nodata_and_an_alpha_channel_both_hide_pixels(copied: Copied, tmp_path: 
     optical = {"file": "optical.tif", "channels": [1, 2]}
     changes = {"modalities": {"optical": optical, "radar": ["VV"]}, "masks": {}}
     prepare(raw.dataset("pair", **changes), folder, tmp_path)
-    seen = mask(tmp_path / "scene/optical.tif")
+    seen = raw.read_mask(tmp_path / "scene/optical.tif")
     assert seen.all(axis=1).tolist() == [False] * 30 + [True] * 66
-
-
-@pytest.mark.parametrize("nodata", [-1, 70000])
-def test_nodata_that_a_file_cannot_hold(copied: Copied, tmp_path: Path, nodata: int) -> None:
-    """Else it would wrap to 65535 or 4464, and what lies outside the file would hold that."""
-    bands = {"file": "optical.tif", "channels": [1, 2], "nodata": nodata}
-    dataset = raw.dataset("pair", modalities={"optical": bands, "radar": ["VV"]}, masks={})
-    with pytest.raises(InputError, match=r"optical.tif: .*nodata"):
-        prepare(dataset, copied("pair"), tmp_path / "prepared")
 
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9000])
 
 
-CONSTANT = rewrite("labels.tif", lambda p: p * 0 + 1)
-
-
-def test_colours_that_are_not_listed(layout_of: LayoutOf, tmp_path: Path) -> None:
-    labels = raw.ENTRIES["potsdam"]["labels"] | {"unlisted": "error", "threshold": None}
-    with pytest.raises(InputError, match=r"4_12_label_noBoundary.tif: holds \['#0000"):
-        prepare(raw.dataset("potsdam", labels=labels), layout_of("potsdam").raw, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_keys_that_are_there_twice_are_mistakes_and_merged_ones_are_not(tmp_path: Path) -> None:
+def test_keys_that_are_merged_may_be_there_twice(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
-    path.write_text("a: {x: 1, y: 2, x: 3}")
-    with pytest.raises(InputError, match=r"m.yaml: .*'x' occurs twice"):
-        read_yaml(path)
     path.write_text("a: {b: &B {<<: {x: 1}, x: 2}}\nc: {<<: *B, y: 3}")
     assert read_yaml(path) == {"a": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}}
 
@@ -528,10 +480,14 @@ def test_keys_that_are_there_twice_are_mistakes_and_merged_ones_are_not(tmp_path
 @pytest.mark.parametrize(
     ("damage", "state", "problem"),
     [
-        (lambda folder: None, "ready", ""),
+        (lambda _: None, "ready", ""),
         (on("radar.tif", Path.unlink), "missing", "radar.tif"),
         (on("optical.tif", cut), "damaged", "optical.tif"),
-        (CONSTANT, "damaged", "labels.values: ['high']"),
+        (
+            rewrite("labels.tif", lambda pixels: pixels * 0 + 1),
+            "damaged",
+            "labels.values: ['high']",
+        ),
         (shutil.rmtree, "absent", ""),
     ],
 )
@@ -583,14 +539,6 @@ def test_a_killed_preparation_resumes(
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_what_archives_of_macos_leave_behind_is_no_scene(copied: Copied, tmp_path: Path) -> None:
-    folder = copied("dstl")
-    for place in ("__MACOSX/three_band", "three_band"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        (folder / place / "._6010_0_0.tif").write_bytes(b"Mac OS X")
-    assert list(prepare(raw.dataset("dstl"), folder, tmp_path).scenes) == list(raw.LABELLED)
-
-
 @pytest.mark.parametrize("name", ["hunan", "dstl"])
 def test_windows_leave_no_seams(
     layout_of: LayoutOf, tmp_path: Path, monkeypatch: Monkey, name: str
@@ -601,4 +549,4 @@ def test_windows_leave_no_seams(
     for file in (file for made in layout.record.scenes.values() for file in made.outputs):
         paths = layout.prepared / file, tmp_path / file
         np.testing.assert_array_equal(*map(raw.read_raster, paths))
-        np.testing.assert_array_equal(*map(mask, paths))
+        np.testing.assert_array_equal(*map(raw.read_mask, paths))
