@@ -33,8 +33,8 @@ def write_raster(path: Path, pixels: NDArray[Any], driver: str = "GTiff", **prof
     """Write [D, H, W]; without georeference if the profile has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    size = dict(zip(("count", "height", "width"), pixels.shape, strict=True))
-    with rasterio.open(path, "w", driver, dtype=pixels.dtype, **size, **profile) as raster:
+    shape = dict(zip(("count", "height", "width"), pixels.shape, strict=True))
+    with rasterio.open(path, "w", driver, dtype=pixels.dtype, **shape, **profile) as raster:
         raster.write(pixels)
 
 
@@ -257,10 +257,12 @@ def ground(pixel: float = 10, left: float = 5e5, crs: str = UTM) -> dict[str, An
 
 ENTRIES["fields"] = ENTRIES["pair"] | {
     "labels": {
-        "kind": "polygons", "file": "fields.gpkg", "column": "use",
+        "kind": "polygons",
+        "file": "fields.gpkg",
+        "column": "use",
         "values": {"low": [1], "high": 2},
-    },
-}  # fmt: skip
+    }
+}
 
 
 def write_pair(folder: Path, clouded: tuple[slice, slice] = np.s_[:40, :20]) -> Codes:
@@ -285,9 +287,15 @@ def write_fields(folder: Path) -> Codes:
 
 
 def draw_fields(
-    path: Path, values: Any = (1, 2), column: str = "use", crs: str | None = UTM,
-    shift: float = 0, corner: float = 0, kind: str = "geometry", **options: Any,
-) -> None:  # fmt: skip
+    path: Path,
+    values: Any = (1, 2),
+    column: str = "use",
+    crs: str | None = UTM,
+    shift: float = 0,
+    corner: float = 0,
+    kind: str = "geometry",
+    **options: Any,
+) -> None:
     """Write polygons, or what GeoPandas makes of them; those after the second lie elsewhere."""
     shapes = []
     for left in (5e5, 5e5 + 480, *[0] * (len(values) - 2)):

@@ -34,12 +34,8 @@ def test_promises_that_are_kept_in_part(kind):
     whole = torch.ones(2, 2, dtype=torch.bool)
     target = target[:, None] if kind == "binary" else target.long()
     batch = Batch(images, whole, target=target, valid=valid, block_ids=torch.zeros(2).long())
-    found = calibration_errors(Promising(1 + (kind != "binary")), [batch] * 2, SCENARIOS, kind)
-    assert found["scenario"].tolist() == ["A", "B", "A+B"]
-    np.testing.assert_allclose(found["calibration_error"], [0.1, 0.1, 0.1], atol=1e-6)
-    valid[:, 7:] = False  # all that counts is true
-    found = calibration_errors(Promising(1 + (kind != "binary")), [batch], SCENARIOS, kind)
-    np.testing.assert_allclose(found["calibration_error"], [0.2, 0.4, 0.2], atol=1e-6)
-    valid[:] = False
-    found = calibration_errors(Promising(1 + (kind != "binary")), [batch], SCENARIOS, kind)
-    assert found["calibration_error"].isna().all()
+    for rows, errors in ((10, [0.1, 0.1, 0.1]), (7, [0.2, 0.4, 0.2]), (0, [np.nan] * 3)):
+        valid[:, rows:] = False  # of the first seven all are true
+        found = calibration_errors(Promising(1 + (kind != "binary")), [batch] * 2, SCENARIOS, kind)
+        assert found["scenario"].tolist() == ["A", "B", "A+B"]
+        np.testing.assert_allclose(found["calibration_error"], errors, atol=1e-6)

@@ -109,19 +109,12 @@ def edit(path: Path, change: dict[str, Any], within: str = "") -> None:
 # --- what is done to files ------------------------------------------------------------------------
 
 
-def reclaim(path: Path, profile: dict[str, Any]) -> None:
+def declare(path: Path, profile: dict[str, Any]) -> None:
     """A raster of this size and kind, of which no pixel is written."""
     whole = {"driver": "GTiff", "count": 3, "dtype": "uint8", "SPARSE_OK": True} | raw.ground()
     whole |= {"width": 96, "height": 96} | profile
-    with rasterio.open(path, "w", **placed(whole)):
+    with rasterio.open(path, "w", **whole):
         pass
-
-
-def placed(profile: dict[str, Any]) -> dict[str, Any]:
-    """With a transform in place of its six numbers."""
-    if profile.get("transform"):
-        return profile | {"transform": rasterio.Affine(*profile["transform"])}
-    return profile
 
 
 def twice(path: Path) -> None:
@@ -250,8 +243,8 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "channels": lambda path, *chosen: raw.rewrite(path, lambda pixels: pixels[list(chosen)]),
     "smaller": lambda path, rows: raw.rewrite(path, lambda pixels: pixels[:, :rows]),
     "as": lambda path, kind: raw.rewrite(path, lambda pixels: pixels.astype(kind)),
-    "placed": lambda path, place: raw.rewrite(path, **placed(place)),
-    "declared": reclaim,
+    "placed": lambda path, place: raw.rewrite(path, **place),
+    "declared": declare,
     "named": name_channel,
     "mat": lambda path, name, *shape: scipy.io.savemat(path, {name: np.zeros(shape)}),
     "bomb": yaml_bomb,
@@ -608,13 +601,14 @@ def page() -> str:
     """The table in Markdown."""
     right = sum(row["answer"] == "right" for _, row in ROWS)
     lines = [HEAD.format(all=len(ROWS), refused=len(ROWS) - right, right=right)]
-    lines += [f"- {area['area']}: {len(area['rows'])}" for area in AREAS]
     for area in AREAS:
-        lines += ["", f"## {area['area']}", "", "| what is wrong | answer |", "|---|---|"]
+        title = f"## {area['area']}: {len(area['rows'])}"
+        lines += [title, "", "| what is wrong | answer |", "|---|---|"]
         for row in area["rows"]:
             what, answer = (row[name].replace("|", r"\|") for name in ("what", "answer"))
             lines.append(f"| {what} | {answer} |")
-    return "\n".join(lines) + "\n"
+        lines.append("")
+    return "\n".join(lines)
 
 
 def test_the_page_shows_the_table():

@@ -11,6 +11,7 @@ import rasterio
 import scene
 import torch
 import yaml
+from raw_layouts import read_raster as read
 from rio_cogeo.cogeo import cog_validate
 from study import mapping
 from study.artifacts import Record, save_weights
@@ -23,8 +24,6 @@ from study.figures.maps import class_maps, scene_pictures
 from study.mapping import make_map, plan_maps, sentence
 
 from lsgs_core import InputError
-
-SCENE = scene.SCENE
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +51,6 @@ def parameters(weights, manifest, raw, tmp_path) -> dict[str, Any]:
         "raw": str(raw), "scenes": "", "weights": str(weights), "patch_size": 0,
         "patch_stride": 0, "batch_size": 4, "resample": False, "device": "cpu", "threads": 1,
     }  # fmt: skip
-
-
-def read(path: Path) -> np.ndarray:
-    with rasterio.open(path) as raster:
-        return raster.read()
 
 
 def test_a_map_carries_what_a_reader_needs(parameters):
