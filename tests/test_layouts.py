@@ -483,11 +483,7 @@ def test_keys_that_are_merged_may_be_there_twice(tmp_path: Path) -> None:
         (lambda _: None, "ready", ""),
         (on("radar.tif", Path.unlink), "missing", "radar.tif"),
         (on("optical.tif", cut), "damaged", "optical.tif"),
-        (
-            rewrite("labels.tif", lambda pixels: pixels * 0 + 1),
-            "damaged",
-            "labels.values: ['high']",
-        ),
+        (rewrite("labels.tif", np.ones_like), "damaged", "labels.values: ['high']"),
         (shutil.rmtree, "absent", ""),
     ],
 )
