@@ -1,12 +1,12 @@
 """The smoke notebooks many times over in one process: memory, open files and disk stay flat."""
 
 import gc
+import json
 import shutil
 from contextlib import chdir
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import psutil
 import pytest
@@ -18,36 +18,44 @@ ROUNDS = 50
 SETTLED = 10  # rounds in which caches fill
 
 
-def run_notebook(path: Path, work: Path) -> None:
+def run_notebook(path: Path, parameters: dict) -> None:
     """Run the code cells of a notebook in this process, in the notebook's folder."""
     names = {"__name__": "__main__"}
     with chdir(path.parent):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code":
-                exec(compile(cell.source, path.name, "exec"), names)
-                if "parameters" in cell.metadata.get("tags", []):
-                    names["work"] = str(work)
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), path.name, "exec"), names)
+                if "parameters" in cell["metadata"].get("tags", []):
+                    names.update(parameters)
 
 
 @pytest.mark.slow
-def test_fifty_rounds_of_the_smoke_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifty_rounds_of_the_smoke_grid(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setattr("torch.use_deterministic_algorithms", lambda *_, **__: None)
     threads, process = torch.get_num_threads(), psutil.Process()
+    downloads = tmp_path / "downloads"
+    shutil.copytree(ROOT / "work" / "downloads" / "demo", downloads / "demo")
+    work = tmp_path / "work"
     measured = []
     for _ in range(ROUNDS):
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # or they would only be read
+        shutil.rmtree(work / "runs", ignore_errors=True)  # or finished runs would only be read
         for notebook in NOTEBOOKS.values():
-            run_notebook(ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path)
+            parameters = {"work": str(work)}
+            if notebook == NOTEBOOKS["data"]:
+                parameters["downloads"] = str(downloads)
+            run_notebook(ROOT / "notebooks" / f"{notebook}.ipynb", parameters)
             plt.close("all")
         gc.collect()
-        sizes = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
-        memory, opened = process.memory_info().rss / 2**20, len(process.open_files())
-        measured.append((memory, opened, process.num_fds(), len(sizes), sum(sizes)))
+        files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        memory = process.memory_info().rss / 2**20
+        measured.append((memory, len(process.open_files()), process.num_fds(), len(files), size))
     torch.set_num_threads(threads)
     memory, opened, descriptors, files, size = np.array(measured[SETTLED:]).T
     slope = np.polyfit(np.arange(len(memory)), memory, 1)[0]
     print(f"memory {memory[0]:.0f} to {memory[-1]:.0f} MB, {slope:+.2f} MB a round")
+    print(f"descriptors {descriptors[0]:.0f} to {descriptors[-1]:.0f}, files {files[-1]:.0f}")
     assert slope < 1.0
     assert memory[-1] < 1.15 * memory[0]
     assert opened[-1] <= opened[0]
