@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lsgs_core.errors import InputError
-from lsgs_core.methods import Evidence
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, check
@@ -21,7 +20,6 @@ from study.checkpoints import build_network, load_checkpoint, network_configurat
 from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset
 from study.devices import choose_device, make_deterministic
-from study.finetuning import Start
 from study.freshness import NotebookStage, fingerprint
 from study.parameters import checked_parameters
 from study.settings import TrainingSettings
@@ -103,18 +101,6 @@ class NetworkRun:
     def weights_sha256(self) -> str:
         """Return the hash of the pretrained weights, after checking what they were made with."""
         return str(check(self.weights, self.made_with)["sha256"])
-
-    def start(self, evidence: Evidence, inputs: Mapping[str, str]) -> Start:
-        """Return what a fine-tuning starts from, whatever its method; see `Start`."""
-        decisive = ("training_patches", "evaluation_patches", "tested_on", "processes")
-        return Start(
-            **{n: getattr(self, n) for n in ("training", "validation", "test", "settings")},
-            **{n: self.parameters[n] for n in ("seed", "lora_learning_rate", "lora_rank")},
-            build=self.pretrained,
-            evidence=evidence,
-            parameters=self.record(*decisive).parameters,
-            inputs=inputs,
-        )
 
     def record(self, *names: str, inputs: Mapping[str, str] | None = None, **more: Any) -> Record:
         """Return the record of an output of this run.
