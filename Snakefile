@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 from study.freshness import fingerprint
-from study.networks import own_code
-from study.reproduction import only
+from study.checkpoints import own_code
 from study.tiers import NOTEBOOKS, load_tier, network_seed, notebook_sha256
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))
 )
 if "only" in config:
-    tier = only(tier, config["only"])
+    tier = tier.only(config["only"])
 # What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder

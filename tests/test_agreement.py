@@ -21,10 +21,8 @@ from study.agreement import (
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
 from study.evaluation import evaluate, scenario_scores
-from study.reproduction import only
-from study.settings import TrainingSettings
 from study.tiers import load_tier
-from study.training import train
+from study.training import TrainingSettings, train
 
 from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.sampling import FixedSampler
@@ -39,7 +37,7 @@ PLACE = Path("scores", "demo", "cmx", "fold0", "seed0", "probabilities.json")
 @pytest.fixture(scope="module")
 def tier():
     """The demo tier with CMX alone."""
-    return only(load_tier("demo", ROOT), "demo/cmx/uniform/0/0")
+    return load_tier("demo", ROOT).only("demo/cmx/uniform/0/0")
 
 
 def scoring(distortion, scored: int = 10, weights: str = "w", **changes) -> dict:

@@ -13,14 +13,13 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT, printed
-from study import networks
+from study import checkpoints
 from study.artifacts import Record, save_weights, sidecar_path
-from study.checkpoints import load_network
-from study.networks import NETWORKS, build_own, own_code
+from study.checkpoints import NETWORKS, build_own, load_network, own_code
 from study.parameters import checked_parameters, notebook_parameters
 from study.pretraining import expect_fit
-from study.settings import TrainingSettings
 from study.tiers import load_tier
+from study.training import TrainingSettings
 from test_training import SCENARIOS, Blobs, run
 
 from lsgs_core import AdaptedBackbone, HookedModel, InputError
@@ -136,7 +135,7 @@ def test_nothing_but_the_command_line_imports_it(own, tmp_path):
     for file in ("", own.path):
         own.name(file)
         for door in doors:
-            networks._imported.cache_clear()
+            checkpoints._imported.cache_clear()
             own.mark.unlink(missing_ok=True)
             if file:
                 door()

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from checkout import ROOT
 from statistics_records import records_of
-from study.reproduction import compare, only
+from study.commands import compare
 from study.tiers import StudyFolder, load_tier
 
 from lsgs_core import InputError
@@ -16,7 +16,7 @@ def tier(tmp_path):
 
 
 def test_one_run_of_a_grid(tier):
-    single = only(tier, "demo/cmx/lsgs/0/0")
+    single = tier.only("demo/cmx/lsgs/0/0")
     assert single.grid.points() == {("demo", "cmx", 0, 0): ["lsgs"]}
     jobs = [job for job, _ in single.jobs()]
     assert jobs == [
@@ -28,11 +28,11 @@ def test_one_run_of_a_grid(tier):
     ]
     for wrong in ("demo/cmx/lsgs/0/7", "cmx", "demo/cmx/magic/0/0", ""):
         with pytest.raises(InputError, match="such as demo/cbc_slp/uniform/0/0"):
-            only(tier, wrong)
+            tier.only(wrong)
 
 
 def test_comparison(tier, tmp_path):
-    single = only(tier, "demo/cmx/lsgs/0/0")
+    single = tier.only("demo/cmx/lsgs/0/0")
     folder: StudyFolder = single.folder
     records = records_of({"pretrained": 0.0, "lsgs": 0.05}, seeds=1)
     published = tmp_path / "records.csv.xz"
@@ -55,4 +55,4 @@ def test_comparison(tier, tmp_path):
     assert not same
     assert "differs by up to 0.0" in sentence
     with pytest.raises(InputError, match="no such run"):
-        compare(only(tier, "demo/cbc/lsgs/0/0"), published)
+        compare(tier.only("demo/cbc/lsgs/0/0"), published)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from statistics_records import SCENARIOS, records_of
 from study.cases import stability
-from study.evaluation import summary
+from study.evaluation import SUMMARIES, summary
 from study.statistics import (
     METRICS,
     Counts,
@@ -31,9 +31,9 @@ def test_metrics_are_those_of_the_summary(column, name):
     weights = np.ones((1, len(counts.blocks)))
     table = summary(records, SCENARIOS, ["method", "seed"], prior).set_index(["method", "seed"])
     for metric in METRICS:
-        found = counts.metric(metric, weights, prior)[0]
+        found = SUMMARIES[metric](counts.scenario_iou(weights), prior)[0]
         assert (found > 0.3).all()
-        for m, method in enumerate(counts.methods):
+        for m, method in enumerate(["uniform", "lsgs"]):
             for s, seed in enumerate(counts.seeds):
                 assert found[m, s] == pytest.approx(table.loc[(method, seed), metric])
 
@@ -46,9 +46,8 @@ def test_block_weights_are_repeated_blocks():
     chosen = [counts.blocks[0], counts.blocks[0], counts.blocks[2]]
     repeated = pd.concat([records[records["block"] == block] for block in chosen])
     table = summary(repeated, SCENARIOS, ["seed"])
-    np.testing.assert_allclose(
-        counts.metric("mean_iou", weights, np.ones(3) / 3)[0, 0], table["mean_iou"]
-    )
+    found = SUMMARIES["mean_iou"](counts.scenario_iou(weights), np.ones(3) / 3)[0, 0]
+    np.testing.assert_allclose(found, table["mean_iou"])
 
 
 def test_a_difference_is_found_and_its_interval_holds_it():
@@ -87,7 +86,7 @@ def test_both_replicates_and_blocks_are_resampled():
     same = pd.concat([block.assign(block=number) for number in range(12)])
     seeds_only = contrast(same, SCENARIOS, "lsgs", ["uniform"], "mean_iou", resamples=300)
     counts = Counts.of(same, ["lsgs", "uniform"], SCENARIOS)
-    values = counts.metric("mean_iou", np.ones((1, 12)), np.ones(3) / 3)[0]
+    values = SUMMARIES["mean_iou"](counts.scenario_iou(np.ones((1, 12))), np.ones(3) / 3)[0]
     paired = values[0] - values[1]
     expected = paired.std() / np.sqrt(len(paired))  # of a bootstrap mean
     assert seeds_only["standard_error"] == pytest.approx(expected, rel=0.15)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from study.devices import seed_weights
-from study.settings import TrainingSettings
-from study.training import STATE, train, turned
+from study.training import STATE, TrainingSettings, train, turned
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import KernelGroupDRO, LossProportional

@@ -7,6 +7,7 @@ output checks hash and parameters. Dates are in sidecars only, so that equal run
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,11 +56,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 def processor() -> str:
     """The name of the processor, as far as the system tells it."""
     listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        for line in listed.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = re.search(r"model name\s*: (.+)", listed.read_text() if listed.is_file() else "")
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def sidecar_path(path: Path) -> Path:

@@ -50,15 +50,12 @@ def read_cases(results: Path, tiers: Sequence[str]) -> list[Case]:
         records = pd.read_csv(folder / "records.csv.xz")
         networks = pd.read_csv(folder / "distortion_against_loss.csv")
         trivial = pd.read_csv(folder / "trivial.csv").groupby("dataset")["iou"].mean().to_dict()
-        points = records[["dataset", "backbone"]].drop_duplicates()
-        for dataset, backbone in points.itertuples(index=False, name=None):
-            rows, own = (
-                table[(table["dataset"] == dataset) & (table["backbone"] == backbone)]
-                for table in (records, networks)
-            )
+        of_case = dict([*networks.groupby(["dataset", "backbone"])])
+        for (dataset, backbone), rows in records.groupby(["dataset", "backbone"], sort=False):
+            own = of_case[dataset, backbone]
             full = max(rows["scenario"].unique(), key=lambda name: name.count("+"))
             scenarios, iou = ScenarioSet.of(full.split("+")), float(trivial[dataset])
-            cases.append(Case(dataset, backbone, scenarios, rows, own, iou))
+            cases.append(Case(str(dataset), str(backbone), scenarios, rows, own, iou))
     return cases
 
 

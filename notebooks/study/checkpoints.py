@@ -1,8 +1,20 @@
-"""Networks and their pretrained weights: committed, of one's own, or the authors'."""
+"""Networks and their pretrained weights: committed, of one's own, or the authors'.
 
-from collections.abc import Callable, Mapping, Sequence
+With `make study NETWORKS=my_networks.py`, a tier or a notebook can have the backbone
+`my_networks:segformer`: a function of that file that returns, for the numbers of bands D_m and of
+classes, a `Backbone` or what `AdaptedBackbone` makes one of. Weights, records, manifests and tiers
+hold the name at most, which imports nothing by itself.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -11,6 +23,7 @@ from torch import nn
 
 from lsgs_core.errors import InputError, check_type
 from lsgs_core.models import Backbone, build_backbone, load_author_weights
+from lsgs_core.models.adapter import AdaptedBackbone
 from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import check, load_table, load_weights, sidecar_path
@@ -18,12 +31,15 @@ from study.data.manifest import load_manifest
 from study.data.patches import Description, PatchDataset
 from study.data.schema import validated
 from study.files import file_sha256
-from study.networks import build_own, is_own, own_configuration
+from study.freshness import code_without_prose
 
 # What any weights of ours must have been made for, and what committed ones in addition.
 OWN = ("model", "modalities", "classes")
 COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
 WEIGHTS = "weights.safetensors"
+# The variable with the path of the file of one's own networks, which the command line sets.
+NETWORKS = "LSGS_NETWORKS"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -184,3 +200,73 @@ def load_network(
     load_checkpoint(model, path, expected)
     scenarios = ScenarioSet.of(description.bands)
     return TrainedNetwork(model.to(device).eval(), scenarios, description, path, record["sha256"])
+
+
+def is_own(backbone: str) -> bool:
+    """Return True for the name of a network of one's own, with a file and a function."""
+    return ":" in backbone
+
+
+def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
+    """Import the file that the command line names; return a function of it, and the code's hash.
+
+    Raises `InputError` where it is not that of a name such as "my_networks:segformer", or fails.
+    """
+    stem, _, function = name.partition(":")
+    path = ROOT / os.environ.get(NETWORKS, "")
+    if path == ROOT or not stem.isidentifier():
+        raise InputError(
+            f"backbone: {name!r} is code, which runs only where the command line names its file, "
+            "as in make study NETWORKS=my_networks.py"
+        )
+    if path.name != f"{stem}.py" or not path.is_file():
+        raise InputError(f"NETWORKS: expected a file {stem}.py for {name!r}, found {path}")
+    with errors_named(str(path)):
+        code = hashlib.sha256(code_without_prose(path).encode()).hexdigest()
+        module = _imported(path, code)
+    found = getattr(module, function, None)
+    if not callable(found) or getattr(found, "__module__", None) != module.__name__:
+        raise InputError(f"backbone: expected a function {function!r} in {path}, found none")
+    return found, code
+
+
+def own_code(backbone: str) -> str:
+    """Return the hash of the code of a network of one's own, "" for a backbone of the paper's."""
+    return own_network(backbone)[1] if is_own(backbone) else ""
+
+
+def own_configuration(name: str, bands: Sequence[int], classes: int) -> dict[str, Any]:
+    """Return what identifies the network: its name, sizes and code."""
+    return {"name": name, "bands": [*bands], "classes": classes, "code": own_code(name)}
+
+
+def build_own(name: str, bands: Sequence[int], classes: int) -> Backbone:
+    """Return a network of one's own with fresh weights."""
+    build, _ = own_network(name)
+    with errors_named(f"backbone {name}"):
+        network = build([*bands], classes)
+        if not isinstance(network, Backbone):
+            network = AdaptedBackbone(network, bands, classes)
+    network.configuration = own_configuration(name, bands, classes)
+    return network
+
+
+@contextmanager
+def errors_named(place: str) -> Iterator[None]:
+    """Turn whatever code of one's own raises into an `InputError` that says where it was."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{place}: {kind}{' '.join(str(error).split())}") from error
+
+
+@lru_cache
+def _imported(path: Path, code: str) -> ModuleType:
+    """Return the module, imported once for every version of its code."""
+    # Compiled here: Python's cache of byte code overlooks an edit within the same second.
+    module = ModuleType(f"networks_of_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    return module

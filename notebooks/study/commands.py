@@ -17,16 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 
 from lsgs_core.errors import InputError
 from study.agreement import AGREEMENT
 from study.artifacts import check, sidecar_path
+from study.checkpoints import NETWORKS as NETWORKS_FILE
 from study.durations import durations, estimate, executed, read_executed
+from study.evaluation import COUNTS, class_scores
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
-from study.networks import NETWORKS as NETWORKS_FILE
 from study.pages import tier_page
-from study.reproduction import compare, only
 from study.tiers import StudyFolder, Tier, load_tier
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +71,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     if not run:
         (dataset, backbone, fold, seed), methods = [*tier.grid.points().items()][-1]
         run = f"{dataset}/{backbone}/{methods[0]}/{fold}/{seed}"
-    single = only(again, run)
+    single = again.only(run)
     published = ROOT / "results" / tier.name / "evaluation" / "records.csv.xz"
     if not published.is_file():
         raise InputError(f"results/{tier.name}: nothing is published; run make study first")
@@ -86,6 +87,40 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     done.write_text(f"{run}: {sentence}\n")
     print(f"{run}: {sentence}")
     return 0 if same else 1
+
+
+def compare(tier: Tier, published: Path) -> tuple[bool, str]:
+    """Compare the records of a single run and of its pretrained network with the published ones.
+
+    Returns whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
+    Raises `InputError` where the run is not among the published ones.
+    """
+    [((dataset, backbone, fold, seed), [method])] = tier.grid.points().items()
+    folders = {
+        "pretrained": tier.folder.pretrained(*tier.networks()[0]),
+        method: tier.folder.runs(dataset, backbone, fold, seed) / method,
+    }
+    point = {"dataset": dataset, "backbone": backbone, "fold": fold, "seed": seed}
+    table = pd.read_csv(published)
+    committed = table[(table[[*point]] == point).all(axis=1) & table["method"].isin([*folders])]
+    if committed.empty:
+        raise InputError(f"{published}: holds no such run; publish the tier first")
+    tables = {name: pd.read_csv(folder / "records.csv") for name, folder in folders.items()}
+    again = pd.concat(table.assign(method=name) for name, table in tables.items())
+    keys = ["method", "block", "scenario", "class"]
+    both, columns = (committed, again), [*keys, *COUNTS]
+    first, second = (part[columns].sort_values(keys, ignore_index=True) for part in both)
+    if first.equals(second):
+        return True, f"the same: all {len(first)} rows of counts"
+    keys.remove("block")
+    scores = [class_scores(part, keys[:-1]) for part in (first, second)]
+    iou = scores[0].merge(scores[1], on=keys, how="outer")
+    largest = (iou["iou_x"] - iou["iou_y"]).abs().max()
+    return False, (
+        f"not the same: the IoU of a class and scenario differs by up to {largest:.4f}. Another "
+        "processor, PyTorch or number of threads rounds differently; results/*/provenance.json "
+        "describes the committed run"
+    )
 
 
 def make_networks(tier: Tier, cores: int) -> int:
@@ -280,13 +315,11 @@ def _notice(tier: Tier) -> str:
 def end_orphans(root: Path) -> int:
     """End the processes that an earlier run of this checkout left behind; return their number."""
     own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    orphans = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid not in own and process.environ().get(MARK) == str(root):
-                orphans.append(process)
-        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
+    orphans = [
+        process
+        for process in psutil.process_iter(["environ"])  # which is None where it is not shown
+        if process.pid not in own and (process.info["environ"] or {}).get(MARK) == str(root)
+    ]
     for process in orphans:
         with suppress(psutil.NoSuchProcess):
             process.kill()

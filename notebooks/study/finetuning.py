@@ -63,11 +63,10 @@ def finetune(
     again = partial(_scored_again, run, evidence, model)
     sampler = method.sampler(replace(evidence, measure=again))
     p, trained = sampler.probabilities(0), trained_parameters(model)
-    record = run.record(
-        *("training_patches", "evaluation_patches", "tested_on", "processes"), inputs=inputs,
-        method=name, seed=seed, settings=asdict(settings),
-        lora_rank=run.parameters["lora_rank"] if method.low_rank else 0,
-    )  # fmt: skip
+    decisive = ("training_patches", "evaluation_patches", "tested_on", "processes")
+    rank = run.parameters["lora_rank"] if method.low_rank else 0
+    more = {"method": name, "seed": seed, "settings": asdict(settings), "lora_rank": rank}
+    record = run.record(*decisive, inputs=inputs, **more)
     paths = [folder / "history.csv", folder / "records.csv"]
     keep_weights = run.parameters["keep_weights"]
     if keep_weights:

@@ -270,8 +270,7 @@ def _map_block(
     weight = ramp[:, None] * ramp
     total, mass = torch.zeros(len(description.classes), height, width), torch.zeros(height, width)
     cuts = [
-        (..., slice(row - top, row - top + size), slice(column - left, column - left + size))
-        for row, column in places
+        (..., *Window(column - left, row - top, size, size).toslices()) for row, column in places
     ]
     for start in range(0, len(cuts), plan.batch_size):
         part = cuts[start : start + plan.batch_size]
@@ -285,8 +284,8 @@ def _map_block(
                 total[cut] += weight * probability
                 mass[cut] += weight
         progress(len(part))
-    row, column = block.row_off - top, block.col_off - left
-    inner = ..., slice(row, row + block.height), slice(column, column + block.width)
+    place = block.col_off - left, block.row_off - top
+    inner = ..., *Window(*place, block.width, block.height).toslices()
     return (total / mass)[inner], seen[inner]
 
 

@@ -1,7 +1,7 @@
 """Pretraining with random modality dropout, and what scoring takes for granted of a network."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,10 @@ from lsgs_core.methods import find_method, without_evidence
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.artifacts import Record, is_made, load_table
-from study.checkpoints import load_checkpoint, load_pretrained
+from study.checkpoints import Pretrained, errors_named, is_own, load_checkpoint, load_pretrained
 from study.devices import in_processes, seed_weights
 from study.evaluation import validation_scores
 from study.files import file_sha256
-from study.networks import errors_named, is_own
 from study.training import train
 
 if TYPE_CHECKING:
@@ -30,18 +29,11 @@ TOLERANCE = 1e-4
 CHECKED_PATCHES = 3
 
 
-@dataclass(frozen=True)
-class PretrainedNetwork:
-    """A network before fine-tuning, on the device of its run."""
-
-    model: Backbone
-    origin: str  # of the weights, in words
-    history: pd.DataFrame | None  # of the training, as `train` returns it; None where not known
-    record: Record  # of what is written about the network
-
-
-def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
+def pretrained_network(run: "NetworkRun") -> tuple[Backbone, Pretrained, Record]:
     """Load the pretrained network of a run, or train it, by its parameter `weights`.
+
+    Returns the network on the device of the run, where its weights are from, and the record of what
+    is written about it.
 
     A training that was finished with the same parameters, data and code is read instead. Raises
     `InputError` for weights that are not there, or are those of another network.
@@ -52,21 +44,23 @@ def pretrained_network(run: "NetworkRun") -> PretrainedNetwork:
         loaded = load_pretrained(model, weights, Path(run.parameters["manifest"]), run.made_with)
         inputs = {"weights": file_sha256(loaded.path)}
         record = run.record(*names, inputs=inputs, trained_with=loaded.trained_with)
-        return PretrainedNetwork(model, loaded.origin, loaded.history, record)
+        return model, loaded, record
     here = {name: run.parameters[name] for name in ("drawn_by", "training_patches", "processes")}
-    record = run.record(*names, trained_with={"settings": asdict(run.settings), **here})
+    trained_with = {"settings": asdict(run.settings), **here}
+    record = run.record(*names, trained_with=trained_with)
     history = run.weights.with_name("history.csv")
     if is_made(run.weights, record) and is_made(history, record):
         model = run.build()
         load_checkpoint(model, run.weights)
-        return PretrainedNetwork(model, "trained here before", load_table(history), record)
+        before = "trained here before", trained_with, load_table(history)
+        return model, Pretrained(run.weights, *before), record
     if is_own(name := run.parameters["backbone"]):
         expect_fit(name, run)
     processes, device = run.parameters["processes"], run.parameters["device"]
     trained, state = in_processes(pretrain, (run, record), processes, device)
     model = run.build()
     model.load_state_dict(state)
-    return PretrainedNetwork(model, "trained here", trained, record)
+    return model, Pretrained(run.weights, "trained here", trained_with, trained), record
 
 
 def expect_fit(name: str, run: "NetworkRun") -> None:

@@ -51,7 +51,6 @@ def method_title(method: str) -> str:
 class Counts:
     """Records of one data set and backbone as an array, for the seeds that all methods have."""
 
-    methods: list[str]
     seeds: list[int]  # the S replicates
     blocks: list[int]  # the B spatial blocks
     values: Array  # tp, fp, fn, [B, M, S, K, C, 3]
@@ -86,27 +85,19 @@ class Counts:
                 "missing; every method needs the same folds in every seed"
             )
         values = table.to_numpy(dtype=np.float64).reshape(*map(len, axes.values()), 3)
-        return cls(list(methods), seeds, axes["block"], values)
+        return cls(seeds, axes["block"], values)
 
     def scenario_iou(self, weights: Array) -> Array:
         """Return the IoU of every scenario, averaged over classes, float64 [R, M, S, K].
 
-        Weights are those of the blocks, [R, B].
+        A class, and then a scenario, without any pixel in truth and prediction is left out. Weights
+        are those of the blocks, [R, B].
         """
         shape = self.values.shape[1:]
         pooled = (weights @ self.values.reshape(len(self.values), -1)).reshape(-1, *shape)
         union = pooled.sum(axis=-1)
         iou = np.divide(pooled[..., 0], union, out=np.full(union.shape, np.nan), where=union > 0)
         return expected(iou, np.ones(iou.shape[-1]))
-
-    def metric(self, name: str, weights: Array, prior: Array) -> Array:
-        """Compute a metric of every method and replicate, float64 [R, M, S], for weighted blocks.
-
-        It is one of `METRICS`, of the IoU averaged over classes. A class, and then a scenario,
-        without any pixel in truth and prediction is left out. Weights are those of the blocks,
-        [R, B]; the prior is the probability of every scenario in deployment, [K].
-        """
-        return SUMMARIES[name](self.scenario_iou(weights), prior)
 
 
 def whole_replicates(records: pd.DataFrame) -> pd.DataFrame:
@@ -163,7 +154,8 @@ def contrast(
     def difference(
         drawn_blocks: NDArray[np.int64], drawn_seeds: NDArray[np.int64], axis: int = -1
     ) -> Array:
-        values = counts.metric(metric, _frequencies(drawn_blocks, blocks), weights)
+        iou = counts.scenario_iou(_frequencies(drawn_blocks, blocks))
+        values = SUMMARIES[metric](iou, weights)  # (R, M, S)
         paired = values[:, 0] - values[:, 1:].mean(axis=1)  # (R, S)
         drawn = _frequencies(drawn_seeds, replicates)
         means = (paired * drawn).sum(axis=1) / drawn.sum(axis=1)

@@ -10,10 +10,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
@@ -204,6 +204,23 @@ class Tier:
         # Notebooks run in their own folder, so the path starts from there.
         parameters = {**self.sections[NOTEBOOKS[stage]], "work": f"../{self.folder.root}", **point}
         return "-".join([NOTEBOOKS[stage], *parts]), parameters
+
+    def only(self, run: str) -> Self:
+        """Return the tier with a single run in its grid; raise `InputError` if it has no such run.
+
+        It is named by dataset/backbone/method/fold/seed, such as demo/cmx/lsgs/0/0.
+        """
+        runs = {
+            f"{dataset}/{backbone}/{method}/{fold}/{seed}": (dataset, backbone, method, fold, seed)
+            for (dataset, backbone, fold, seed), methods in self.grid.points().items()
+            for method in methods
+        }
+        if run not in runs:
+            raise InputError(f"run: tier {self.name} has {len(runs)}, such as {next(iter(runs))}")
+        single: dict[str, Any] = {
+            name: [one] for name, one in zip(Runs.model_fields, runs[run], strict=True)
+        }
+        return replace(self, grid=Grid([Runs(**single)]))
 
     def write_parameter_files(self) -> None:
         """Write every job's parameters; a file that says the same already keeps its date."""

