@@ -163,18 +163,14 @@ class TrainedNetwork:
     sha256: str  # of the file of the weights
 
 
-def load_network(
-    weights: Path | str,
-    build: Callable[[Sequence[int], int], nn.Module] | None = None,
-    device: torch.device | str = "cpu",
-) -> TrainedNetwork:
+def load_network(weights: Path | str, device: torch.device | str = "cpu") -> TrainedNetwork:
     """Load a network that this study saved, with its scenarios, normalisation and classes.
+
+    It is the backbone that the record names, one of the paper's or one whose file the command line
+    names.
 
     Args:
         weights: File of the weights, with its record beside it, or the folder of both.
-        build: Returns the network for the numbers of bands D_m and the number of classes, such as
-            its class; None builds the backbone that the record names, one of the paper's or one
-            whose file the command line names.
         device: Where the network computes.
 
     Raises `InputError` where weights or record are missing, damaged, or of another network.
@@ -190,9 +186,7 @@ def load_network(
     bands, classes = [*map(len, description.bands.values())], len(description.classes)
     sizes = {"bands": bands, "classes": classes}
     settings, expected = {"name": "", **made_with.get("model", {}), **sizes}, None
-    if build:
-        model: Any = build(bands, classes)
-    elif is_own(str(settings["name"])):
+    if is_own(str(settings["name"])):
         model = build_own(settings["name"], bands, classes)
         expected = {"model": model.configuration}
     else:

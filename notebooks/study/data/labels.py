@@ -124,27 +124,17 @@ def _burned(labels: manifest.PolygonLabels | manifest.ScaledPolygonLabels, areas
     """Return a function that burns polygons: a pixel belongs to one where its centre lies."""
     shapes, values = areas
     tree = shapely.STRtree(shapes)
-
-    def burn(chosen: NDArray[Any], codes: NDArray[Any], window: Window, out: Any) -> None:
-        offset = rasterio.Affine.translation(window.col_off, window.row_off)
-        if len(chosen):
-            rasterize(zip(shapes[chosen], codes.tolist(), strict=True), out=out, transform=offset)
+    outside = 0 if labels.has_background else labels.ignore
+    kind = np.uint16 if labels.overlapping else np.uint8
 
     def draw(window: Window) -> NDArray[Any]:
-        near = np.sort(tree.query(_box(window)))
-        near = near[np.argsort(values[near], kind="stable")]
-        shape = window.height, window.width
-        if isinstance(labels, manifest.PolygonLabels):
-            outside = 0 if labels.outside == manifest.BACKGROUND else labels.ignore
-            codes = np.full(shape, outside, dtype=np.uint8)
-            burn(near, values[near] + 1, window, codes)
-            return codes
-        codes = np.zeros(shape, dtype=np.uint16)
+        near, shape = tree.query(_box(window)), (window.height, window.width)
+        offset = rasterio.Affine.translation(window.col_off, window.row_off)
+        codes = np.full(shape, outside, kind)
         for value in np.unique(values[near]):
-            bit = np.zeros(shape, dtype=np.uint8)
-            chosen = near[values[near] == value]
-            burn(chosen, np.ones_like(chosen), window, bit)
-            codes |= bit.astype(np.uint16) << np.uint16(value)
+            chosen = shapes[near[values[near] == value]]
+            inside = rasterize(chosen, shape, transform=offset, dtype=np.uint8) > 0
+            codes[inside] = codes[inside] | (1 << value) if labels.overlapping else value + 1
         return codes
 
     return draw
