@@ -20,7 +20,7 @@ from rasterio.windows import Window
 from torch.utils.data import DataLoader
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import InputError
+from lsgs_core.errors import InputError, check_choice
 from study.data.alignment import naming, windows
 from study.data.folds import check_separation, coverage, leaks, patch_table, read_patch_table
 from study.data.labels import class_membership, membership
@@ -228,11 +228,13 @@ class PatchDataset:
     ) -> None:
         self.folder, self.workers, self.dataset = Path(prepared_folder), workers, dataset
         definition = dataset.task(task)
-        _expect("split", split, get_args(Split))
-        _expect("normalisation", normalisation, get_args(Normalisation))
+        check_choice("split", split, get_args(Split))
+        check_choice("normalisation", normalisation, get_args(Normalisation))
         record = matching_record(self.folder, dataset)
         table = read_patch_table(self.folder / PATCH_TABLE)
-        _expect("fold", fold, range(table.filter(regex="^fold_").shape[1]))
+        folds = range(table.filter(regex="^fold_").shape[1])
+        if fold not in folds:
+            raise InputError(f"fold: expected one of {[*folds]}, found {fold!r}")
         self._hashes = _hashes(self.folder, record)
         assignment = table.filter(regex="^(scene|row|column|size|fold_.*)$").to_csv(index=False)
         self.patches_sha256 = hashlib.sha256(assignment.encode()).hexdigest()
@@ -376,8 +378,3 @@ def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
 def _column(values: list[float]) -> np.ndarray:
     """Return one number per band as [D, 1, 1] float32."""
     return np.array(values, dtype=np.float32)[:, None, None]
-
-
-def _expect(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise InputError(f"{name}: expected one of {list(choices)}, found {value!r}")
