@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from study.durations import durations, estimate, executed, read_executed
 from study.evaluation import COUNTS, class_scores
 from study.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.pages import tier_page
-from study.tiers import StudyFolder, Tier, load_tier
+from study.tiers import Tier, load_tier
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
@@ -82,8 +81,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     target = str(single.folder.runs(*point) / "scores.csv")
     if _make(single, ["--cores", str(cores)], [f"only={run}"], [target]):
         return 1
-    here = replace(single, folder=StudyFolder(ROOT / single.folder.root))
-    same, sentence = compare(here, published)
+    same, sentence = compare(single, published)
     done.write_text(f"{run}: {sentence}\n")
     print(f"{run}: {sentence}")
     return 0 if same else 1
@@ -105,7 +103,7 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     committed = table[(table[[*point]] == point).all(axis=1) & table["method"].isin([*folders])]
     if committed.empty:
         raise InputError(f"{published}: holds no such run; publish the tier first")
-    tables = {name: pd.read_csv(folder / "records.csv") for name, folder in folders.items()}
+    tables = {name: pd.read_csv(ROOT / folder / "records.csv") for name, folder in folders.items()}
     again = pd.concat(table.assign(method=name) for name, table in tables.items())
     keys = ["method", "block", "scenario", "class"]
     both, columns = (committed, again), [*keys, *COUNTS]

@@ -238,21 +238,20 @@ def coverage(
 
 def split_roles(
     patches: pd.DataFrame, fold: int, shape: tuple[int, int], factor: float = 1.0
-) -> tuple[NDArray[np.uint8], dict[int, str]]:
-    """Return a fold's parts in one scene, uint8 [H, W], 0 for none, and the name of every id.
+) -> NDArray[np.uint8]:
+    """Return a fold's parts in one scene, uint8 [H, W]: from 1 those of `PARTS`, 0 for none.
 
     The factor is how many pixels of the scene lie along one of the H × W pixels.
     """
     roles = np.zeros(shape, dtype=np.uint8)
-    names = dict(enumerate(PARTS, start=1))
     scaled = patches.copy()
     if factor > 1:  # one pixel larger, so that rounding leaves no gaps
         corner = ["row", "column"]
         scaled[corner] = (scaled[corner] / factor).astype(int)
         scaled["size"] = np.ceil(scaled["size"] / factor).astype(int) + 1
-    for index, part in names.items():
+    for index, part in enumerate(PARTS, start=1):
         roles[coverage(scaled[scaled[f"fold_{fold}"] == part], shape)] = index
-    return roles, names
+    return roles
 
 
 def _places(

@@ -19,7 +19,7 @@ from rasterio import DatasetReader
 from rasterio.windows import Window
 
 from study.data.alignment import ENVIRONMENT, Grid
-from study.data.folds import split_roles
+from study.data.folds import PARTS, split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_modalities, open_prepared
@@ -70,7 +70,7 @@ def first_scene(
     class_of = np.where(member.any(axis=0), member.argmax(axis=0), len(names))
     class_of[dataset.labels.ignore] = -1
     classes = class_of[codes[0]]
-    roles, role_names = split_roles(table[table["scene"] == scene], fold, classes.shape, factor)
+    roles = split_roles(table[table["scene"] == scene], fold, classes.shape, factor)
     pixel_size, unit = made.pixel_size
     height, width = classes.shape
     extent = (0.0, width * pixel_size * factor, height * pixel_size * factor, 0.0)
@@ -85,12 +85,12 @@ def first_scene(
         panel.set_title(f"{name}: {shown_bands(dataset.modalities[name])}")
     label_panel, part_panel, *empty = panels[len(pictures) :]
     colours = [*class_colours(names, dataset.colours), GREY]
-    part_colours = [PALETTE[index] for index in (4, 1, 5)][: len(role_names)]
-    of_parts = dict(zip(role_names, part_colours, strict=True))
+    part_colours = [PALETTE[index] for index in (4, 1, 5)]
+    of_parts = dict(enumerate(part_colours, start=1))
     category_map(label_panel, classes, dict(enumerate(colours)), f"Labels for {task}", extent)
     category_map(part_panel, roles, of_parts, f"Parts of fold {fold}", extent)
     named = _patches(colours, [*names, "none of these"])
-    parts = _patches(part_colours, role_names.values())
+    parts = _patches(part_colours, PARTS)
     for panel in empty:
         panel.axis("off")
     first = empty[0].legend(handles=named, title="classes (white: unknown)", loc="upper left")
