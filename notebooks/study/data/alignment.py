@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -166,6 +166,7 @@ class AlignedRaster:
         path: Path of the file.
         placed: How the file lies on the grid.
         grid: Grid of the scene.
+        stack: Keeps the file open.
         channels: Channels counted from 1; negative ones count from the last.
         resampling: Name of one of rasterio's methods.
         nodata: Value of pixels without data, where the file's own is missing or wrong.
@@ -180,59 +181,52 @@ class AlignedRaster:
         path: Path,
         placed: Placed,
         grid: Grid,
-        channels: Sequence[int] = (1,),
+        stack: ExitStack,
+        channels: Sequence[int],
         resampling: str = "nearest",
         nodata: float | None = None,
         data_channels: Sequence[int] = (),
         colours: bool = False,
     ) -> None:
         self.path, self.grid, self._colours = path, grid, colours
-        with ExitStack() as stack:  # closes the file if anything below fails
-            self.raw = raw = stack.enter_context(open_raster(path))
-            self.channels = [c if c > 0 else raw.count + 1 + c for c in channels]
-            if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
-                raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
-            self.kind = np.result_type(*(raw.dtypes[channel - 1] for channel in self.channels))
-            if self.kind.kind == "c":
-                raise InputError(f"{path}: holds complex numbers; expected amplitudes or decibels")
-            self._nodata = raw.nodata if nodata is None else nodata
-            if self._nodata is not None and not self._can_hold(self._nodata):
-                raise InputError(f"{path}: nodata {self._nodata:g} is not a value of {self.kind}")
-            # A band that is used is no mask, whatever its tag says (near infrared as alpha).
-            alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
-            data = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
-            alpha_is_data = alpha in data
-            self._has_alpha = alpha > 0 and not alpha_is_data
-            crs, transform = self._place(placed)
-            self.view: Any = None  # None: the file's own grid is the scene's, nothing to resample
-            if not (grid.matches(transform, raw.shape) and crs == grid.crs):
-                if alpha_is_data:
-                    raise InputError(f"{path}: channel {alpha} is marked as alpha; mark it as data")
-                view = WarpedVRT(
-                    raw,
-                    src_crs=crs or PLANE,
-                    src_transform=transform,
-                    src_nodata=self._nodata,
-                    crs=grid.crs or PLANE,
-                    transform=grid.transform,
-                    width=grid.width,
-                    height=grid.height,
-                    resampling=Resampling[resampling],
-                    # Its last band: 0 where there is no data. A nodata value is looked for in the
-                    # bands instead, in each separately.
-                    add_alpha=self._nodata is None and not self._has_alpha,
-                    UNIFIED_SRC_NODATA="NO",
-                )
-                self.view = stack.enter_context(view)
-            has_mask = MaskFlags.per_dataset in raw.mask_flag_enums[0] and not alpha_is_data
-            self._has_mask = has_mask and self.view is None  # resampling respects it by itself
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *problem: Any) -> None:
-        self._stack.__exit__(*problem)
+        self.raw = raw = stack.enter_context(open_raster(path))
+        self.channels = [c if c > 0 else raw.count + 1 + c for c in channels]
+        if bad := [c for c in self.channels if not 1 <= c <= raw.count]:
+            raise InputError(f"{path}: has no channel {bad[0]}, only {raw.count}")
+        self.kind = np.result_type(*(raw.dtypes[channel - 1] for channel in self.channels))
+        if self.kind.kind == "c":
+            raise InputError(f"{path}: holds complex numbers; expected amplitudes or decibels")
+        self._nodata = raw.nodata if nodata is None else nodata
+        if self._nodata is not None and not self._can_hold(self._nodata):
+            raise InputError(f"{path}: nodata {self._nodata:g} is not a value of {self.kind}")
+        # A band that is used is no mask, whatever its tag says (near infrared as alpha).
+        alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
+        data = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
+        alpha_is_data = alpha in data
+        self._has_alpha = alpha > 0 and not alpha_is_data
+        crs, transform = self._place(placed)
+        self.view: Any = None  # None: the file's own grid is the scene's, nothing to resample
+        if not (grid.matches(transform, raw.shape) and crs == grid.crs):
+            if alpha_is_data:
+                raise InputError(f"{path}: channel {alpha} is marked as alpha; mark it as data")
+            view = WarpedVRT(
+                raw,
+                src_crs=crs or PLANE,
+                src_transform=transform,
+                src_nodata=self._nodata,
+                crs=grid.crs or PLANE,
+                transform=grid.transform,
+                width=grid.width,
+                height=grid.height,
+                resampling=Resampling[resampling],
+                # Its last band: 0 where there is no data. A nodata value is looked for in the
+                # bands instead, in each separately.
+                add_alpha=self._nodata is None and not self._has_alpha,
+                UNIFIED_SRC_NODATA="NO",
+            )
+            self.view = stack.enter_context(view)
+        has_mask = MaskFlags.per_dataset in raw.mask_flag_enums[0] and not alpha_is_data
+        self._has_mask = has_mask and self.view is None  # resampling respects it by itself
 
     def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Return the channels [n, h, w], and which pixels have data in all of them [h, w] bool."""

@@ -5,7 +5,7 @@ unknown. Overlapping ones are uint16 bit masks: bit i for value i, 0 background,
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
     else:
         colours = isinstance(labels, ColourLabels)
         channels = (1, 2, 3) if isinstance(labels, ColourLabels) else (labels.channel,)
-        with AlignedRaster(path, labels, grid, channels, colours=colours) as raster:
+        with ExitStack() as stack:
+            raster = AlignedRaster(path, labels, grid, stack, channels, colours=colours)
             if colours and raster.kind != np.uint8:
                 raise InputError(f"{path}: expected colours of 8 bits, found {raster.kind}")
             yield _looked_up(labels, raster)

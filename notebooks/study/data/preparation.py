@@ -225,8 +225,8 @@ class AlignedModality:
             bands = list(file.bands.values())
             placed, channels = bands[0], [band.channel for band in bands]
             more = resampling, placed.nodata, file.data_channels
-            raster = AlignedRaster(file.path, placed, grid, channels, *more)
-            self.rasters.append(stack.enter_context(raster))
+            raster = AlignedRaster(file.path, placed, grid, stack, channels, *more)
+            self.rasters.append(raster)
             count = raster.raw.count
             if placed.channel_count not in (None, count):
                 wanted = placed.channel_count
@@ -244,8 +244,8 @@ class AlignedModality:
         self.kind = np.result_type(*kinds, *[np.float32] * bool(derived))
         self._unseen = modality.mask.unseen if modality.mask else []
         if modality.mask and modality.mask_file:
-            mask = AlignedRaster(modality.mask_file, modality.mask, grid, [modality.mask.channel])
-            self.rasters.append(stack.enter_context(mask))
+            path, channels = modality.mask_file, [modality.mask.channel]
+            self.rasters.append(AlignedRaster(path, modality.mask, grid, stack, channels))
 
     def hidden(self, window: Window) -> np.ndarray:
         """Return which pixels the mask hides, bool [h, w]. Raises `InputError`."""
