@@ -21,8 +21,9 @@ from study.agreement import (
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
 from study.evaluation import evaluate, scenario_scores
+from study.settings import TrainingSettings
 from study.tiers import load_tier
-from study.training import TrainingSettings, train
+from study.training import train
 
 from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.sampling import FixedSampler

@@ -115,23 +115,22 @@ def test_a_finished_run_is_read(given, tmp_path, monkeypatch):
     def dates() -> dict:
         return {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
-    evidence, inputs = given
-    start = opened(**ONE_STEP)
-    run, before = finetune(start, evidence, inputs, "lsgs", tmp_path), dates()
-    again = finetune(start, evidence, inputs, "lsgs", tmp_path)
+    asked, (evidence, inputs) = ONE_STEP, given
+    run, before = finetune(opened(**asked), evidence, inputs, "lsgs", tmp_path), dates()
+    again = finetune(opened(**asked), evidence, inputs, "lsgs", tmp_path)
     assert dates() == before
     np.testing.assert_array_equal(run.records["tp"], again.records["tp"])
-    for change, made_from in (
-        ({"seed": 1}, inputs),
+    for change, other in (
+        ({"seed": 1}, {}),
         ({}, {"weights": "1"}),
-        ({"evaluation_patches": 1}, inputs),
-        ({"learning_rate": 1e-4}, inputs),
+        ({"evaluation_patches": 1}, {}),
+        ({"learning_rate": 1e-4}, {}),
     ):
-        start, before = opened(**ONE_STEP, **change), dates()
-        finetune(start, evidence, made_from, "lsgs", tmp_path)
+        asked, inputs, before = asked | change, inputs | other, dates()
+        finetune(opened(**asked), evidence, inputs, "lsgs", tmp_path)
         assert dates() != before
     monkeypatch.setattr(run_module, "fingerprint", lambda stage: "other code")
-    finetune(start, evidence, inputs, "lsgs", tmp_path)
+    finetune(opened(**asked), evidence, inputs, "lsgs", tmp_path)
     assert check(tmp_path / "records.csv")["inputs"]["code"] == "other code"
 
 

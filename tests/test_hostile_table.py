@@ -45,8 +45,8 @@ from study.data.preparation import prepare
 from study.data.schema import read_json
 from study.files import make_folder
 from study.parameters import checked_parameters, notebook_parameters
+from study.settings import TrainingSettings
 from study.tiers import load_tier
-from study.training import TrainingSettings
 from test_contract import CALLS, FILE, SET
 
 from lsgs_core import InputError, build_backbone, load_author_weights

@@ -30,7 +30,8 @@ from study.data.patches import PatchDataset, make_patches
 from study.data.preparation import PreparedScene, prepare
 from study.data.schema import read_yaml
 from study.evaluation import AlwaysPositive, evaluate
-from study.training import TrainingSettings, train
+from study.settings import TrainingSettings
+from study.training import train
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
 from lsgs_core.sampling import FixedSampler

@@ -18,8 +18,8 @@ from study.artifacts import Record, save_weights, sidecar_path
 from study.checkpoints import NETWORKS, build_own, load_network, own_code
 from study.parameters import checked_parameters, notebook_parameters
 from study.pretraining import expect_fit
+from study.settings import TrainingSettings
 from study.tiers import load_tier
-from study.training import TrainingSettings
 from test_training import SCENARIOS, Blobs, run
 
 from lsgs_core import AdaptedBackbone, HookedModel, InputError

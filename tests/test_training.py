@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from study.devices import seed_weights
-from study.training import STATE, TrainingSettings, train, turned
+from study.settings import TrainingSettings
+from study.training import STATE, train, turned
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import KernelGroupDRO, LossProportional

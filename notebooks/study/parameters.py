@@ -19,13 +19,14 @@ from lsgs_core.methods import Evidence, find_method, without_evidence
 from lsgs_core.models import BACKBONES
 from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT, ScenarioSet
+from study import settings
 from study.checkpoints import is_own, own_network
 from study.data.folds import default_split
 from study.data.manifest import Dataset, DiagonalBlocks, Name, load_manifest
 from study.data.patches import Normalisation
 from study.data.schema import Strict, read_json, validated
+from study.settings import Positive, Rate
 from study.statistics import METRICS, planned_pairs
-from study.training import SETTING_TYPES, Positive, Rate
 
 NOTEBOOK_FOLDER = Path(__file__).parents[1]
 FIVE = ScenarioSet.of(["A", "B", "C", "D", "E"])  # for settings whose data set is not known yet
@@ -105,7 +106,7 @@ Method = Annotated[str, AfterValidator(_method)]
 # The values that a parameter can have, the same in all notebooks that have it. A parameter that is
 # not listed can have any value of the type of its default.
 TYPES: Mapping[str, Any] = {
-    **SETTING_TYPES,
+    **settings.TYPES,
     **dict.fromkeys(("work", "downloads", "results"), Annotated[Folder, Field(min_length=1)]),
     **dict.fromkeys(("paper_work", "scorings", "raw", "explored", "reference"), Folder),
     **dict.fromkeys(("manifest", "weights", "tiers"), Annotated[Text, Field(min_length=1)]),

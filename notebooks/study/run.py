@@ -22,8 +22,8 @@ from study.data.patches import PatchDataset
 from study.devices import choose_device, make_deterministic
 from study.freshness import NotebookStage, fingerprint
 from study.parameters import checked_parameters
+from study.settings import TrainingSettings
 from study.tiers import NETWORK, NOTEBOOKS, StudyFolder
-from study.training import TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ one that was never killed (CPU, same number of threads).
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, create_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -30,61 +29,15 @@ from lsgs_core.randomness import Stage, generator, uniform_numbers
 from lsgs_core.sampling import ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
-from study.data.schema import Strict, validated
-from study.devices import Precision, Processes, is_first_process
+from study.devices import Processes, is_first_process
 from study.files import make_folder, written_beside
 from study.freshness import fingerprint
-from study.losses import Protocol, TaskKind, paper_loss, segmentation_loss
+from study.losses import TaskKind, paper_loss, segmentation_loss
+from study.settings import TrainingSettings
 
 Validation = Callable[[Backbone], Mapping[str, float]]
 STATE = "training_state.pt"
 SAVE_EVERY = 60.0  # seconds between states within an epoch
-# Ranges of numbers. Beyond the upper ends, which no run comes near, a value is a typing error.
-Positive = Annotated[int, Field(ge=1, le=100_000)]
-Rate = Annotated[float, Field(gt=0, le=100)]
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train. The paper's own values sit in a file that was not published; these are ours."""
-
-    epochs: Positive  # passes over the training patches
-    batch_size: Positive = 8  # patches per step, over all processes
-    learning_rate: Rate = 2e-3  # at the start
-    optimiser: Literal["adam", "sgd"] = "adam"  # "sgd" has a momentum of 0.9
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0  # L2 penalty
-    # factor on the learning rate every `rate_decay_every` epochs
-    rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    rate_decay_every: Positive = 5
-    # "paper" takes the published loss (binary and multi-label tasks only)
-    protocol: Protocol = "strict"
-    # turn and mirror every patch at random (the eight symmetries of the square)
-    augment: bool = True
-    # Parts that a batch is computed in, one after the other, where memory is short. Loss and
-    # normalisation are then those of each part.
-    accumulation: Positive = 1
-    precision: Precision = "float32"  # of the forward pass; "bfloat16" is mixed, on GPUs alone
-
-    def batch_sizes(self, patches: int) -> list[int]:
-        """Return the number of patches of every step of an epoch.
-
-        A single patch that is left over joins the batch before: batch normalisation has no variance
-        over one sample where the features have shrunk to one pixel.
-        """
-        size = self.batch_size
-        sizes = [min(size, patches - start) for start in range(0, patches, size)]
-        if len(sizes) > 1 and sizes[-1] == 1 < size:
-            sizes[-2:] = [size + 1]
-        return sizes
-
-    def __post_init__(self) -> None:
-        """Raise `InputError` that names a setting and what was expected."""
-        validated(_CHECKED, asdict(self), "settings of the training")
-
-
-SETTING_TYPES = get_type_hints(TrainingSettings, include_extras=True)  # with their ranges
-_FIELDS: dict[str, Any] = {name: (kind, ...) for name, kind in SETTING_TYPES.items()}
-_CHECKED = create_model("TrainingSettings", __base__=Strict, **_FIELDS)
 
 
 def train(
