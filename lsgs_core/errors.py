@@ -21,10 +21,6 @@ class InputError(ValueError):
     """
 
 
-class MissingFileError(InputError):
-    """A required file does not exist."""
-
-
 def shown(value: Any) -> str:
     """Return a value for a message: on one line, and shortened."""
     try:

@@ -9,11 +9,11 @@ from typing import Literal
 import rasterio
 from tqdm.auto import tqdm
 
-from lsgs_core.errors import InputError, MissingFileError
+from lsgs_core.errors import InputError
 from study.data.alignment import ENVIRONMENT
 from study.data.manifest import Dataset, ManualSource, load_manifest
 from study.data.preparation import check_scene
-from study.data.raw_files import find_scenes, member_problem
+from study.data.raw_files import MissingFileError, find_scenes, member_problem
 
 
 @dataclass

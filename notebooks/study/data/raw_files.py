@@ -24,7 +24,7 @@ import pandas as pd
 import pooch
 from tqdm.auto import tqdm
 
-from lsgs_core.errors import InputError, MissingFileError
+from lsgs_core.errors import InputError
 from study.data import manifest
 from study.data.alignment import open_raster
 from study.data.manifest import Dataset, FileBand, Files, ManualSource, Member, fill
@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 # Attributes, index, reference system and place of a file are kept in files beside it.
 SIDECARS = (".dbf", ".shx", ".prj", ".cpg", ".hdr", ".tfw", ".jgw", ".j2w", ".wld")
+
+
+class MissingFileError(InputError):
+    """A required file does not exist."""
 
 
 def fetch(source: manifest.Source, folder: Path) -> Path:
