@@ -34,7 +34,7 @@ book: $(VENV)/installed
 		work/demo/notebooks/06_mapping.ipynb -p work ../work/demo -p missing none,NIR)
 	$(if $(filter demo,$(TIER)),$(RUN_NOTEBOOK) notebooks/07_all_scenes.ipynb \
 		work/demo/notebooks/07_all_scenes.ipynb -p work ../work/demo -p resamples 4000)
-	$(BIN)/python -m study.book $(TIER) $(if $(filter demo,$(TIER)),results/book,work/$(TIER)/book)
+	$(BIN)/python -m study.workflow.book $(TIER) $(if $(filter demo,$(TIER)),results/book,work/$(TIER)/book)
 
 # The committed networks again, from the download on, into results/networks.
 networks: $(VENV)/installed

@@ -1,13 +1,13 @@
 # The one runner, on a laptop as on a cluster: every rule is one notebook, executed by papermill.
-# Started by `make study` (notebooks/study/commands.py), which also clears up after a kill.
+# Started by `make study` (notebooks/study/workflow/commands.py), which also clears up after a kill.
 
 import shlex
 import sys
 from pathlib import Path
 
-from study.freshness import fingerprint
-from study.checkpoints import own_code
-from study.tiers import NOTEBOOKS, load_tier, network_seed, notebook_sha256
+from study.provenance.freshness import fingerprint
+from study.training.checkpoints import own_code
+from study.stages.tiers import NOTEBOOKS, load_tier, network_seed, notebook_sha256
 
 tier = load_tier(
     config.get("tier", "demo"), Path(workflow.basedir), Path(config.get("work", "work"))

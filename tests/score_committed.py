@@ -9,8 +9,8 @@ import torch
 from checkout import ROOT
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
-from study.devices import make_deterministic
-from study.pretraining import load_checkpoint
+from study.provenance.devices import make_deterministic
+from study.stages.pretraining import load_checkpoint
 
 from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
 

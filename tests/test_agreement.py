@@ -11,19 +11,19 @@ import pytest
 import torch
 from checkout import ROOT
 from score_committed import committed_network
-from study.agreement import (
+from study.data.manifest import load_manifest
+from study.data.patches import PatchDataset
+from study.metrics.evaluation import evaluate, scenario_scores
+from study.stages.agreement import (
     METRICS,
     NOT_COMPARED,
     compared_with_committed,
     scoring_sentence,
     why_not_compared,
 )
-from study.data.manifest import load_manifest
-from study.data.patches import PatchDataset
-from study.evaluation import evaluate, scenario_scores
-from study.settings import TrainingSettings
-from study.tiers import load_tier
-from study.training import train
+from study.stages.tiers import load_tier
+from study.training.loop import train
+from study.training.settings import TrainingSettings
 
 from lsgs_core import Batch, ScenarioSet, scenario_probabilities, score_scenarios
 from lsgs_core.sampling import FixedSampler

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from study.artifacts import (
+from study.comparison.predictions import composite
+from study.figures import save_figure, use_style
+from study.provenance.artifacts import (
     Record,
     check,
     load_table,
@@ -17,9 +19,7 @@ from study.artifacts import (
     save_table,
     save_weights,
 )
-from study.figures import save_figure, use_style
-from study.files import file_sha256
-from study.predictions import composite
+from study.provenance.files import file_sha256
 
 from lsgs_core import InputError
 

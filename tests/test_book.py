@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import sync_playwright
-from study.book import LARGEST, executed_notebooks, write_notebooks, write_site
+from study.workflow.book import LARGEST, executed_notebooks, write_notebooks, write_site
 from test_browser import CHROMIUM, QUIET
 
 from lsgs_core import InputError

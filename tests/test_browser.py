@@ -17,7 +17,7 @@ from pathlib import Path
 import papermill
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
-from study.commands import ROOT
+from study.workflow.commands import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from study.evaluation import calibration_errors
+from study.metrics.evaluation import calibration_errors
 
 from lsgs_core import ScenarioSet
 from lsgs_core.batch import Batch

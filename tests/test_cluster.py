@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, printed
-from study.tiers import load_tier
+from study.stages.tiers import load_tier
 from test_study import outputs
 
 SCRIPT = Path(__file__).parent / "start_slurm.sh"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from study.published_form import as_published
+from study.benchmark.published_form import as_published
 from torch import Tensor, nn
 
 from lsgs_core.models import Backbone, build_backbone, cpu

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from checkout import printed
-from study.devices import choose_device, in_processes
+from study.provenance.devices import choose_device, in_processes
 from test_training import SETTINGS, run, small
 
 from lsgs_core import InputError
@@ -86,7 +86,7 @@ def test_accumulation_needs_no_other_draws(tmp_path):
 
 
 def test_too_many_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr("study.training.Processes", lambda *_: SimpleNamespace(count=3))
+    monkeypatch.setattr("study.training.loop.Processes", lambda *_: SimpleNamespace(count=3))
     with pytest.raises(InputError, match="a batch of 2 for 3 processes"):
         run(tmp_path)
     with pytest.raises(InputError, match="processes"):

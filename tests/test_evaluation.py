@@ -10,10 +10,9 @@ import torch.nn.functional as F
 import yaml
 from checkout import ROOT
 from scene import manifest_content
-from study.artifacts import Record, save_table
-from study.collection import open_grid
+from study.comparison.collection import open_grid
 from study.data.patches import PatchDataset
-from study.evaluation import (
+from study.metrics.evaluation import (
     AlwaysPositive,
     class_map,
     class_scores,
@@ -24,10 +23,11 @@ from study.evaluation import (
     summary,
     validation_scores,
 )
-from study.losses import paper_loss, segmentation_loss
-from study.parameters import notebook_parameters
-from study.statistics import Counts
-from study.tiers import READ_AGAIN, StudyFolder
+from study.metrics.losses import paper_loss, segmentation_loss
+from study.metrics.statistics import Counts
+from study.provenance.artifacts import Record, save_table
+from study.stages.parameters import notebook_parameters
+from study.stages.tiers import READ_AGAIN, StudyFolder
 from torchmetrics.functional import f1_score, jaccard_index
 
 from lsgs_core import Batch, InputError, ScenarioSet

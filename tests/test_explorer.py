@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
-from study.artifacts import Record
-from study.data.patches import PatchDataset
-from study.figures import explorer
-from study.figures.explorer import (
-    prediction_explorer,
-    probability_view,
-    show_predictions,
-    show_probabilities,
-)
-from study.predictions import (
+from study.comparison.predictions import (
     NOTHING,
     UNKNOWN,
     load_predictions,
@@ -26,7 +17,16 @@ from study.predictions import (
     save_predictions,
     shown_patches,
 )
-from study.tiers import StudyFolder
+from study.data.patches import PatchDataset
+from study.figures import explorer
+from study.figures.explorer import (
+    prediction_explorer,
+    probability_view,
+    show_predictions,
+    show_probabilities,
+)
+from study.provenance.artifacts import Record
+from study.stages.tiers import StudyFolder
 from test_scoring import published  # noqa: F401 - a fixture
 from torchmetrics.functional.classification import multiclass_jaccard_index
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from study import finetuning as module
 from study import run as run_module
-from study.artifacts import check
 from study.data.manifest import Licence
-from study.evaluation import scenario_scores
-from study.finetuning import finetune
-from study.run import NetworkRun
+from study.metrics.evaluation import scenario_scores
+from study.provenance.artifacts import check
+from study.stages.finetuning import finetune
+from study.stages.run import NetworkRun
 from test_training import Blobs, small
 
 from lsgs_core import ScenarioSet

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
-from study import freshness
-from study.freshness import STAGES
-from study.tiers import notebook_sha256
+from study.provenance import freshness
+from study.provenance.freshness import STAGES
+from study.stages.tiers import notebook_sha256
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ OTHER = "\nfrom ", "\nOTHER = 1\nfrom "
 @pytest.mark.parametrize(
     ("file", "old", "new", "stages"),
     [
-        ("study/training.py", "momentum=0.9", "momentum=0.8", TRAINS),
-        ("study/training.py", '"""Train a model in place', '"""Fit a model in place', set()),
+        ("study/training/loop.py", "momentum=0.9", "momentum=0.8", TRAINS),
+        ("study/training/loop.py", '"""Train a model in place', '"""Fit a model in place', set()),
         ("lsgs_core/models/cmx.py", "from ", "# Why.\nfrom ", set()),
         ("lsgs_core/models/cmx.py", *OTHER, TRAINS | {"scoring", "evaluation", "mapping"}),
         ("lsgs_core/models/cpu.py", *OTHER, TRAINS | {"scoring", "evaluation", "mapping"}),
         ("study/figures/scoring.py", *OTHER, set()),
-        ("study/tiers.py", "10_000", "20_000", {"evaluation"}),
-        ("study/statistics.py", *OTHER, {"evaluation"}),
-        ("study/robustness.py", *OTHER, {"evaluation"}),
-        ("study/finetuning.py", "def finetune(", "def _other():\n    pass\n\n\ndef finetune(",
+        ("study/stages/tiers.py", "10_000", "20_000", {"evaluation"}),
+        ("study/metrics/statistics.py", *OTHER, {"evaluation"}),
+        ("study/comparison/robustness.py", *OTHER, {"evaluation"}),
+        ("study/stages/finetuning.py", "def finetune(", "OTHER = 1\n\n\ndef finetune(",
          {"finetuning"}),
         ("lsgs_core/scenarios.py", *OTHER, {*STAGES}),
     ],

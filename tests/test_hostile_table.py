@@ -34,19 +34,19 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from study import commands
-from study.agreement import scoring_difference
-from study.artifacts import Record, check, describe, load_weights, save_weights
-from study.checkpoints import load_checkpoint, load_network
 from study.data import alignment, raw_files
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset, make_patches
 from study.data.preparation import prepare
-from study.data.schema import read_json
-from study.files import make_folder
-from study.parameters import checked_parameters, notebook_parameters
-from study.settings import TrainingSettings
-from study.tiers import load_tier
+from study.provenance.artifacts import Record, check, describe, load_weights, save_weights
+from study.provenance.files import make_folder
+from study.provenance.schema import read_json
+from study.stages.agreement import scoring_difference
+from study.stages.parameters import checked_parameters, notebook_parameters
+from study.stages.tiers import load_tier
+from study.training.checkpoints import load_checkpoint, load_network
+from study.training.settings import TrainingSettings
+from study.workflow import commands
 from test_contract import CALLS, FILE, SET
 
 from lsgs_core import InputError, build_backbone, load_author_weights

@@ -28,10 +28,10 @@ from study.data.folds import PARTS, check_separation, leaks, patch_table, shuffl
 from study.data.manifest import Dataset, OfficialSplit, Patches, ShuffledPatches
 from study.data.patches import PatchDataset, make_patches
 from study.data.preparation import PreparedScene, prepare
-from study.data.schema import read_yaml
-from study.evaluation import AlwaysPositive, evaluate
-from study.settings import TrainingSettings
-from study.training import train
+from study.metrics.evaluation import AlwaysPositive, evaluate
+from study.provenance.schema import read_yaml
+from study.training.loop import train
+from study.training.settings import TrainingSettings
 
 from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
 from lsgs_core.sampling import FixedSampler

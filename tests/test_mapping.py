@@ -13,15 +13,15 @@ import torch
 import yaml
 from raw_layouts import read_raster as read
 from rio_cogeo.cogeo import cog_validate
-from study import mapping
-from study.artifacts import Record, save_weights
-from study.cases import worth_to_network
-from study.checkpoints import build_network
+from study.comparison.cases import worth_to_network
 from study.data import alignment
 from study.data.patches import PatchDataset
-from study.devices import seed_weights
 from study.figures.maps import class_maps, scene_pictures
-from study.mapping import make_map, plan_maps, sentence
+from study.provenance.artifacts import Record, save_weights
+from study.provenance.devices import seed_weights
+from study.stages import mapping
+from study.stages.mapping import make_map, plan_maps, sentence
+from study.training.checkpoints import build_network
 
 from lsgs_core import InputError
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT, printed
-from study.agreement import DISTORTION, PROBABILITY
-from study.artifacts import Record, save_weights, sidecar_path
-from study.checkpoints import load_pretrained
 from study.data.manifest import load_manifest
-from study.files import file_sha256
+from study.provenance.artifacts import Record, save_weights, sidecar_path
+from study.provenance.files import file_sha256
+from study.stages.agreement import DISTORTION, PROBABILITY
+from study.training.checkpoints import load_pretrained
 
 from lsgs_core import InputError, build_backbone
 

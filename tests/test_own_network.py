@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT, printed
-from study import checkpoints
-from study.artifacts import Record, save_weights, sidecar_path
-from study.checkpoints import NETWORKS, build_own, load_network, own_code
-from study.parameters import checked_parameters, notebook_parameters
-from study.pretraining import expect_fit
-from study.settings import TrainingSettings
-from study.tiers import load_tier
+from study.provenance.artifacts import Record, save_weights, sidecar_path
+from study.stages.parameters import checked_parameters, notebook_parameters
+from study.stages.pretraining import expect_fit
+from study.stages.tiers import load_tier
+from study.training import checkpoints
+from study.training.checkpoints import NETWORKS, build_own, load_network, own_code
+from study.training.settings import TrainingSettings
 from test_training import SCENARIOS, Blobs, run
 
 from lsgs_core import AdaptedBackbone, HookedModel, InputError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from study.pretraining import check_network
+from study.stages.pretraining import check_network
 
 from lsgs_core import Batch, ScenarioSet, build_backbone
 

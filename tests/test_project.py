@@ -12,8 +12,8 @@ import nbformat
 import pytest
 import yaml
 from checkout import ROOT, printed, tracked_files
-from study.pages import tier_page
-from study.parameters import notebook_parameters
+from study.stages.parameters import notebook_parameters
+from study.workflow.pages import tier_page
 
 from lsgs_core.methods import METHODS
 
@@ -134,6 +134,19 @@ def test_the_readmes_diagram_is_that_of_the_imports():
         if one and not any(one in reached[other] for other in direct)
     }
     assert {*re.findall(r"(\w+) --> (\w+)", diagram)} == arrows
+
+
+def test_folders_of_the_study_import_from_those_above_them():
+    """In the order of CONTRIBUTING's table."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    graph = imports()
+    folder_of = {name: name.split(".")[1] for name in graph if name.startswith("study.")}
+    assert {*folder_of.values()} == {*listed, "__main__"}
+    place = {name: listed.index(part) for name, part in folder_of.items() if part in listed}
+    for name in place:
+        for other in graph[name] & place.keys():
+            assert place[other] <= place[name], f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

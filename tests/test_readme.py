@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, copy_checkout, printed
-from study.tiers import NOTEBOOKS, load_tier
+from study.stages.tiers import NOTEBOOKS, load_tier
 
 # A part of what they print, and a file that they make.
 RUN_HERE = {

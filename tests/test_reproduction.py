@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from checkout import ROOT
 from statistics_records import records_of
-from study.commands import compare
-from study.tiers import StudyFolder, load_tier
+from study.stages.tiers import StudyFolder, load_tier
+from study.workflow.commands import compare
 
 from lsgs_core import InputError
 

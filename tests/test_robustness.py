@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from study import robustness
-from study.checkpoints import build_network
+from study.comparison import robustness
+from study.comparison.robustness import DAMAGES, SQUARE, Damaged, lose_values
 from study.data.patches import PatchDataset
-from study.devices import seed_weights
-from study.robustness import DAMAGES, SQUARE, Damaged, lose_values
+from study.provenance.devices import seed_weights
+from study.training.checkpoints import build_network
 from torch import Generator
 
 from lsgs_core import ScenarioSet

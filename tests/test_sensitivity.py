@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from study.scoring import VARIED, precision_sentence, sensitivity
+from study.stages.scoring import VARIED, precision_sentence, sensitivity
 from test_regression import Sum
 
 from lsgs_core import Batch, InputError, ScenarioSet, scenario_probabilities, score_scenarios

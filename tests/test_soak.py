@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from study.commands import ROOT
-from study.tiers import NOTEBOOKS
+from study.stages.tiers import NOTEBOOKS
+from study.workflow.commands import ROOT
 
 ROUNDS = 50
 SETTLED = 10  # rounds in which caches fill

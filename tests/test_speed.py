@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from checkout import ROOT
-from study import speed
+from study.benchmark import speed
+from study.benchmark.speed import FORMS, PARTS, Case
 from study.data.manifest import Dataset
 from study.data.patches import PatchDataset
 from study.figures import speed as speed_figures
-from study.speed import FORMS, PARTS, Case
 
 from lsgs_core.models import BACKBONES, build_backbone
 from lsgs_core.models.cbc import Encoder

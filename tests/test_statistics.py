@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from statistics_records import SCENARIOS, records_of
-from study.cases import stability
-from study.evaluation import SUMMARIES, summary
-from study.statistics import (
+from study.comparison.cases import stability
+from study.metrics.evaluation import SUMMARIES, summary
+from study.metrics.statistics import (
     METRICS,
     Counts,
     contrast,

@@ -18,12 +18,12 @@ import psutil
 import pytest
 import yaml
 from checkout import ROOT, environment, printed
-from study import commands
-from study.artifacts import Record, save_table
-from study.commands import MARK, _only_one, end_orphans, main, publish, sweep
-from study.durations import durations, estimate, executed
-from study.files import TEMPORARY, file_sha256
-from study.tiers import load_tier
+from study.provenance.artifacts import Record, save_table
+from study.provenance.files import TEMPORARY, file_sha256
+from study.stages.tiers import load_tier
+from study.workflow import commands
+from study.workflow.commands import MARK, _only_one, end_orphans, main, publish, sweep
+from study.workflow.durations import durations, estimate, executed
 
 from lsgs_core import InputError
 
@@ -56,7 +56,7 @@ def test_one_study_per_folder(tmp_path):
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("study.commands.ROOT", tmp_path)
+    monkeypatch.setattr("study.workflow.commands.ROOT", tmp_path)
     tier = load_tier("smoke", ROOT)
     folder = tmp_path / tier.folder.evaluation
     figures = {"mean_iou": [0.4321], "worst_iou": [0.3], "full_iou": [0.5]}

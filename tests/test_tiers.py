@@ -6,8 +6,8 @@ import papermill
 import pytest
 import yaml
 from checkout import ROOT
-from study.parameters import checked_parameters, notebook_parameters
-from study.tiers import NOTEBOOKS, StudyFolder, load_tier
+from study.stages.parameters import checked_parameters, notebook_parameters
+from study.stages.tiers import NOTEBOOKS, StudyFolder, load_tier
 
 from lsgs_core import InputError
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study.devices import seed_weights
-from study.settings import TrainingSettings
-from study.training import STATE, train, turned
+from study.provenance.devices import seed_weights
+from study.training.loop import STATE, train, turned
+from study.training.settings import TrainingSettings
 
 from lsgs_core import Batch, InputError, ScenarioSet, build_backbone
 from lsgs_core.adaptive import KernelGroupDRO, LossProportional
@@ -111,7 +111,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
 
     With a state after every epoch alone, and with one after every step.
     """
-    monkeypatch.setattr("study.training.SAVE_EVERY", save_every)
+    monkeypatch.setattr("study.training.loop.SAVE_EVERY", save_every)
     steps = 0
 
     class Stopping(LossProportional):
@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_state(tmp_path, disk):
 def test_the_state_of_another_run_or_code_is_discarded(tmp_path, capsys, monkeypatch, change):
     run(tmp_path)
     if not change:
-        monkeypatch.setattr("study.training.fingerprint", lambda stage: "edited")
+        monkeypatch.setattr("study.training.loop.fingerprint", lambda stage: "edited")
     fresh, _ = run(tmp_path / "elsewhere", **change)
     again, history = run(tmp_path, **change)
     assert "starting anew" in capsys.readouterr().out

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from study.devices import in_processes
-from study.evaluation import evaluate, validation_scores
-from study.scoring import score
-from study.training import replace, train
+from study.metrics.evaluation import evaluate, validation_scores
+from study.provenance.devices import in_processes
+from study.stages.scoring import score
+from study.training.loop import replace, train
 from test_training import SCENARIOS, SETTINGS, Blobs, small
 
 from lsgs_core.adaptive import LossProportional

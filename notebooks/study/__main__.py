@@ -2,6 +2,6 @@
 
 import sys
 
-from study.commands import main
+from study.workflow.commands import main
 
 sys.exit(main())

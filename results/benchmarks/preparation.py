@@ -26,7 +26,7 @@ from scipy.ndimage import gaussian_filter
 from study.data.manifest import Dataset
 from study.data.patches import PatchDataset, make_patches
 from study.data.preparation import prepare
-from study.data.schema import read_yaml
+from study.provenance.schema import read_yaml
 
 SIDE, TILES = 6000, 4
 POTSDAM = read_yaml(Path(__file__).parents[2] / "data_manifest.yaml")["datasets"]["potsdam"]

@@ -17,7 +17,7 @@ from rasterio.errors import CRSError
 
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT
-from study.data.schema import Strict, read_yaml, validated
+from study.provenance.schema import Strict, read_yaml, validated
 
 BACKGROUND = "background"  # labelled, and none of the label values
 MOST_VALUES, MOST_OVERLAPPING = 253, 15  # as uint8 ids, as uint16 bit masks

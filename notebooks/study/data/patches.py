@@ -26,8 +26,8 @@ from study.data.folds import check_separation, coverage, leaks, patch_table, rea
 from study.data.labels import class_membership, membership
 from study.data.manifest import Dataset, DiagonalBlocks, Name, Names, Patches, Positive
 from study.data.preparation import LABELS, PATCH_TABLE, Prepared, matching_record, open_prepared
-from study.data.schema import Strict, validated
-from study.files import file_sha256, written_beside
+from study.provenance.files import file_sha256, written_beside
+from study.provenance.schema import Strict, validated
 
 logger = logging.getLogger(__name__)
 

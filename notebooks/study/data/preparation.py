@@ -24,8 +24,8 @@ from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, nami
 from study.data.labels import Draw, code_names, membership, open_labels
 from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Modality, Scene, find_scenes
-from study.data.schema import Strict
-from study.files import file_sha256, make_folder, written_beside
+from study.provenance.files import file_sha256, make_folder, written_beside
+from study.provenance.schema import Strict
 
 RECORD = "prepared.json"
 PATCH_TABLE = "patches.csv"

@@ -28,7 +28,7 @@ from lsgs_core.errors import InputError
 from study.data import manifest
 from study.data.alignment import open_raster
 from study.data.manifest import Dataset, FileBand, Files, ManualSource, Member, fill
-from study.files import file_sha256, make_folder, written_beside
+from study.provenance.files import file_sha256, make_folder, written_beside
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ Every function of this package draws its arguments and returns the figure; `save
 as PNG and PDF without dates, so that equal figures are equal files.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +14,9 @@ from matplotlib.figure import Figure
 
 from lsgs_core.methods import METHODS
 from lsgs_core.models import BACKBONES
-from study.artifacts import Record, save
+from study.data.colours import GREY
+from study.provenance.artifacts import Record, save
 
-# Okabe and Ito's colours, which readers of every colour vision can tell apart.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-GREY = "#999999"  # methods that are not in `METHODS`; pixels of none of the classes
 FAMILY_COLOURS = {
     "LSGS": "#0072B2",
     "uniform": "#555555",
@@ -34,18 +31,6 @@ FAMILY_COLOURS = {
 def use_style() -> None:
     """Use the style of the study, `figures.mplstyle`, for every figure after this call."""
     plt.style.use(Path(__file__).with_name("figures.mplstyle"))
-
-
-def category_colours(count: int) -> list[str]:
-    """Return `count` colours: those of the palette, or evenly spread hues if they are too few."""
-    return list(PALETTE[:count]) if count <= len(PALETTE) else sns.husl_palette(count).as_hex()
-
-
-def class_colours(classes: Sequence[str], colours: Mapping[str, str]) -> list[str]:
-    """Return the colours of classes by their names; others take what the palette has left."""
-    rest = [colour for colour in category_colours(len(classes)) if colour not in colours.values()]
-    left = iter([*rest, *sns.husl_palette(len(classes)).as_hex()])
-    return [colours.get(name) or next(left) for name in classes]
 
 
 def backbone_title(backbone: str) -> str:

@@ -22,11 +22,11 @@ from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
 from lsgs_core.scoring_file import read_evidence
 from lsgs_core.uncertainty import smoothing_report
+from study.comparison.predictions import Predictions, load_predictions
 from study.figures import backbone_title
 from study.figures.maps import prediction_view
 from study.figures.scoring import SETTING_TITLES, probability_steps
-from study.predictions import Predictions, load_predictions
-from study.statistics import method_title
+from study.metrics.statistics import method_title
 
 STYLE = {"description_width": "12em"}
 WIDE: dict[str, Any] = {"style": STYLE, "layout": widgets.Layout(width="27em")}

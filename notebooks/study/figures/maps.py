@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from rasterio import DatasetReader
 from rasterio.windows import Window
 
+from study.comparison.predictions import NOTHING, UNKNOWN, Predictions, composite, shown_bands
 from study.data.alignment import ENVIRONMENT, Grid
+from study.data.colours import GREY, PALETTE, class_colours
 from study.data.folds import PARTS, split_roles
 from study.data.labels import class_membership
 from study.data.manifest import Dataset
 from study.data.preparation import LABELS, matching_record, open_modalities, open_prepared
 from study.data.raw_files import Scene
-from study.figures import GREY, PALETTE, backbone_title, class_colours
-from study.predictions import NOTHING, UNKNOWN, Predictions, composite, shown_bands
-from study.statistics import method_title
+from study.figures import backbone_title
+from study.metrics.statistics import method_title
 
 LARGEST = 1000  # height or width of a picture, pixels
 LARGEST_PICTURE = 4_000_000  # pixels of a scene that is read as a whole
@@ -139,7 +140,7 @@ def class_maps(
 
     Args:
         paths: GeoTIFFs of classes with a colour table and tags `id_<value>` (see
-            `study.mapping`), by the titles of their panels.
+            `study.stages.mapping`), by the titles of their panels.
         pictures: Colour pictures of the scene, drawn first.
     """
     shown: dict[int, Patch] = {}

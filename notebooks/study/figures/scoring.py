@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lsgs_core.distortion import ScenarioScores
 from lsgs_core.probabilities import ScenarioProbabilities, standardise
-from study.figures import PALETTE
+from study.data.colours import PALETTE
 
 READABLE = 15  # scenarios whose names fit beside each other
 MOST_SHOWN = 63  # scenarios in a figure: all of six modalities

@@ -7,8 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from study.figures import PALETTE, backbone_title
-from study.speed import CASE, FORMS, PARTS, ratios
+from study.benchmark.speed import CASE, FORMS, PARTS, ratios
+from study.data.colours import PALETTE
+from study.figures import backbone_title
 
 COLOURS = dict(zip((*PARTS, "backward", "optimiser"), PALETTE, strict=False)) | {"other": "#BBBBBB"}
 FORM_COLOURS = {"plain": "#666666", "ours": PALETTE[0]}

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lsgs_core.methods import METHODS
-from study.cases import SCORES
-from study.figures import PALETTE, backbone_title, family_members, method_colour
-from study.statistics import METRICS, UNIFORM_ARMS, method_title, rank_correlation
+from study.comparison.cases import SCORES
+from study.data.colours import PALETTE
+from study.figures import backbone_title, family_members, method_colour
+from study.metrics.statistics import METRICS, UNIFORM_ARMS, method_title, rank_correlation
 
 MARKERS = "osD^vP*Xh"
 
@@ -60,9 +61,10 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
     """Draw the pooled difference of every method to uniform over its cases, a panel per metric.
 
     Args:
-        differences: Result of `study.statistics.differences` of all cases, drawn as small points.
-        pooled: Result of `study.cases.pooled_differences`: the mean with its interval, thick, and
-            the interval for a new case, thin.
+        differences: Result of `study.metrics.statistics.differences` of all cases, drawn as small
+            points.
+        pooled: Result of `study.comparison.cases.pooled_differences`: the mean with its interval,
+            thick, and the interval for a new case, thin.
     """
     metrics = list(dict.fromkeys(pooled["metric"]))
     names = dict.fromkeys(("uniform_again", *METHODS))
@@ -92,7 +94,10 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
 
 
 def score_agreement(table: pd.DataFrame) -> Figure:
-    """Draw what networks have in common, a panel per case: result of `study.cases.stability`."""
+    """Draw what networks have in common, a panel per case.
+
+    The table is the result of `study.comparison.cases.stability`.
+    """
     shown = {
         "within": "p agrees between two networks,\nwithin a number missing",
         "rank_others": "the score orders the IoU\nthat other networks lost",
@@ -113,7 +118,7 @@ def score_agreement(table: pd.DataFrame) -> Figure:
 def sensor_bars(table: pd.DataFrame) -> Figure:
     """Draw what each sensor is worth in IoU, with 95 % intervals, a panel per case.
 
-    The table is that of `study.cases.worth_of_sensors`.
+    The table is that of `study.comparison.cases.worth_of_sensors`.
     """
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:

@@ -18,11 +18,11 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.distributions import deployment_prior
-from study.evaluation import calibration_errors, evaluate, expected, scenario_scores
-from study.predictions import networks_of
+from study.comparison.predictions import networks_of
+from study.metrics.evaluation import calibration_errors, evaluate, expected, scenario_scores
 
 if TYPE_CHECKING:
-    from study.collection import Collected
+    from study.comparison.collection import Collected
 
 SQUARE = 8  # pixels; side of the squares that are lost as a whole
 RATES = 0.05, 0.1, 0.2  # at which every sensor fails by itself

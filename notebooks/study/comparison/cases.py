@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.probabilities import scenario_probabilities, total_variation
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import load_table, sidecar_path
-from study.checkpoints import TrainedNetwork
-from study.statistics import UNIFORM_ARMS, pooled, sensor_values
+from study.metrics.statistics import UNIFORM_ARMS, pooled, sensor_values
+from study.provenance.artifacts import load_table, sidecar_path
+from study.training.checkpoints import TrainedNetwork
 
 # Scores of a scenario that probabilities can be formed from, with their titles.
 SCORES = {

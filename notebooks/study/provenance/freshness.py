@@ -16,21 +16,31 @@ from typing import Literal
 import lsgs_core
 
 NotebookStage = Literal["data", "pretraining", "scoring", "finetuning", "evaluation", "mapping"]
-# A network and its patches, as `study.run` opens them.
-NETWORK = ("study.checkpoints", "study.data.patches")
+# A network and its patches, as `study.stages.run` opens them.
+NETWORK = ("study.training.checkpoints", "study.data.patches")
 # What computes the results of a stage; its notebook imports more, such as figures.
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),
-    "pretraining": ("study.pretraining", *NETWORK),
-    "scoring": ("study.scoring", "lsgs_core.probabilities", "lsgs_core.uncertainty", *NETWORK),
-    "finetuning": ("study.finetuning", *NETWORK),
-    "evaluation": (
-        *("study.evaluation", "study.statistics", "study.agreement", "study.collection"),
-        *("study.predictions", "study.robustness", "study.figures.study"),
+    "pretraining": ("study.stages.pretraining", *NETWORK),
+    "scoring": (
+        "study.stages.scoring",
+        "lsgs_core.probabilities",
+        "lsgs_core.uncertainty",
+        *NETWORK,
     ),
-    "mapping": ("study.mapping",),
+    "finetuning": ("study.stages.finetuning", *NETWORK),
+    "evaluation": (
+        *(
+            "study.metrics.evaluation",
+            "study.metrics.statistics",
+            "study.stages.agreement",
+            "study.comparison.collection",
+        ),
+        *("study.comparison.predictions", "study.comparison.robustness", "study.figures.study"),
+    ),
+    "mapping": ("study.stages.mapping",),
 }
-PACKAGES = {"study": Path(__file__).parent, "lsgs_core": Path(lsgs_core.__file__).parent}
+PACKAGES = {"study": Path(__file__).parents[1], "lsgs_core": Path(lsgs_core.__file__).parent}
 
 
 @cache

@@ -31,18 +31,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError, check_shape
-from study.artifacts import Record, is_made, load_table, save, save_json, save_table, sidecar_path
-from study.checkpoints import TrainedNetwork, load_network
 from study.data.alignment import ENVIRONMENT, SCALE_TOLERANCE, STEP, Grid, grid_of, windows
+from study.data.colours import GREY, category_colours, class_colours
 from study.data.manifest import Slope, load_manifest
 from study.data.preparation import AlignedModality, create_raster, open_modalities
 from study.data.raw_files import Scene, fetch, find_scenes
-from study.data.schema import read_json
-from study.devices import choose_device, make_deterministic
-from study.evaluation import THRESHOLD, scenario_scores
-from study.figures import GREY, category_colours, class_colours
-from study.files import explaining_a_full_disk, file_sha256, make_folder
-from study.freshness import fingerprint
+from study.metrics.evaluation import THRESHOLD, scenario_scores
+from study.provenance.artifacts import (
+    Record,
+    is_made,
+    load_table,
+    save,
+    save_json,
+    save_table,
+    sidecar_path,
+)
+from study.provenance.devices import choose_device, make_deterministic
+from study.provenance.files import explaining_a_full_disk, file_sha256, make_folder
+from study.provenance.freshness import fingerprint
+from study.provenance.schema import read_json
+from study.training.checkpoints import TrainedNetwork, load_network
 
 # A raster, its COG with overviews, and the overviews alone, which GDAL writes first.
 DISK_FACTOR = 1 + 4 / 3 + 1 / 3

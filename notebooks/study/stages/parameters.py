@@ -19,16 +19,16 @@ from lsgs_core.methods import Evidence, find_method, without_evidence
 from lsgs_core.models import BACKBONES
 from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import LARGEST_MODALITY_COUNT, ScenarioSet
-from study import settings
-from study.checkpoints import is_own, own_network
 from study.data.folds import default_split
 from study.data.manifest import Dataset, DiagonalBlocks, Name, load_manifest
 from study.data.patches import Normalisation
-from study.data.schema import Strict, read_json, validated
-from study.settings import Positive, Rate
-from study.statistics import METRICS, planned_pairs
+from study.metrics.statistics import METRICS, planned_pairs
+from study.provenance.schema import Strict, read_json, validated
+from study.training import settings
+from study.training.checkpoints import is_own, own_network
+from study.training.settings import Positive, Rate
 
-NOTEBOOK_FOLDER = Path(__file__).parents[1]
+NOTEBOOK_FOLDER = Path(__file__).parents[2]
 FIVE = ScenarioSet.of(["A", "B", "C", "D", "E"])  # for settings whose data set is not known yet
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=10**6)]

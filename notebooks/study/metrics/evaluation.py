@@ -22,8 +22,8 @@ from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.scenarios import ScenarioSet
-from study.devices import Processes
-from study.losses import Protocol, TaskKind
+from study.metrics.losses import Protocol, TaskKind
+from study.provenance.devices import Processes
 
 COUNTS = ["tp", "fp", "fn"]
 SOFT = ["soft_iou", "soft_f1"]
@@ -71,7 +71,7 @@ def evaluate(
 
     A patch that lacks modalities of a scenario is evaluated with those it has; pixels that no
     modality of the scenario sees are not counted (`Batch.counted`). In a run of several processes,
-    all are given the same batches and share the work (`study.devices`).
+    all are given the same batches and share the work (`study.provenance.devices`).
 
     Args:
         model: Called in evaluation mode as `model(images, available)` for logits [B, C, H, W].

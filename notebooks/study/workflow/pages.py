@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from study.agreement import AGREEMENT, NOT_COMPARED
-from study.agreement import METRICS as SUMMARISED
-from study.data.schema import read_json
-from study.statistics import METRICS, method_title, rank_correlation
+from study.metrics.statistics import METRICS, method_title, rank_correlation
+from study.provenance.schema import read_json
+from study.stages.agreement import AGREEMENT, NOT_COMPARED
+from study.stages.agreement import METRICS as SUMMARISED
 
 PICTURES = {
     "data/{dataset}/scene.png": "The scene, its labels, and one fold",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.methods import METHODS, find_method
 from lsgs_core.scenarios import ScenarioSet
-from study.evaluation import COUNTS, SUMMARIES, expected
+from study.metrics.evaluation import COUNTS, SUMMARIES, expected
 
 Array = NDArray[np.float64]
 # Names of the metrics, and their titles in figures and tables.

@@ -15,15 +15,15 @@ import torch
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import Record, check
-from study.checkpoints import build_network, load_checkpoint, network_configuration
 from study.data.manifest import Dataset, load_manifest
 from study.data.patches import PatchDataset
-from study.devices import choose_device, make_deterministic
-from study.freshness import NotebookStage, fingerprint
-from study.parameters import checked_parameters
-from study.settings import TrainingSettings
-from study.tiers import NETWORK, NOTEBOOKS, StudyFolder
+from study.provenance.artifacts import Record, check
+from study.provenance.devices import choose_device, make_deterministic
+from study.provenance.freshness import NotebookStage, fingerprint
+from study.stages.parameters import checked_parameters
+from study.stages.tiers import NETWORK, NOTEBOOKS, StudyFolder
+from study.training.checkpoints import build_network, load_checkpoint, network_configuration
+from study.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)

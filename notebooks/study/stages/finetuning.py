@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from lsgs_core.distortion import score_scenarios
 from lsgs_core.methods import Evidence, find_method
 from lsgs_core.models.lora import add_lora, merge_lora, trained_parameters
-from study.artifacts import is_made, load_table, save_table, save_weights
-from study.devices import seed_weights
-from study.evaluation import evaluate, validation_scores
-from study.model_card import CARD, save_model_card
-from study.training import discard_state, train
+from study.metrics.evaluation import evaluate, validation_scores
+from study.provenance.artifacts import is_made, load_table, save_table, save_weights
+from study.provenance.devices import seed_weights
+from study.training.loop import discard_state, train
+from study.training.model_card import CARD, save_model_card
 
 if TYPE_CHECKING:
-    from study.run import NetworkRun
+    from study.stages.run import NetworkRun
 
 
 @dataclass(frozen=True)

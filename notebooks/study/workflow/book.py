@@ -1,7 +1,7 @@
 """The executed notebooks of a tier as a book: for GitHub, and as a site that is read offline.
 
-`python -m study.book demo results/book`, which `make book` calls, writes the notebooks with their
-figures to `results/book`, and the site, with the API of the core, to `work/book`.
+`python -m study.workflow.book demo results/book`, which `make book` calls, writes the notebooks
+with their figures to `results/book`, and the site, with the API of the core, to `work/book`.
 """
 
 import html
@@ -22,8 +22,8 @@ from nbformat import NotebookNode
 
 import lsgs_core
 from lsgs_core.errors import InputError
-from study.commands import ROOT
-from study.files import make_folder, written_beside
+from study.provenance.files import make_folder, written_beside
+from study.workflow.commands import ROOT
 
 BACKBONE = "cmx"  # whose notebooks are shown where there is one for each backbone
 LARGEST = 10_000_000  # bytes of all notebooks together

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model
 
-from study.data.schema import Strict, validated
-from study.devices import Precision
-from study.losses import Protocol
+from study.metrics.losses import Protocol
+from study.provenance.devices import Precision
+from study.provenance.schema import Strict, validated
 
 # Ranges of numbers. Beyond the upper ends, which no run comes near, a value is a typing error.
 Positive = Annotated[int, Field(ge=1, le=100_000)]

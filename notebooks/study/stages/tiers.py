@@ -3,7 +3,7 @@
 A tier file (`notebooks/tiers/<tier>.yaml`) has a section `grid`, a product of data sets, backbones,
 methods, folds and seeds or a list of them, one section per notebook with the parameters that differ
 from its defaults, and perhaps a section `all` for those of several. Everything is checked against
-the notebooks' `parameters` cells and the manifest before anything runs (`study.parameters`).
+the notebooks' `parameters` cells and the manifest before anything runs (`study.stages.parameters`).
 """
 
 import hashlib
@@ -23,10 +23,17 @@ from lsgs_core.methods import METHODS
 from lsgs_core.scenarios import ScenarioSet
 from study.data.folds import default_split
 from study.data.manifest import NAME, Manifest, load_manifest
-from study.data.schema import Strict, read_json, read_yaml, validated
-from study.files import file_sha256, make_folder, written_beside
-from study.parameters import Backbone, Index, Method, check_against, check_settings, notebook_model
-from study.statistics import UNIFORM_ARMS, planned_pairs
+from study.metrics.statistics import UNIFORM_ARMS, planned_pairs
+from study.provenance.files import file_sha256, make_folder, written_beside
+from study.provenance.schema import Strict, read_json, read_yaml, validated
+from study.stages.parameters import (
+    Backbone,
+    Index,
+    Method,
+    check_against,
+    check_settings,
+    notebook_model,
+)
 
 NOTEBOOKS = {
     "data": "01_data_preparation",

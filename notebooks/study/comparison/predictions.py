@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import Record, save
-from study.checkpoints import build_network, load_checkpoint
+from study.data.colours import class_colours
 from study.data.patches import PatchDataset
-from study.evaluation import class_map, scenario_logits
-from study.figures import class_colours
-from study.tiers import network_seed
+from study.metrics.evaluation import class_map, scenario_logits
+from study.provenance.artifacts import Record, save
+from study.stages.tiers import network_seed
+from study.training.checkpoints import build_network, load_checkpoint
 
 if TYPE_CHECKING:
-    from study.collection import Collected
+    from study.comparison.collection import Collected
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
 NAMES = ("modalities", "bands", "classes", "colours")

@@ -13,8 +13,8 @@ import pandas as pd
 import scipy.stats
 
 from lsgs_core.errors import InputError, real_numbers
-from study.data.schema import read_json
-from study.tiers import NOTEBOOKS, StudyFolder, Tier
+from study.provenance.schema import read_json
+from study.stages.tiers import NOTEBOOKS, StudyFolder, Tier
 
 AGREEMENT = "agreement.txt"  # the sentence of notebook 05 ...
 NOT_COMPARED = "not compared with the committed results"  # ... which may start like this

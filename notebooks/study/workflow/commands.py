@@ -20,16 +20,16 @@ import pandas as pd
 import psutil
 
 from lsgs_core.errors import InputError
-from study.agreement import AGREEMENT
-from study.artifacts import check, sidecar_path
-from study.checkpoints import NETWORKS as NETWORKS_FILE
-from study.durations import durations, estimate, executed, read_executed
-from study.evaluation import COUNTS, class_scores
-from study.files import TEMPORARY, file_sha256, make_folder, written_beside
-from study.pages import tier_page
-from study.tiers import Tier, load_tier
+from study.metrics.evaluation import COUNTS, class_scores
+from study.provenance.artifacts import check, sidecar_path
+from study.provenance.files import TEMPORARY, file_sha256, make_folder, written_beside
+from study.stages.agreement import AGREEMENT
+from study.stages.tiers import Tier, load_tier
+from study.training.checkpoints import NETWORKS as NETWORKS_FILE
+from study.workflow.durations import durations, estimate, executed, read_executed
+from study.workflow.pages import tier_page
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Every process of a run carries this variable, so that those a kill orphaned can be found.
 MARK = "LSGS_STUDY_ROOT"
 TABLES, FIGURES = {".csv", ".xz", ".json", ".npz", ".md", ".txt"}, {".png", ".pdf"}

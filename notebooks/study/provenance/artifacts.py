@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 
 from lsgs_core.errors import InputError
-from study.data.schema import read_json
-from study.devices import is_first_process
-from study.files import file_sha256, make_folder, written_beside
+from study.provenance.devices import is_first_process
+from study.provenance.files import file_sha256, make_folder, written_beside
+from study.provenance.schema import read_json
 
 RECORDED_PACKAGES = ("torch", "numpy", "scipy", "pandas", "rasterio", "geopandas", "safetensors")
 

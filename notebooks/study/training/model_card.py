@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from study.artifacts import Record, save
 from study.data.patches import PatchDataset
-from study.evaluation import scenario_scores
+from study.metrics.evaluation import scenario_scores
+from study.provenance.artifacts import Record, save
 
 CARD = "model_card.md"
 
@@ -47,8 +47,8 @@ def save_model_card(
         "Research on missing sensors, and maps of scenes with these bands, where sensors may be "
         "missing: `make map` or notebook 06. Not for decisions that concern people or property, "
         "and not tried on other places, dates or sensors than those below.",
-        "`study.checkpoints.load_network(folder)` gives the network with scenarios, normalisation "
-        "and classes, where `folder` holds this page. It takes:",
+        "`study.training.checkpoints.load_network(folder)` gives the network with scenarios, "
+        "normalisation and classes, where `folder` holds this page. It takes:",
         "\n".join(f"- {modality}: {', '.join(bands)}" for modality, bands in modalities.items()),
         "## Data",
         "\n".join([f"- {entry}" for entry in data]),

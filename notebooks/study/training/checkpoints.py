@@ -26,12 +26,12 @@ from lsgs_core.models import Backbone, build_backbone, load_author_weights
 from lsgs_core.models.adapter import AdaptedBackbone
 from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import check, load_table, load_weights, sidecar_path
 from study.data.manifest import load_manifest
 from study.data.patches import Description, PatchDataset
-from study.data.schema import validated
-from study.files import file_sha256
-from study.freshness import code_without_prose
+from study.provenance.artifacts import check, load_table, load_weights, sidecar_path
+from study.provenance.files import file_sha256
+from study.provenance.freshness import code_without_prose
+from study.provenance.schema import validated
 
 # What any weights of ours must have been made for, and what committed ones in addition.
 OWN = ("model", "modalities", "classes")
@@ -39,7 +39,7 @@ COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed
 WEIGHTS = "weights.safetensors"
 # The variable with the path of the file of one's own networks, which the command line sets.
 NETWORKS = "LSGS_NETWORKS"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)

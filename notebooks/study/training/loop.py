@@ -29,11 +29,11 @@ from lsgs_core.randomness import Stage, generator, uniform_numbers
 from lsgs_core.sampling import ScenarioSampler
 from lsgs_core.scenarios import ScenarioSet
 from study.data.patches import PatchDataset
-from study.devices import Processes, is_first_process
-from study.files import make_folder, written_beside
-from study.freshness import fingerprint
-from study.losses import TaskKind, paper_loss, segmentation_loss
-from study.settings import TrainingSettings
+from study.metrics.losses import TaskKind, paper_loss, segmentation_loss
+from study.provenance.devices import Processes, is_first_process
+from study.provenance.files import make_folder, written_beside
+from study.provenance.freshness import fingerprint
+from study.training.settings import TrainingSettings
 
 Validation = Callable[[Backbone], Mapping[str, float]]
 STATE = "training_state.pt"

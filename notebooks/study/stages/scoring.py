@@ -23,11 +23,11 @@ from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_p
 from lsgs_core.randomness import generator
 from lsgs_core.scoring_file import published_scoring
 from lsgs_core.uncertainty import ToProbabilities, stop_when_precise, stopping_error
-from study.artifacts import is_made, load_weights, save_weights
-from study.devices import Processes, in_processes, is_first_process
+from study.provenance.artifacts import is_made, load_weights, save_weights
+from study.provenance.devices import Processes, in_processes, is_first_process
 
 if TYPE_CHECKING:
-    from study.run import NetworkRun
+    from study.stages.run import NetworkRun
 
 Measured = Literal["latent", "prediction"]
 SCORES: Mapping[Measured, str] = {

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from lsgs_core.distributions import read_failure_rates
 from lsgs_core.errors import InputError
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import Record, load_table
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
-from study.devices import choose_device, make_deterministic
-from study.evaluation import AlwaysPositive, class_scores, evaluate, scenario_scores
-from study.parameters import checked_parameters
-from study.statistics import whole_replicates
-from study.tiers import READ_AGAIN, StudyFolder, Tier, load_tier, network_seed
+from study.metrics.evaluation import AlwaysPositive, class_scores, evaluate, scenario_scores
+from study.metrics.statistics import whole_replicates
+from study.provenance.artifacts import Record, load_table
+from study.provenance.devices import choose_device, make_deterministic
+from study.stages.parameters import checked_parameters
+from study.stages.tiers import READ_AGAIN, StudyFolder, Tier, load_tier, network_seed
 
 NETWORK = ["dataset", "backbone", "fold", "network"]
 RUN = ["dataset", "backbone", "fold", "seed", "method"]

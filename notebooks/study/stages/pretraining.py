@@ -14,15 +14,21 @@ from lsgs_core.errors import InputError
 from lsgs_core.methods import find_method, without_evidence
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
-from study.artifacts import Record, is_made, load_table
-from study.checkpoints import Pretrained, errors_named, is_own, load_checkpoint, load_pretrained
-from study.devices import in_processes, seed_weights
-from study.evaluation import validation_scores
-from study.files import file_sha256
-from study.training import train
+from study.metrics.evaluation import validation_scores
+from study.provenance.artifacts import Record, is_made, load_table
+from study.provenance.devices import in_processes, seed_weights
+from study.provenance.files import file_sha256
+from study.training.checkpoints import (
+    Pretrained,
+    errors_named,
+    is_own,
+    load_checkpoint,
+    load_pretrained,
+)
+from study.training.loop import train
 
 if TYPE_CHECKING:
-    from study.run import NetworkRun
+    from study.stages.run import NetworkRun
 
 # Differences below this, relative to the size of the latent, are float32 rounding.
 TOLERANCE = 1e-4

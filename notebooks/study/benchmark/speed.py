@@ -36,10 +36,10 @@ from lsgs_core.randomness import generator
 from lsgs_core.regression import measured_scenarios
 from lsgs_core.scenarios import ScenarioSet
 from lsgs_core.uncertainty import stop_when_precise, stopping_error
-from study.checkpoints import build_network, load_checkpoint
+from study.benchmark.published_form import as_published
 from study.data.patches import PatchDataset
-from study.published_form import as_published
-from study.scoring import to_probabilities
+from study.stages.scoring import to_probabilities
+from study.training.checkpoints import build_network, load_checkpoint
 
 FORMS: dict[str, Callable[[Backbone], Backbone]] = {
     "plain": as_published,

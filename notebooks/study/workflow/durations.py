@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from lsgs_core.errors import InputError
-from study.data.schema import read_json
-from study.tiers import NOTEBOOKS, Tier
+from study.provenance.schema import read_json
+from study.stages.tiers import NOTEBOOKS, Tier
 
 MEASURED_ON = "one core of an Intel Xeon of 2.8 GHz"
 SIZE = 64  # pixels; side of the patches

@@ -1,0 +1,1 @@
+"""All runs of a grid put together, and all published tiers."""

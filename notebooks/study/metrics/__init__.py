@@ -1,0 +1,1 @@
+"""Losses, records of an evaluation, and differences between methods."""

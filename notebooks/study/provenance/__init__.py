@@ -1,0 +1,1 @@
+"""How an output is written, and what says where it comes from."""

@@ -1,0 +1,1 @@
+"""Commands on top of Snakemake, and the pages that they publish."""
