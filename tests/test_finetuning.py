@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from study import finetuning as module
-from study import run as run_module
 from study.data.manifest import Licence
 from study.metrics.evaluation import scenario_scores
 from study.provenance.artifacts import check
+from study.stages import finetuning as module
+from study.stages import run as run_module
 from study.stages.finetuning import finetune
 from study.stages.run import NetworkRun
 from test_training import Blobs, small
