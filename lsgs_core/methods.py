@@ -277,16 +277,20 @@ def permuted_within(evidence: Evidence) -> ScenarioSampler:
 
 
 @method("cardinality of predictions", "control")
-def cardinality_prediction(evidence: Evidence) -> ScenarioSampler:
+def cardinality_prediction(
+    evidence: Evidence, mixing: float | None = None, inverse_temperature: float | None = None
+) -> ScenarioSampler:
     """As cardinality, fitted to LSGS on predictions: its control."""
-    target = lsgs_prediction(evidence).probabilities(0)
+    target = lsgs_prediction(evidence, mixing, inverse_temperature).probabilities(0)
     return FixedSampler(distributions.by_cardinality(evidence.scenarios, target))
 
 
 @method("permuted predictions", "control")
-def permuted_prediction(evidence: Evidence) -> ScenarioSampler:
+def permuted_prediction(
+    evidence: Evidence, mixing: float | None = None, inverse_temperature: float | None = None
+) -> ScenarioSampler:
     """As permuted within, with the probabilities of LSGS on predictions: its decisive control."""
-    target = lsgs_prediction(evidence).probabilities(0)
+    target = lsgs_prediction(evidence, mixing, inverse_temperature).probabilities(0)
     return FixedSampler(distributions.permuted(evidence.scenarios, target, evidence.seed, True))
 
 
