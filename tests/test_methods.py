@@ -58,11 +58,14 @@ def test_what_is_drawn_from():
         assert p(most).argmin() == p(least).argmax() == THREE.full
     assert np.ptp(p("lsgs_strong")) > 2 * np.ptp(p("lsgs"))
     np.testing.assert_allclose(p("cardinality") @ THREE.missing, SCORED @ THREE.missing)
-    predicted, groups = p("lsgs_prediction"), THREE.missing
-    np.testing.assert_allclose(p("cardinality_prediction") @ groups, predicted @ groups)
-    for missing in range(3):  # the same probabilities, of other scenarios
-        own, exchanged = (v[groups == missing] for v in (predicted, p("permuted_prediction")))
-        np.testing.assert_array_equal(np.sort(own), np.sort(exchanged))
+    groups = THREE.missing
+    for strength in ("", "@mixing=1@inverse_temperature=1"):
+        predicted, permuted = p(f"lsgs_prediction{strength}"), p(f"permuted_prediction{strength}")
+        counted = p(f"cardinality_prediction{strength}")
+        np.testing.assert_allclose(counted @ groups, predicted @ groups)
+        for missing in range(3):  # the same probabilities, of other scenarios
+            own, exchanged = (np.sort(v[groups == missing]) for v in (predicted, permuted))
+            np.testing.assert_array_equal(own, exchanged)
     assert p("coverage").min() >= 0.5 / 7 - 1e-9  # mixed with uniform
     assert p("bernoulli").argmax() == THREE.full
     assert p("curriculum").argmax() == THREE.full
