@@ -229,15 +229,12 @@ def load_predictions(path: Path) -> Predictions:
     """Read predictions that `save_predictions` wrote; another file raises `InputError`."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return Predictions(
-            **{name: tuple(arrays[name].tolist()) for name in NAMES},
-            pixel_size=float(arrays["pixel_size"]),
-            patch_ids=arrays["patch_ids"],
-            pictures=arrays["pictures"].astype(np.uint8),
-            truth=arrays["truth"].astype(np.uint8),
-            maps={n.removeprefix(MAP): a for n, a in arrays.items() if n.startswith(MAP)},
-        )
+            fields: dict[str, Any] = {name: file[name] for name in file.files}
+        fields |= {name: tuple(fields[name].tolist()) for name in NAMES}
+        fields["pixel_size"] = float(fields["pixel_size"])
+        names = [name for name in fields if name.startswith(MAP)]
+        maps = {name.removeprefix(MAP): fields.pop(name) for name in names}
+        return Predictions(**fields, maps=maps)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: expected the predictions of notebook 05: {error}") from error
 

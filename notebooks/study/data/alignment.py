@@ -86,11 +86,6 @@ class Grid:
         distance = max(np.abs(x - across).max(), np.abs(y - down).max())
         return shape == (self.height, self.width) and bool(distance < 0.01)
 
-    def overlaps(self, bounds: Sequence[float]) -> bool:
-        """Return whether left, bottom, right, top in the grid's units share area with it."""
-        own = rasterio.transform.array_bounds(self.height, self.width, self.transform)
-        return bool(shapely.box(*own).intersection(shapely.box(*bounds)).area > 0)
-
 
 def windows(height: int, width: int) -> list[Window]:
     """Return windows of at most `STEP` × `STEP` pixels that cover a raster."""
@@ -272,7 +267,8 @@ class AlignedRaster:
                     raise InputError(
                         f"{path}: cannot be brought from {crs} to the reference band's ({error})"
                     ) from error
-            if not grid.overlaps(bounds):
+            own = rasterio.transform.array_bounds(grid.height, grid.width, grid.transform)
+            if not shapely.box(*own).intersection(shapely.box(*bounds)).area:
                 raise InputError(f"{path}: does not overlap the reference band")
             if crs != grid.crs and grid.matches(transform, raw.shape):
                 logger.warning(

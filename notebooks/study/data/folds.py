@@ -354,16 +354,14 @@ def _block_parts(
 def _scene_parts(table: pd.DataFrame, folds: WholeScenes | OfficialSplit) -> list[pd.Series]:
     """Return the part of every patch in every fold."""
     if isinstance(folds, WholeScenes) and folds.group_before:
-        groups = [str(scene).partition(folds.group_before)[0] for scene in table["scene"]]
-        table = table.assign(scene=groups)
+        table = table.assign(scene=table["scene"].str.partition(folds.group_before)[0])
     scenes = list(dict.fromkeys(table["scene"]))
     if isinstance(folds, WholeScenes):
         if len(scenes) < folds.count:
             raise InputError(f"folds.count: expected at most {len(scenes)}, the number of scenes")
-        splits = [
-            {s: "test" if i % folds.count == fold else "training" for i, s in enumerate(scenes)}
-            for fold in range(folds.count)
-        ]
+        tested = [scenes[fold :: folds.count] for fold in range(folds.count)]
+        trained = dict.fromkeys(scenes, "training")
+        splits = [trained | dict.fromkeys(names, "test") for names in tested]
     else:
         splits = [{scene: _official_part(scene, folds) for scene in scenes}]
     sliding = table["kind"] == "sliding"

@@ -80,14 +80,8 @@ def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
 
 def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
     """Return a function that looks up the numbers, or colours, of a raster."""
-    if isinstance(labels, IdLabels):
-        groups = labels.groups
-        background, ignored = labels.background, labels.ignored
-    else:
-        groups = [[int(_packed(colour))] for colour in labels.groups]
-        background, ignored = [], [int(_packed(colour)) for colour in labels.ignored]
-    table = {number: index for index, group in enumerate(groups, start=1) for number in group}
-    table |= dict.fromkeys(background, 0) | dict.fromkeys(ignored, labels.ignore)
+    has_colours = isinstance(labels, ColourLabels)
+    table = {_packed(e) if has_colours else e: code for e, code in labels.entries()}
     listed_numbers = np.array(sorted(table))
     codes = np.array([table[number] for number in listed_numbers.tolist()], dtype=np.uint8)
 
@@ -148,7 +142,7 @@ def _box(window: Window) -> shapely.Polygon:
 
 def _value_numbers(labels: Labels) -> dict[str, int]:
     """Return the index of the label value of every entry of the file."""
-    return {str(entry): n for n, group in enumerate(labels.groups) for entry in group}
+    return {str(entry): code - 1 for entry, code in labels.entries()}
 
 
 def _expect_polygons(path: Path, shapes: NDArray[Any]) -> None:

@@ -221,29 +221,28 @@ class _Labels(Strict):
 
     @model_validator(mode="after")
     def _listed_once(self) -> Self:
-        entries = self._entries()
+        entries = [entry for entry, _ in self.entries()]
         if repeated := [entry for entry in entries if entries.count(entry) > 1]:
             raise ValueError(f"{repeated[0]} is listed twice")
         return self
 
-    def _entries(self) -> list[Any]:
-        """Return every entry of the label file that has a meaning."""
-        return [entry for group in self.groups for entry in group]
+    def entries(self) -> list[tuple[Any, int]]:
+        """Return every entry of the label file that has a meaning, with its code.
+
+        The codes of the values are 1, 2, …, also where they overlap.
+        """
+        groups = enumerate(self.values.values(), start=1)
+        return [(entry, code) for code, group in groups for entry in group]
 
     @property
     def has_background(self) -> bool:
         """Return whether pixels can be labelled as none of the values."""
-        return self.overlapping
+        return self.overlapping or any(code == 0 for _, code in self.entries())
 
     @property
     def ignore(self) -> int:
         """Return the code of a pixel without a label in the prepared rasters."""
         return 2**16 - 1 if self.overlapping else 2**8 - 1
-
-    @property
-    def groups(self) -> list[Any]:
-        """Return the entries of the label file of every value."""
-        return list(self.values.values())
 
     @property
     def names(self) -> list[str]:
@@ -297,13 +296,11 @@ class IdLabels(_Labels, Placed):
     # what all other numbers are: a mistake, or unknown
     unlisted: Literal["error", "ignore"] = "error"
 
-    @property
-    def has_background(self) -> bool:
-        """Return whether pixels can be labelled as none of the values."""
-        return bool(self.background)
-
-    def _entries(self) -> list[Any]:
-        return [*super()._entries(), *self.background, *self.ignored]
+    def entries(self) -> list[tuple[Any, int]]:
+        """Return every number that has a meaning, with its code."""
+        others = [*((number, 0) for number in self.background)]
+        others += [(number, self.ignore) for number in self.ignored]
+        return [*super().entries(), *others]
 
 
 class ColourLabels(_Labels, Placed):
@@ -317,8 +314,10 @@ class ColourLabels(_Labels, Placed):
     # what all other colours are: a mistake, or unknown
     unlisted: Literal["error", "ignore"] = "error"
 
-    def _entries(self) -> list[Any]:
-        return [*self.values.values(), *self.ignored]
+    def entries(self) -> list[tuple[Any, int]]:
+        """Return every colour that has a meaning, with its code."""
+        coded = [(colour, code) for code, colour in enumerate(self.values.values(), start=1)]
+        return [*coded, *((colour, self.ignore) for colour in self.ignored)]
 
 
 Labels = Annotated[

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from lsgs_core.errors import InputError
 from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, naming, windows
 from study.data.labels import Draw, code_names, membership, open_labels
-from study.data.manifest import BACKGROUND, Dataset, Difference, FileBand, Slope
+from study.data.manifest import Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Modality, Scene, find_scenes
 from study.provenance.files import file_sha256, make_folder, written_beside
 from study.provenance.schema import Strict
@@ -147,7 +147,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
         values = {name: set(scene.label_values) for name, scene in done.items()}
         for scene in tqdm(pending, desc="check", unit="scene"):
             values[scene.name] = check_scene(scene)
-        missing = set(dataset.labels.names) - set().union(*values.values()) - {BACKGROUND}
+        missing = set(dataset.labels.values) - set().union(*values.values())
         if pending and missing:
             raise InputError(f"labels.values: {sorted(missing)} occur in no scene of {raw_folder}")
         if pending:
@@ -299,8 +299,8 @@ def _write_scene(
     make_folder(folder / scene.name)
     labels, member = scene.labels, membership(scene.labels)
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
-    counts = np.zeros(member.shape[1], dtype=np.int64)
-    labelled, unseen = 0, dict.fromkeys(scene.modalities, 0)
+    pixels_of = np.zeros(len(member), dtype=np.int64)  # every code
+    unseen = dict.fromkeys(scene.modalities, 0)
     with open_scene(scene) as (grid, modalities, draw), ExitStack() as stack:
         # Left in reverse: rasters are closed, and then renamed.
         enter = stack.enter_context
@@ -325,17 +325,15 @@ def _write_scene(
                 unseen[modality] += int((~seen).sum())
             codes[~seen_at_all] = labels.ignore
             coded.write(codes, 1, window=window)
-            labelled += int((codes != labels.ignore).sum())
-            occurring, pixels_of = np.unique(codes, return_counts=True)
-            counts += pixels_of @ member[occurring].astype(np.int64)
+            pixels_of += np.bincount(codes.ravel(), minlength=len(member))
     hashes = {file: file_sha256(folder / file) for file in files.values()}
     crs = grid.crs.to_wkt() if grid.crs else None
-    label_pixels = dict(zip(labels.names, counts.tolist(), strict=True))
+    label_pixels = dict(zip(labels.names, (pixels_of @ member).tolist(), strict=True))
     return PreparedScene(
         raw=raw, outputs=hashes, height=grid.height, width=grid.width, crs=crs,
         transform=tuple(grid.transform)[:6], modalities=list(scene.modalities),
-        labelled_pixels=labelled, label_pixels=label_pixels, label_values=label_values,
-        unseen_pixels=unseen,
+        labelled_pixels=int(pixels_of[: labels.ignore].sum()), label_pixels=label_pixels,
+        label_values=label_values, unseen_pixels=unseen,
     )  # fmt: skip
 
 

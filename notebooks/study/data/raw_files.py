@@ -206,15 +206,14 @@ class RawFolder:
 
     def matches(self, template: str) -> Iterator[tuple[dict[str, str], Path]]:
         """Yield the variables of a template and the file, for every file that fits it."""
-        pattern, end, names = "(?:^|/)", 0, set[str]()
-        for variable in manifest.VARIABLE.finditer(template):
-            name = variable[1]
-            pattern += re.escape(template[end : variable.start()])
-            pattern += f"(?P={name})" if name in names else f"(?P<{name}>[^/]+?)"
-            names.add(name)
-            end = variable.end()
+        start, *rest = manifest.VARIABLE.split(template)
+        pattern = f"(?:^|/){re.escape(start)}"
+        for name, text in zip(rest[::3], rest[2::3], strict=True):
+            known = f"(?P<{name}>" in pattern
+            pattern += f"(?P={name})" if known else f"(?P<{name}>[^/]+?)"
+            pattern += re.escape(text)
         for inside, path in self.paths.items():
-            if match := re.search(f"{pattern}{re.escape(template[end:])}$", _plain(inside)):
+            if match := re.search(f"{pattern}$", _plain(inside)):
                 yield match.groupdict(), path
 
 

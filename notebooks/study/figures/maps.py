@@ -186,15 +186,15 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
     ):
         panel.imshow(picture)
         panel.set_title(name)
-    _draw_classes(axes[0, len(predictions.modalities)], truth, predictions)
-    axes[0, len(predictions.modalities)].set_title("truth")
+    _draw_classes(axes[0, len(predictions.modalities)], truth, predictions, "truth")
     _scale_bar(axes[0, 0], predictions)
     for row, method in zip(axes[1:], methods, strict=True):
         row[0].set_ylabel(method_title(method), rotation=0, ha="right", va="center")
         for column, (backbone, index) in enumerate(product(backbones, shown)):
             predicted = predictions.maps.get(f"{backbone}/{method}")
             if predicted is not None:
-                _draw_classes(row[column], predicted[patch, index], predictions, truth == UNKNOWN)
+                classes = predicted[patch, index]
+                _draw_classes(row[column], classes, predictions, pale=truth == UNKNOWN)
     for panel, (backbone, index) in zip(axes[1], product(backbones, shown), strict=False):
         sensors = "all" if index == scenarios.full else scenarios.names[index]
         panel.set_title(f"{backbone_title(backbone)}\n{sensors}")
@@ -222,13 +222,12 @@ def prediction_view(
             panel.imshow(picture)
         panel.set(box_aspect=1, title=f"{name}: {bands if is_available else 'missing'}")
         panel.patch.set(hatch="" if is_available else "//", edgecolor=GREY)
-    _draw_classes(axes[0, len(names)], truth, predictions)
-    axes[0, len(names)].set_title("truth (white: no label)")
+    _draw_classes(axes[0, len(names)], truth, predictions, "truth (white: no label)")
     _scale_bar(axes[0, len(names)], predictions)
     verdicts = {0: PALETTE[5], 1: PALETTE[4]}
     for panels, shown in ((axes[1, :2], scenarios.full), (axes[1, 2:4], scenario)):
-        _draw_classes(panels[0], every[shown], predictions, truth == UNKNOWN)
-        panels[0].set_title(f"from {scenarios.names[shown]}")
+        title = f"from {scenarios.names[shown]}"
+        _draw_classes(panels[0], every[shown], predictions, title, truth == UNKNOWN)
         errors = np.where(every[shown] == truth, 1, 0)
         errors[(truth == UNKNOWN) | (every[shown] == UNKNOWN)] = -1
         right, iou = predictions.agreement(patch, every[shown])
@@ -257,10 +256,11 @@ def _draw_classes(
     panel: Axes,
     classes: NDArray[np.uint8],
     predictions: Predictions,
+    title: str = "",
     pale: NDArray[np.bool_] | None = None,
 ) -> None:
     """Draw a map of classes, grey where there is none of them, and pale where `pale` is True."""
-    category_map(panel, classes, {**dict(enumerate(predictions.colours)), NOTHING: GREY})
+    category_map(panel, classes, {**dict(enumerate(predictions.colours)), NOTHING: GREY}, title)
     if pale is not None:
         panel.imshow(np.dstack([np.ones((*pale.shape, 3)), pale * 0.6]))
 
