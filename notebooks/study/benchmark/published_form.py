@@ -16,9 +16,9 @@ from lsgs_core.models.cbc import Encoder
 def as_published(model: Backbone) -> Backbone:
     """Return a copy of a network, not accelerated, in its published form with equal parameters."""
     published = copy.deepcopy(model)
-    for module in published.modules():
-        if type(module) is Encoder:
-            module.__class__ = _VolumeEncoder
+    for encoder in [module for module in published.modules() if type(module) is Encoder]:
+        for module in encoder.modules():
+            module.__class__ = _VOLUMES.get(type(module), type(module))
     return published
 
 
@@ -29,43 +29,31 @@ class _VolumeEncoder(Encoder):
         """Compute `Encoder.forward` by 3-D convolutions."""
         x = bands[:, None]  # (B, 1, D, H, W)
         levels, resized = [], []
-        for name, stage in self.stages.items():
-            assert isinstance(stage, nn.Sequential)
-            if name == "level1":
-                conv, _, norm, _ = stage.children()
-                weight = conv.get_parameter("weight")[:, None]  # its three channels were the depth
-                x = F.conv3d(x, weight, None, stride=(1, 2, 2), padding=(1, 3, 3))
-                x = F.max_pool3d(_normalised(F.relu(x), norm), (1, 3, 3), (1, 2, 2), (0, 1, 1))
-            else:
-                for block in stage.children():
-                    x = _bottleneck(x, block)
-            reduced = _convolved(x, self.reduce[name])
-            levels.append(reduced)
-            resized.append(F.interpolate(reduced, self.grid, mode="trilinear", align_corners=True))
+        for stage, reduce in zip(self.stages.values(), self.reduce.values(), strict=True):
+            x = stage(x)
+            levels.append(reduce(x))
+            resized.append(F.interpolate(levels[-1], self.grid, mode="trilinear", align_corners=True))
         return [*levels[:4], self.merge(torch.cat(resized, dim=1))]
 
 
-def _bottleneck(x: Tensor, block: nn.Module) -> Tensor:
-    out = x
-    for name in ("part1", "part2", "part3"):
-        conv, norm = block.get_submodule(name).children()
-        out = _normalised(_convolved(out, conv), norm)
-        out = F.relu(out) if name != "part3" else out
-    if projection := [*block.get_submodule("shortcut").children()]:
-        x = _normalised(_convolved(x, projection[0]), projection[1])
-    return F.relu(out + x)
+class _VolumeConvolution(nn.Conv2d):
+    """A convolution whose kernel has a depth of 1, or of 3 in the stem, whose channels they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        weight = self.weight.unflatten(1, (x.shape[1], -1))
+        padding = weight.shape[2] // 2, *self.padding
+        return F.conv3d(x, weight, self.bias, (1, *self.stride), padding)
 
 
-def _convolved(x: Tensor, conv: nn.Module) -> Tensor:
-    assert isinstance(conv, nn.Conv2d)
-    assert not isinstance(conv.padding, str)
-    stride, padding = (1, *conv.stride), (0, *conv.padding)
-    return F.conv3d(x, conv.weight[:, :, None], conv.bias, stride=stride, padding=padding)
+class _VolumePooling(nn.MaxPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1))
 
 
-def _normalised(x: Tensor, norm: nn.Module) -> Tensor:
-    assert isinstance(norm, nn.BatchNorm2d)
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-        norm.training, norm.momentum or 0.0, norm.eps,
-    )  # fmt: skip
+_VOLUMES: dict[type[nn.Module], type[nn.Module]] = {
+    Encoder: _VolumeEncoder,
+    nn.Conv2d: _VolumeConvolution,
+    nn.BatchNorm2d: nn.BatchNorm3d,
+    nn.MaxPool2d: _VolumePooling,
+}

@@ -6,7 +6,6 @@ Both forms have the same weights and take turns in one process, so that whatever
 machine down slows both. Results are ratios of medians.
 """
 
-import re
 import resource
 import sys
 import time
@@ -302,8 +301,10 @@ def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
     Returns the cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`.
     """
     rows = [asdict(case) for case in cases]
+    # A process that is spawned would start with the peak of this one.
+    context = get_context("forkserver")
     jobs = [(row, case, form) for row, case in zip(rows, cases, strict=True) for form in FORMS]
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
         for row, case, form in tqdm(jobs, unit="process", desc="memory"):
             row[form] = processes.submit(_peak_of_runs, case, form, threads).result()
     table = pd.DataFrame(rows)
@@ -370,14 +371,5 @@ def _peak_of_runs(case: Case, form: str, threads: int) -> float:
     run = _Workload(case, "cpu").run(form)
     for _ in range(2):  # the second with the optimiser's state
         run()
-    return _peak_resident() / 1e9
-
-
-def _peak_resident() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would include the process that started this one
-        [peak] = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
-        return int(peak) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
