@@ -17,7 +17,6 @@ if "only" in config:
 # What papermill injects into every notebook.
 tier.write_parameter_files()
 study = tier.folder
-grid = tier.grid
 threads_of_a_run = tier.setting("finetuning", "threads")
 
 
@@ -166,7 +165,7 @@ rule finetuning:
 
 rule evaluation:
     input:
-        scores=[study.runs(*point) / "scores.csv" for point in tier.grid.points()],
+        scores=[study.runs(*point) / "scores.csv" for point in tier.points()],
     output:
         study.evaluation / "summary.csv",
     log:

@@ -58,7 +58,7 @@ PATCHES = Patches(10), Patches(4), Patches(6)
 
 
 def opened(**parameters):
-    return Opened("finetuning", PARAMETERS | parameters, None, None, *PATCHES)
+    return Opened("finetuning", PARAMETERS | parameters, None, *PATCHES)
 
 
 ONE_STEP = {"epochs": 1, "batch_size": 10}

@@ -241,7 +241,7 @@ def test_segformer_goes_through_the_whole_study(clone):
     [tier] = re.findall(r"```yaml\n(.*?)```", notebook.cells[-1].source, re.S)
     (clone / "notebooks" / "tiers" / "own.yaml").write_text(tier)
     command = [sys.executable, "-m", "study", "run", "own", "--cores", "2"]
-    printed(*command, "--networks", "my_networks.py", folder=clone)
+    printed(*command, folder=clone, **{NETWORKS: "my_networks.py"})
     summary = pd.read_csv(clone / "results" / "own" / "evaluation" / "summary.csv")
     assert set(summary["method"]) == {"pretrained", "uniform", "lsgs", "lora"}
     assert set(summary["backbone"]) == {"my_networks:segformer"}

@@ -17,7 +17,7 @@ def tier(tmp_path):
 
 def test_one_run_of_a_grid(tier):
     single = tier.only("demo/cmx/lsgs/0/0")
-    assert single.grid.points() == {("demo", "cmx", 0, 0): ["lsgs"]}
+    assert single.points() == {("demo", "cmx", 0, 0): ["lsgs"]}
     jobs = [job for job, _ in single.jobs()]
     assert jobs == [
         "01_data_preparation-demo",

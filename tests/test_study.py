@@ -69,7 +69,7 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"evaluation/summary.csv"):
         publish(load_tier("study_flood", ROOT))
     outside = {("demo", "cmx", 0, 7): ["lsgs"]}  # the grid was larger once
-    for point, methods in {**tier.grid.points(), **outside}.items():
+    for point, methods in {**tier.points(), **outside}.items():
         parameters = {"dataset": point[0], "model": {"name": point[1]}}
         for method in methods:
             path = tmp_path / tier.folder.runs(*point) / method / "records.csv"
@@ -97,7 +97,7 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     assert provenance["command"] == "make study TIER=smoke"
     assert provenance["evaluation"]["environment"]["date"]
     counts = 2, 3  # one run of CBC-SLP is not there
-    grid = [(*point[:2], count) for point, count in zip(tier.grid.points(), counts, strict=True)]
+    grid = [(*point[:2], count) for point, count in zip(tier.points(), counts, strict=True)]
     found = [(runs["dataset"], runs["backbone"], runs["runs"]) for runs in provenance["runs"]]
     assert found == grid
     assert all(runs["from"] <= runs["to"] for runs in provenance["runs"])

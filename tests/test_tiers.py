@@ -35,8 +35,7 @@ def project(tmp_path):
 def test_committed_tiers_are_valid(name):
     tier = load_tier(name, ROOT)
     jobs = list(tier.jobs())
-    grid = tier.grid
-    expected = len(grid.datasets) + 2 * len(tier.networks()) + len(grid.points()) + 1
+    expected = len(tier.datasets) + 2 * len(tier.networks()) + len(tier.points()) + 1
     assert len(jobs) == len(dict(jobs)) == expected
     known = {path.stem: notebook_parameters(path) for path in NOTEBOOK_FOLDER.glob("*.ipynb")}
     assert all(parameters.keys() <= known[job.split("-")[0]].keys() for job, parameters in jobs)
@@ -120,7 +119,7 @@ def test_a_grid_of_several_products(project):
     few = {"backbones": ["cbc"], "methods": ["lora", "uniform"], "folds": [0], "seeds": [2]}
     grid = [many, few | {"datasets": ["demo", "landsat7"]}]
     tier = project({"02_pretraining_check": {"weights": "train"}, "grid": grid})
-    points = tier.grid.points()
+    points = tier.points()
     assert len(points) == 2 * 3 + 1
     assert points["demo", "cbc", 0, 2] == ["uniform", "lsgs", "lora"]  # in both, run once
     assert points["demo", "cbc", 1, 2] == ["uniform", "lsgs"]

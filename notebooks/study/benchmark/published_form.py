@@ -32,7 +32,9 @@ class _VolumeEncoder(Encoder):
         for stage, reduce in zip(self.stages.values(), self.reduce.values(), strict=True):
             x = stage(x)
             levels.append(reduce(x))
-            resized.append(F.interpolate(levels[-1], self.grid, mode="trilinear", align_corners=True))
+            resized.append(
+                F.interpolate(levels[-1], self.grid, mode="trilinear", align_corners=True)
+            )
         return [*levels[:4], self.merge(torch.cat(resized, dim=1))]
 
 

@@ -83,7 +83,7 @@ def open_grid(notebook: Mapping[str, Any]) -> Collected:
     device = choose_device(parameters["device"])
     study = StudyFolder(Path(parameters["work"]))
     tier = load_tier(parameters["tier"], Path("..")) if parameters["tier"] else None
-    points = tier.grid.points() if tier else study.points()
+    points = tier.points() if tier else study.points()
     known, limit = load_manifest(Path(parameters["manifest"])), parameters["evaluation_patches"]
     task, normalisation = parameters["task"], parameters["normalisation"]
     tests, tested_on = {}, parameters["tested_on"]

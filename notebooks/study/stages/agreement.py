@@ -112,9 +112,9 @@ def compared_with_committed(
     """
     if not reference or tier is None:
         return pd.DataFrame(), f"{NOT_COMPARED}: {'no reference' if tier else 'no tier'} is named"
-    if reason := why_not_compared(tier, Path(reference)):
-        return pd.DataFrame(), f"{NOT_COMPARED}: {reason}"
     committed = Path(reference)
+    if reason := why_not_compared(tier, committed):
+        return pd.DataFrame(), f"{NOT_COMPARED}: {reason}"
     keys = ["dataset", "backbone"]
     rows: list[list[Any]] = []
     for network in tier.networks():
@@ -140,8 +140,7 @@ def compared_with_committed(
         rows.append(["pretrained IoU", *place, "IoU of every scenario", value, 0.0, IOU])
     fine_tuned = _fine_tuned(summary, pd.read_csv(committed / "evaluation" / "summary.csv"))
     columns = ["part", *keys, "method", "metric", "here", "low", "high"]
-    tables = [pd.DataFrame(rows, columns=columns), fine_tuned[columns]]
-    table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    table = pd.DataFrame([*rows, *fine_tuned[columns].to_numpy().tolist()], columns=columns)
     table = table.assign(agrees=table["here"].between(table["low"], table["high"]))
     return table, _sentence(table)
 

@@ -15,7 +15,7 @@ import torch
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
-from study.data.manifest import Dataset, load_manifest
+from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
 from study.provenance.artifacts import Record, check
 from study.provenance.devices import choose_device, make_deterministic
@@ -33,7 +33,6 @@ class NetworkRun:
     stage: NotebookStage
     parameters: Mapping[str, Any]
     study: StudyFolder
-    dataset: Dataset
     training: PatchDataset
     validation: PatchDataset
     test: PatchDataset
@@ -79,7 +78,7 @@ class NetworkRun:
             "data_sha256": self.training.data_sha256,
             "patches_sha256": self.training.patches_sha256,
             "model": network_configuration(*self._built, self.training),
-            "modalities": self.dataset.modalities,
+            "modalities": self.training.dataset.modalities,
             "classes": self.training.classes,
             "description": self.training.description.model_dump(),
         }
@@ -136,4 +135,4 @@ def open_run(stage: NotebookStage, notebook: Mapping[str, Any]) -> NetworkRun:
     training = PatchDataset(*source, "training", normalisation, most, workers)
     validation = PatchDataset(*source, "validation", normalisation, limit)
     test = PatchDataset(*source, parameters.get("tested_on", "test"), normalisation, limit)
-    return NetworkRun(stage, parameters, study, dataset, training, validation, test)
+    return NetworkRun(stage, parameters, study, training, validation, test)

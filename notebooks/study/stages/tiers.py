@@ -87,27 +87,6 @@ class Runs(Strict):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The runs of a tier: products that are put together; what is in several is run once."""
-
-    parts: list[Runs]
-
-    def points(self) -> dict[tuple[str, str, int, int], list[str]]:
-        """Methods of every (dataset, backbone, fold, seed)."""
-        found: dict[tuple[str, str, int, int], list[str]] = {}
-        for part in self.parts:
-            for point in product(part.datasets, part.backbones, part.folds, part.seeds):
-                known = found.setdefault(point, [])
-                known += [method for method in part.methods if method not in known]
-        return found
-
-    @property
-    def datasets(self) -> list[str]:
-        """Every data set."""
-        return list(dict.fromkeys(name for name, *_ in self.points()))
-
-
-@dataclass(frozen=True)
 class StudyFolder:
     """Where the runs of one tier write, such as `work/demo`; notebooks and workflow ask here."""
 
@@ -162,11 +141,25 @@ class Tier:
     """A tier file that was checked."""
 
     name: str
-    grid: Grid
+    grid: list[Runs]  # products that are put together; what is in several is run once
     sections: Mapping[str, Mapping[str, Any]]  # parameters per notebook
     manifest: Manifest  # that notebook 01 takes its data sets from
     sha256: str  # of the file
     folder: StudyFolder  # where it writes, seen from the project's root
+
+    def points(self) -> dict[tuple[str, str, int, int], list[str]]:
+        """Methods of every (dataset, backbone, fold, seed)."""
+        found: dict[tuple[str, str, int, int], list[str]] = {}
+        for part in self.grid:
+            for point in product(part.datasets, part.backbones, part.folds, part.seeds):
+                known = found.setdefault(point, [])
+                known += [method for method in part.methods if method not in known]
+        return found
+
+    @property
+    def datasets(self) -> list[str]:
+        """Every data set."""
+        return list(dict.fromkeys(name for name, *_ in self.points()))
 
     def setting(self, stage: str, name: str) -> Any:
         """The value of a notebook's parameter in this tier."""
@@ -179,7 +172,7 @@ class Tier:
 
     def networks(self) -> list[tuple[str, str, int, int]]:
         """Every (dataset, backbone, fold, pretraining seed), which is trained and scored once."""
-        points, seed = self.grid.points(), self.pretraining_seed
+        points, seed = self.points(), self.pretraining_seed
         return list(dict.fromkeys((*point[:3], network_seed(seed, point[3])) for point in points))
 
     def gpus_of(self, stage: str) -> int:
@@ -194,12 +187,12 @@ class Tier:
 
     def jobs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Name and parameters of every notebook run, in an order in which they can run."""
-        for dataset in self.grid.datasets:
+        for dataset in self.datasets:
             yield self._job("data", dataset=dataset)
         for stage in ("pretraining", "scoring"):
             for network in self.networks():
                 yield self._job(stage, **dict(zip(NETWORK, network, strict=True)))
-        for (*start, seed), methods in self.grid.points().items():
+        for (*start, seed), methods in self.points().items():
             job, parameters = self._job("finetuning", **dict(zip(RUN, (*start, seed), strict=True)))
             parameters["pretraining_seed"] = network_seed(self.pretraining_seed, seed)
             yield job, parameters | {"methods": ",".join(methods)}
@@ -219,7 +212,7 @@ class Tier:
         """
         runs = {
             f"{dataset}/{backbone}/{method}/{fold}/{seed}": (dataset, backbone, method, fold, seed)
-            for (dataset, backbone, fold, seed), methods in self.grid.points().items()
+            for (dataset, backbone, fold, seed), methods in self.points().items()
             for method in methods
         }
         if run not in runs:
@@ -227,7 +220,7 @@ class Tier:
         single: dict[str, Any] = {
             name: [one] for name, one in zip(Runs.model_fields, runs[run], strict=True)
         }
-        return replace(self, grid=Grid([Runs(**single)]))
+        return replace(self, grid=[Runs(**single)])
 
     def write_parameter_files(self) -> None:
         """Write every job's parameters; a file that says the same already keeps its date."""
@@ -284,7 +277,7 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
     folder_of_tier = StudyFolder(work / name)
     manifest = load_manifest(folder / values[NOTEBOOKS["data"]]["manifest"])
-    tier = Tier(name, Grid(checked.grid), values, manifest, file_sha256(path), folder_of_tier)
+    tier = Tier(name, checked.grid, values, manifest, file_sha256(path), folder_of_tier)
     try:
         _check_grid(tier)
         for stage, setting in FILES.items():
@@ -305,11 +298,11 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
 
 def _check_grid(tier: Tier) -> None:
     """Check every start of the grid against the manifest, which knows data sets and networks."""
-    sensors = {"+".join(tier.manifest.dataset(name).modalities) for name in tier.grid.datasets}
+    sensors = {"+".join(tier.manifest.dataset(name).modalities) for name in tier.datasets}
     if len(sensors) > 1:  # notebook 05 compares scenarios, hours later
         expected = "the same modalities in all data sets of a tier"
         raise InputError(f"datasets: expected {expected}, found {sorted(sensors)}")
-    for (dataset, *_), methods in tier.grid.points().items():
+    for (dataset, *_), methods in tier.points().items():
         scenarios = ScenarioSet.of(tuple(tier.manifest.dataset(dataset).modalities))
         for method in methods:
             if "@" in method:
@@ -328,7 +321,7 @@ def _check_replicates(tier: Tier) -> None:
     """Raise `InputError` where a planned contrast has no data set and backbone with two seeds."""
     seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
     before = {"pretrained"} if tier.setting("evaluation", "tested_on") == "test" else set()
-    for (dataset, backbone, _, seed), methods in tier.grid.points().items():
+    for (dataset, backbone, _, seed), methods in tier.points().items():
         for method in methods:
             for name in {method, *before, "uniform" if method in UNIFORM_ARMS else method}:
                 seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)

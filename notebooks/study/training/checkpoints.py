@@ -34,7 +34,7 @@ from study.provenance.freshness import code_without_prose
 from study.provenance.schema import validated
 
 # What any weights of ours must have been made for, and what committed ones in addition.
-OWN = ("model", "modalities", "classes")
+OWN: tuple[str, ...] = ("model", "modalities", "classes")
 COMMITTED = (*OWN, "dataset", "task", "fold", "normalisation", "pretraining_seed")
 WEIGHTS = "weights.safetensors"
 # The variable with the path of the file of one's own networks, which the command line sets.
@@ -69,8 +69,7 @@ def load_pretrained(
     Raises `InputError` for no such network or file, or for weights of another network.
     """
     if weights != "committed":
-        path, origin = Path(weights), "a checkpoint of this study"
-        expected = {name: made_with[name] for name in OWN}
+        path, origin, names = Path(weights), "a checkpoint of this study", OWN
         if not path.is_file():
             accepted = "'committed', 'train' or the path of a checkpoint"
             raise InputError(f"weights: no such file: {weights!r}; expected {accepted}")
@@ -78,7 +77,7 @@ def load_pretrained(
         point = made_with["dataset"], made_with["model"]["name"], made_with["fold"]
         network = load_manifest(manifest).network(*point, made_with["pretraining_seed"])
         path, origin = manifest.parent / network.weights, f"committed: {network.origin}"
-        expected = {name: made_with[name] for name in COMMITTED}
+        names = COMMITTED
         again = f"`git checkout -- {network.weights}` brings it, `make networks` trains it anew"
         if not path.is_file():
             raise InputError(f"{path}: not there (a clone without large files?); {again}")
@@ -93,9 +92,10 @@ def load_pretrained(
                 "may have seen; prepare the data with the manifest's patches and folds, or set "
                 "weights to 'train'"
             )
-    if load_checkpoint(model, path, expected) == "authors":
+    made = load_checkpoint(model, path, {name: made_with[name] for name in names})
+    if made is None:
         return Pretrained(path, "the authors' checkpoint", {}, None)
-    trained_with = check(path)["parameters"].get("trained_with", {})
+    trained_with = made["parameters"].get("trained_with", {})
     history = path.with_name("history.csv")
     seen = load_table(history) if sidecar_path(history).is_file() else None
     return Pretrained(path, origin, trained_with, seen)
@@ -120,16 +120,18 @@ def network_configuration(backbone: str, preset: str, patches: PatchDataset) -> 
         return build_backbone(backbone, preset, *sizes).configuration
 
 
-def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | None = None) -> str:
+def load_checkpoint(
+    model: Backbone, path: Path, expected: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Load pretrained weights: ours, known by the record beside them, or the authors'.
 
-    Returns "ours" or "authors". Raises `InputError` for weights of another model, damaged ones, or
-    ours where they were made with other parameters than `expected`.
+    Returns the record of ours, else None. Raises `InputError` for weights of another model, damaged
+    ones, or ours where they were made with other parameters than `expected`.
     """
     if not sidecar_path(path).is_file():
         load_author_weights(model, path)
-        return "authors"
-    weights, _ = load_weights(path, expected)
+        return None
+    weights, record = load_weights(path, expected)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
@@ -143,7 +145,7 @@ def load_checkpoint(model: Backbone, path: Path, expected: Mapping[str, Any] | N
             f"{path}: {len(bad)} entries are not finite or of another kind, the first is {bad[0]}"
         )
     model.load_state_dict(weights)
-    return "ours"
+    return record
 
 
 def _fits(value: torch.Tensor, target: torch.Tensor) -> bool:

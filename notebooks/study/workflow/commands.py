@@ -25,7 +25,6 @@ from study.provenance.artifacts import check, sidecar_path
 from study.provenance.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.stages.agreement import AGREEMENT
 from study.stages.tiers import Tier, load_tier
-from study.training.checkpoints import NETWORKS as NETWORKS_FILE
 from study.workflow.durations import durations, estimate, executed, read_executed
 from study.workflow.pages import tier_page
 
@@ -68,7 +67,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     """
     again = load_tier(tier.name, ROOT, Path("work") / "reproduction")
     if not run:
-        (dataset, backbone, fold, seed), methods = [*tier.grid.points().items()][-1]
+        (dataset, backbone, fold, seed), methods = [*tier.points().items()][-1]
         run = f"{dataset}/{backbone}/{methods[0]}/{fold}/{seed}"
     single = again.only(run)
     published = ROOT / "results" / tier.name / "evaluation" / "records.csv.xz"
@@ -77,7 +76,7 @@ def reproduce(tier: Tier, run: str, cores: int) -> int:
     done = ROOT / single.folder.root / "compared.txt"
     if done.is_file():  # an earlier one was finished; one that was killed goes on
         shutil.rmtree(done.parent)
-    [point] = single.grid.points()
+    [point] = single.points()
     target = str(single.folder.runs(*point) / "scores.csv")
     if _make(single, ["--cores", str(cores)], [f"only={run}"], [target]):
         return 1
@@ -93,7 +92,7 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     Returns whether all counts are equal, and a sentence that says so, or how far the IoUs differ.
     Raises `InputError` where the run is not among the published ones.
     """
-    [((dataset, backbone, fold, seed), [method])] = tier.grid.points().items()
+    [((dataset, backbone, fold, seed), [method])] = tier.points().items()
     folders = {
         "pretrained": tier.folder.pretrained(*tier.networks()[0]),
         method: tier.folder.runs(dataset, backbone, fold, seed) / method,
@@ -251,7 +250,7 @@ def publish(tier: Tier) -> list[Path]:
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     sources = {
-        **{f"data/{name}": tier.folder.prepared(name) / "figures" for name in tier.grid.datasets},
+        **{f"data/{name}": tier.folder.prepared(name) / "figures" for name in tier.datasets},
         "pretrained": tier.folder.root / "pretrained",
         "scores": tier.folder.root / "scores",
         "evaluation": tier.folder.evaluation,
@@ -269,7 +268,7 @@ def publish(tier: Tier) -> list[Path]:
     provenance = {
         "command": f"make study TIER={tier.name}",
         "parameters": {name: dict(section) for name, section in tier.sections.items()},
-        "grid": [part.model_dump() for part in tier.grid.parts],
+        "grid": [part.model_dump() for part in tier.grid],
         "tier_sha256": tier.sha256,
         "evaluation": {"parameters": record["parameters"], "environment": record["environment"]},
         "runs": _runs_by_commit(tier),
@@ -288,7 +287,7 @@ def _runs_by_commit(tier: Tier) -> list[dict[str, Any]]:
     """How many runs there are of every data set and backbone, of which commit and date."""
     found: dict[tuple[str, ...], list[str]] = {}
     runs = [(tier.folder.runs(*point) / method / "records.csv")
-            for point, methods in tier.grid.points().items() for method in methods]  # fmt: skip
+            for point, methods in tier.points().items() for method in methods]  # fmt: skip
     for path in sorted(ROOT / run for run in runs if (ROOT / run).is_file()):  # a part, by hand
         record = check(path)
         parameters, environment = record["parameters"], record["environment"]
@@ -303,7 +302,7 @@ def _notice(tier: Tier) -> str:
     """Under which licences pictures, labels and predictions of a tier's data sets are."""
     lines = ["Pictures, labels, predictions and networks here are derived from these data,"]
     lines += ["and are passed on under their licences.", ""]
-    for name in tier.grid.datasets:
+    for name in tier.datasets:
         dataset = tier.manifest.dataset(name)
         lines.append(f"{name}: {dataset.title}")
         lines += [f"  {of.covers}: {of.name}. {of.attribution}." for of in dataset.licences]
@@ -346,14 +345,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     parser.add_argument("--run", default="", help="of reproduce, such as demo/cmx/lsgs/0/0")
-    parser.add_argument("--networks", default="", help="file of your own networks")
     parser.add_argument("--profile", default="", help="a workflow profile: profiles/slurm")
     options = parser.parse_args(arguments)
     try:
         if options.cores < 1:
             raise InputError(f"--cores: expected 1 or more, found {options.cores}")
-        if options.networks:
-            os.environ[NETWORKS_FILE] = str(Path(options.networks).resolve())
         tier = load_tier(options.tier, ROOT)
         if options.action == "run":
             return run(tier, options.cores, options.dry_run, options.profile)

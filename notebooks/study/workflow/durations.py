@@ -45,7 +45,7 @@ def estimate(tier: Tier, cores: int, root: Path) -> str:
     if devices - {"auto", "cpu"} or torch.cuda.is_available():
         return "how long this takes is not known: it was measured on a CPU alone"
     stages: dict[str, list[float]] = defaultdict(list)
-    counts = {name: _patches(tier, name, root) for name in tier.grid.datasets}
+    counts = {name: _patches(tier, name, root) for name in tier.datasets}
     if unknown := [name for name, count in counts.items() if count is None]:
         return f"how long this takes is not known before notebook 01 has cut {unknown[0]} up"
     scenarios = {name: 2 ** len(tier.manifest.dataset(name).modalities) - 1 for name in counts}
