@@ -38,26 +38,19 @@ class _Careful(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.CollectionNode) and id(node) not in self.sizes:
-            pairs = isinstance(node, yaml.MappingNode)
-            children = [child for pair in node.value for child in pair] if pairs else node.value
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            children = [child for pair in pairs for child in pair] if pairs else node.value
             self.sizes[id(node)] = 1 + sum(self.sizes.get(id(child), 1) for child in children)
-            if self.sizes[id(node)] > MOST_NODES:
-                raise yaml.composer.ComposerError(
-                    None, None, f"more than {MOST_NODES} entries, aliases written out",
-                    node.start_mark,
-                )  # fmt: skip
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Merging (`<<`) may add a key that the mapping has already, so keys are compared before.
-        if not hasattr(node, "keys_are_unique"):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            # Merging (`<<`), later, may add a key that the mapping has already.
+            keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+            problem = ""
             if repeated := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {repeated[0]!r} occurs twice", node.start_mark
-                )
-            setattr(node, "keys_are_unique", True)  # noqa: B010
-        super().flatten_mapping(node)
+                problem = f"the key {repeated[0]!r} occurs twice"
+            elif self.sizes[id(node)] > MOST_NODES:
+                problem = f"more than {MOST_NODES} entries, aliases written out"
+            if problem:
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
 
 def read_yaml(path: Path) -> Any:

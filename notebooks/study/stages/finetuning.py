@@ -52,19 +52,18 @@ def finetune(
         folder: Where the results go.
     """
     method, seed = find_method(name), run.parameters["seed"]
-    model, settings = run.pretrained(), run.settings
+    model, rank, rate = run.pretrained(), 0, run.settings.learning_rate
     if method.low_rank:
+        rank, rate = run.parameters["lora_rank"], run.parameters["lora_learning_rate"]
         seed_weights(seed, "finetuning")
-        add_lora(model, run.parameters["lora_rank"])
-        settings = replace(settings, learning_rate=run.parameters["lora_learning_rate"])
-    settings = replace(settings, learning_rate=settings.learning_rate * method.rate)
+        add_lora(model, rank)
+    settings = replace(run.settings, learning_rate=rate * method.rate)
     steps = settings.epochs * len(settings.batch_sizes(len(run.training)))
     evidence = replace(evidence, seed=seed, epochs=settings.epochs, steps=steps)
     again = partial(_scored_again, run, evidence, model)
     sampler = method.sampler(replace(evidence, measure=again))
     p, trained = sampler.probabilities(0), trained_parameters(model)
     decisive = ("training_patches", "evaluation_patches", "tested_on", "processes")
-    rank = run.parameters["lora_rank"] if method.low_rank else 0
     more = {"method": name, "seed": seed, "settings": asdict(settings), "lora_rank": rank}
     record = run.record(*decisive, inputs=inputs, **more)
     paths = [folder / "history.csv", folder / "records.csv"]

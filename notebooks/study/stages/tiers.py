@@ -9,6 +9,7 @@ the notebooks' `parameters` cells and the manifest before anything runs (`study.
 import hashlib
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -274,7 +275,7 @@ def load_tier(name: str, root: Path, work: Path = Path("work")) -> Tier:
     grid = Annotated[list[Runs], Field(min_length=1)]
     schema = create_model("TierFile", __base__=Strict, grid=(grid, ...), **sections)
     checked: Any = validated(schema, content, path.name)
-    values = {notebook: getattr(checked, notebook).model_dump() for notebook in sections}
+    values = checked.model_dump(exclude={"grid"})
     folder_of_tier = StudyFolder(work / name)
     manifest = load_manifest(folder / values[NOTEBOOKS["data"]]["manifest"])
     tier = Tier(name, checked.grid, values, manifest, file_sha256(path), folder_of_tier)
@@ -319,15 +320,14 @@ def _check_grid(tier: Tier) -> None:
 
 def _check_replicates(tier: Tier) -> None:
     """Raise `InputError` where a planned contrast has no data set and backbone with two seeds."""
-    seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
+    compared: defaultdict[tuple[str, str, int], set[str]] = defaultdict(set)
     before = {"pretrained"} if tier.setting("evaluation", "tested_on") == "test" else set()
     for (dataset, backbone, _, seed), methods in tier.points().items():
-        for method in methods:
-            for name in {method, *before, "uniform" if method in UNIFORM_ARMS else method}:
-                seeds.setdefault((dataset, backbone), {}).setdefault(name, set()).add(seed)
+        uniform = {"uniform"} if {*UNIFORM_ARMS} & {*methods} else set()
+        compared[dataset, backbone, seed] |= {*methods, *before, *uniform}
     for first, second in planned_pairs(tier.setting("evaluation", "contrasts")):
-        shared = [of.get(first, set()) & of.get(second, set()) for of in seeds.values()]
-        if max(map(len, shared)) < 2:
+        shared = Counter(place[:2] for place, names in compared.items() if {first, second} <= names)
+        if max(shared.values(), default=0) < 2:
             raise InputError(
                 f"contrasts: {first}-{second} needs both methods in the grid, with at least two "
                 "seeds of one data set and backbone"
