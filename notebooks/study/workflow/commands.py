@@ -1,7 +1,7 @@
 """Runs a tier from one command, on top of Snakemake: `python -m study run demo`.
 
 What Snakemake leaves to its caller after a `kill -9` is done here: processes of the earlier run
-that still write are ended, the stale lock is removed, and incomplete outputs are made again.
+that still write are ended, and incomplete outputs are made again.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     _expect_folders(tier)
     print(estimate(tier, cores, ROOT), flush=True)
     if dry_run:
-        return _snakemake(tier, ["--cores", str(cores), "--dry-run", "--nolock"])
+        return _snakemake(tier, ["--cores", str(cores), "--dry-run"])
     here = ["--cores", str(cores), "--resources", f"gpu={tier.gpus}"]
     options = ["--workflow-profile", profile] if profile else here
     status = _make(tier, [*options, "--keep-going"])
@@ -159,9 +159,9 @@ def _make(
 ) -> int:
     """Make targets of a tier as the only study of this checkout; return Snakemake's exit status.
 
-    What a killed run left behind is cleared up first: its processes, its lock and, unless a profile
-    has jobs that may be running elsewhere, its temporary files. Said at the end is how long every
-    stage took, and what failed.
+    What a killed run left behind is cleared up first: its processes and, unless a profile has jobs
+    that may be running elsewhere, its temporary files. Said at the end is how long every stage
+    took, and what failed.
     """
     root = ROOT / tier.folder.root
     with _only_one(ROOT):
@@ -172,8 +172,6 @@ def _make(
         for log in root.rglob("*.failed"):  # with what an earlier run executed
             log.with_suffix("").unlink(missing_ok=True)
             log.unlink()
-        if any((ROOT / ".snakemake" / "locks").glob("*")):
-            _snakemake(tier, ["--unlock"])
         before = executed(tier, ROOT)
         status = _snakemake(tier, options, config, targets)
     for line in durations(before, executed(tier, ROOT)):
@@ -222,7 +220,8 @@ def _snakemake(
     """Run Snakemake on a tier, and return its exit status."""
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *("--directory", str(ROOT), "--rerun-incomplete"),
+        # `_only_one` is the lock, which no kill leaves behind.
+        *("--directory", str(ROOT), "--rerun-incomplete", "--nolock"),
         # A tier that grew by a seed has other inputs of its evaluation, none of which is newer.
         *("--rerun-triggers", "mtime", "params", "input"),
         # What is newer by a clock that was set back, and has the same content, is not newer.
