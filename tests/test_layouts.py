@@ -43,12 +43,11 @@ LAYOUTS = ["dstl", "dstl_patches", "potsdam", "hunan", "pair"]
 SLIDING: dict[str, Any] = {"size": 32, "stride": 16}
 BLOCKS = SLIDING | {"count": 3, "block_size": 64, "margin": 8, "validation_blocks": 1}
 PAIR = raw.dataset("pair")
-Monkey = pytest.MonkeyPatch
-LayoutOf, Copied, Damage = Callable[[str], Any], Callable[[str], Path], Callable[[Path], Any]
+Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="session")
-def layout_of(tmp_path_factory: pytest.TempPathFactory) -> LayoutOf:
+def layout_of(tmp_path_factory):
     """Each data set, written and prepared once."""
 
     @cache
@@ -63,7 +62,7 @@ def layout_of(tmp_path_factory: pytest.TempPathFactory) -> LayoutOf:
 
 
 @pytest.fixture
-def copied(layout_of: LayoutOf, tmp_path: Path) -> Copied:
+def copied(layout_of, tmp_path):
     """Raw files of a data set that a test may change."""
     return lambda name: Path(shutil.copytree(layout_of(name).raw, tmp_path / "raw"))
 
@@ -126,9 +125,7 @@ def first_bit(codes: NDArray[Any]) -> NDArray[Any]:
         ("hunan", "forest", ("official", {"size": 64}), lambda codes: codes[None] == 2),
     ],
 )
-def test_it_trains_on_the_raw_layout(
-    layout_of: LayoutOf, tmp_path: Path, name: str, task: str, folds: Any, target: Any
-) -> None:
+def test_it_trains_on_the_raw_layout(layout_of, tmp_path, name, task, folds, target):
     layout = layout_of(name)
     make_patches(layout.dataset, layout.prepared, folds[0], **folds[1])
     patches = PatchDataset(layout.prepared, layout.dataset, task, 0, "training", limit=8)
@@ -145,13 +142,13 @@ def test_it_trains_on_the_raw_layout(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_data_check_finds_nothing_wrong(layout_of: LayoutOf, name: str) -> None:
+def test_data_check_finds_nothing_wrong(layout_of, name):
     report = check_data(layout_of(name).dataset, layout_of(name).raw)
     assert (report.state, report.problems) == ("ready", [])
 
 
 @pytest.mark.parametrize("image", raw.LABELLED)
-def test_coarse_bands_are_stretched_over_the_image(layout_of: LayoutOf, image: str) -> None:
+def test_coarse_bands_are_stretched_over_the_image(layout_of, image):
     layout = layout_of("dstl")
     for modality, kind, channels in (("NIR", "M", np.s_[5:8]), ("SWIR", "A", np.s_[0:3])):
         coarse = raw.read_raster(layout.raw / f"sixteen_band/{image}_{kind}.tif")[channels]
@@ -164,7 +161,7 @@ def test_coarse_bands_are_stretched_over_the_image(layout_of: LayoutOf, image: s
 
 
 @pytest.mark.parametrize("tile", [raw.NOT_ALPHA, raw.NARROW])
-def test_near_infrared_of_0_hides_nothing(layout_of: LayoutOf, tile: str) -> None:
+def test_near_infrared_of_0_hides_nothing(layout_of, tile):
     """Whether GDAL tags the fourth channel as alpha or not."""
     names = ("RGB", "NIR", "height")
     rgb, nir, heights = (
@@ -183,7 +180,7 @@ def parts_of(names: list[str], folds: OfficialSplit) -> pd.Series:
     return table.groupby("fold_0")["scene"].agg(set)
 
 
-def test_the_official_split_is_that_of_the_contest() -> None:
+def test_the_official_split_is_that_of_the_contest():
     rows = {2: range(10, 15), 3: range(10, 15), 4: range(10, 16), 5: range(10, 16)}
     rows |= {6: range(7, 16), 7: range(7, 14)}
     tiles = {f"{row}_{column}" for row, columns in rows.items() for column in columns}
@@ -197,7 +194,7 @@ def test_the_official_split_is_that_of_the_contest() -> None:
 
 
 @pytest.mark.parametrize(("trained", "validation"), [(3, 2), (4, 3), (5, 3)])
-def test_as_many_validation_scenes_as_asked_for(trained: int, validation: int) -> None:
+def test_as_many_validation_scenes_as_asked_for(trained, validation):
     names = [f"s{number}" for number in range(trained + 1)]
     split: dict[str, Any] = {"training": names[:-1], "test": names[-1:]}
     folds = OfficialSplit(kind="official", validation_scenes=validation, **split)
@@ -215,7 +212,7 @@ def without_heights(folder: Path) -> Dataset:
     return dataset
 
 
-def test_tiles_may_lack_a_modality(copied: Copied, tmp_path: Path) -> None:
+def test_tiles_may_lack_a_modality(copied, tmp_path):
     dataset = without_heights(copied("potsdam"))
     patches = PatchDataset(tmp_path / "prepared", dataset, "land_cover", 0, "training")
     lacking, model = patches.table["scene"] == "7_12", backbone(patches)
@@ -240,9 +237,7 @@ TAGGED = UTM33 | {"crs": "EPSG:32633"}
     "places",
     [{"*IR.tif": UTM33}, {"*IR.tif": UTM33, "dsm*.tif": TAGGED}, {"*IR.tif": {"crs": raw.UTM}}],
 )
-def test_half_a_georeference_does_no_harm(
-    layout_of: LayoutOf, copied: Copied, tmp_path: Path, places: dict[str, Any]
-) -> None:
+def test_half_a_georeference_does_no_harm(layout_of, copied, tmp_path, places):
     """World files alone, beside files with a reference system, and a system without a place."""
     layout, folder = layout_of("potsdam"), copied("potsdam")
     for pattern, profile in places.items():
@@ -255,7 +250,7 @@ def test_half_a_georeference_does_no_harm(
 
 
 @pytest.mark.parametrize("scene", ["train_1", "train_2", "val_21", "test_2"])
-def test_hunan_bands(layout_of: LayoutOf, scene: str) -> None:
+def test_hunan_bands(layout_of, scene):
     (split, name), layout = scene.split("_"), layout_of("hunan")
     folder = layout.raw / "Hunan_Dataset" / split
     bands, radar = (raw.read_raster(folder / f"{k}/{k}_{name}.tif") for k in ("s2", "s1"))
@@ -271,7 +266,7 @@ def test_hunan_bands(layout_of: LayoutOf, scene: str) -> None:
     assert (~raw.read_mask(layout.prepared / "train_10/terrain.tif")).sum() == 5
 
 
-def test_patches_are_paired_by_name(layout_of: LayoutOf) -> None:
+def test_patches_are_paired_by_name(layout_of):
     layout = layout_of("dstl_patches")
     for scene in layout.expected:
         stack = scipy.io.loadmat(layout.raw / f"all20Ch/{scene}.mat")["inputPatch"]
@@ -281,7 +276,7 @@ def test_patches_are_paired_by_name(layout_of: LayoutOf) -> None:
 
 
 @pytest.mark.parametrize("count", [60, 61, 5985])
-def test_the_authors_split(tmp_path: Path, count: int) -> None:
+def test_the_authors_split(tmp_path, count):
     order = np.random.default_rng(3).permutation(count).tolist()
     raw.write_index_file(path := tmp_path / "index.txt", order)
     parts = shuffled_parts(count, ShuffledPatches(kind="shuffled_patches", count=5), path)
@@ -315,9 +310,7 @@ def painted(rows: pd.DataFrame, shape: tuple[int, int]) -> NDArray[np.int64]:
         ("hunan", "scenes", SLIDING | {"validation_scenes": 2}),
     ],
 )
-def test_no_pixel_is_in_two_parts(
-    layout_of: LayoutOf, caplog: pytest.LogCaptureFixture, name: str, folds: str, settings: Any
-) -> None:
+def test_no_pixel_is_in_two_parts(layout_of, caplog, name, folds, settings):
     layout, margin = layout_of(name), settings.get("margin", 0)
     table = make_patches(layout.dataset, layout.prepared, folds, **settings)
     columns = [column for column in table if column.startswith("fold_")]
@@ -352,7 +345,7 @@ def test_no_pixel_is_in_two_parts(
         ("EPSG:32649", 0, "test", True),  # the zone beside it
     ],
 )
-def test_scenes_that_show_the_same_ground(crs: str, metres: int, part: str, refused: bool) -> None:
+def test_scenes_that_show_the_same_ground(crs, metres, part, refused):
     bounds = transform_bounds(raw.UTM, crs, 5e5 + metres, 3e6 - 500, 5e5 + metres + 500, 3e6)
     transforms = [raw.ground()["transform"], rasterio.transform.from_bounds(*bounds, 50, 50)]
     scenes = {
@@ -367,7 +360,7 @@ def test_scenes_that_show_the_same_ground(crs: str, metres: int, part: str, refu
         check_separation(table, 0, 0, scenes)
 
 
-def test_patches_of_scenes_that_overlap_are_refused(copied: Copied, tmp_path: Path) -> None:
+def test_patches_of_scenes_that_overlap_are_refused(copied, tmp_path):
     dataset, folder = raw.dataset("hunan"), copied("hunan")
     rewrite("val/s2/s2_1.tif", **raw.ground(left=6e5 + 630))(folder)  # a pixel of train_1
     prepare(dataset, folder, tmp_path)
@@ -377,7 +370,7 @@ def test_patches_of_scenes_that_overlap_are_refused(copied: Copied, tmp_path: Pa
 
 @pytest.mark.parametrize("size", [64, 2000])
 @pytest.mark.parametrize(("start", "margin"), [(-1, 0), (0, 1), (31, 32)])
-def test_one_pixel_too_close_is_found(size: int, start: int, margin: int) -> None:
+def test_one_pixel_too_close_is_found(size, start, margin):
     table = pd.DataFrame({"scene": "a", "row": 0, "column": [0, size + start], "size": size})
     table["fold_0"] = ["training", "test"]
     check_separation(table.assign(column=table["column"] + [0, 1]), 0, margin)
@@ -394,7 +387,7 @@ class Flipped(PatchDataset):
         return replace(batch, target=torch.where(hidden, 1 - batch.target, batch.target))
 
 
-def test_what_no_present_modality_sees_is_not_counted(layout_of: LayoutOf, tmp_path: Path) -> None:
+def test_what_no_present_modality_sees_is_not_counted(layout_of, tmp_path):
     prepared, kinds = layout_of("pair").prepared, (PatchDataset, Flipped)
     clouds = raw.read_raster(layout_of("pair").raw / "clouds.tif")[0] > 0
     np.testing.assert_array_equal(raw.read_mask(prepared / "scene/optical.tif"), ~clouds)
@@ -420,9 +413,7 @@ def test_what_no_present_modality_sees_is_not_counted(layout_of: LayoutOf, tmp_p
 
 
 @pytest.mark.parametrize("why", ["absent", "clouded"])
-def test_patches_that_a_scenario_cannot_serve_are_evaluated(
-    copied: Copied, tmp_path: Path, why: str
-) -> None:
+def test_patches_that_a_scenario_cannot_serve_are_evaluated(copied, tmp_path, why):
     """Under a scenario of which a patch has nothing, none of its pixels count."""
     if why == "absent":
         dataset, column = without_heights(copied("potsdam")), 2
@@ -441,7 +432,7 @@ def test_patches_that_a_scenario_cannot_serve_are_evaluated(
 
 
 @pytest.mark.parametrize("pixel", [5, 10, 20])
-def test_a_hole_in_one_channel_is_a_hole(copied: Copied, tmp_path: Path, pixel: int) -> None:
+def test_a_hole_in_one_channel_is_a_hole(copied, tmp_path, pixel):
     """Whether the file is resampled or not; what is declared as nodata is never blended."""
     side, folder = 960 // pixel, copied("pair")
     bands = np.full((2, side, side), 50, np.uint16)
@@ -454,7 +445,7 @@ def test_a_hole_in_one_channel_is_a_hole(copied: Copied, tmp_path: Path, pixel: 
     assert set(raw.read_raster(tmp_path / "scene/optical.tif")[:, seen].flat) == {50}
 
 
-def test_nodata_and_an_alpha_channel_both_hide_pixels(copied: Copied, tmp_path: Path) -> None:
+def test_nodata_and_an_alpha_channel_both_hide_pixels(copied, tmp_path):
     bands = np.full((3, 96, 96), 50, np.uint8)
     bands[2, :24], bands[0, 24:30] = 0, 9
     raw.write_raster((folder := copied("pair")) / "optical.tif", bands, nodata=9, **raw.ground())
@@ -471,7 +462,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9000])
 
 
-def test_keys_that_are_merged_may_be_there_twice(tmp_path: Path) -> None:
+def test_keys_that_are_merged_may_be_there_twice(tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text("a: {b: &B {<<: {x: 1}, x: 2}}\nc: {<<: *B, y: 3}")
     assert read_yaml(path) == {"a": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}}
@@ -487,10 +478,7 @@ def test_keys_that_are_merged_may_be_there_twice(tmp_path: Path) -> None:
         (shutil.rmtree, "absent", ""),
     ],
 )
-def test_data_check(
-    copied: Copied, tmp_path: Path, monkeypatch: Monkey, capsys: Any, damage: Damage,
-    state: str, problem: str,
-) -> None:  # fmt: skip
+def test_data_check(copied, tmp_path, monkeypatch, capsys, damage, state, problem):
     damage(copied("pair"))
     report = check_data(PAIR, tmp_path / "raw")
     assert report.state == state
@@ -508,9 +496,7 @@ def test_data_check(
         assert shown in "".join(capsys.readouterr())
 
 
-def test_a_killed_preparation_resumes(
-    layout_of: LayoutOf, tmp_path: Path, monkeypatch: Monkey
-) -> None:
+def test_a_killed_preparation_resumes(layout_of, tmp_path, monkeypatch):
     layout, original = layout_of("hunan"), preparation._write_scene
     one, _, third, *_ = layout.record.scenes
 
@@ -536,9 +522,7 @@ def test_a_killed_preparation_resumes(
 
 
 @pytest.mark.parametrize("name", ["hunan", "dstl"])
-def test_windows_leave_no_seams(
-    layout_of: LayoutOf, tmp_path: Path, monkeypatch: Monkey, name: str
-) -> None:
+def test_windows_leave_no_seams(layout_of, tmp_path, monkeypatch, name):
     layout = layout_of(name)
     monkeypatch.setattr(alignment, "STEP", 61)
     prepare(layout.dataset, layout.raw, tmp_path)

@@ -43,7 +43,7 @@ def patches(batch: int, bands: tuple[int, ...], size: int = 64) -> list[Tensor]:
     [((3, 3, 3), 5, 32), ((2, 4), 1, 64), ((3, 1, 2), 2, 64), ((4, 3, 1, 2), 1, 96)],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_shapes(name: str, bands: tuple[int, ...], classes: int, size: int) -> None:
+def test_shapes(name, bands, classes, size):
     model = demo(name, bands=bands, classes=classes)
     images, available = patches(2, bands, size), torch.ones(2, len(bands), dtype=torch.bool)
     available[1, 0] = False
@@ -63,7 +63,7 @@ def test_shapes(name: str, bands: tuple[int, ...], classes: int, size: int) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sample_depends_neither_on_its_batch_nor_on_the_form_of_the_images(name: str) -> None:
+def test_a_sample_depends_neither_on_its_batch_nor_on_the_form_of_the_images(name):
     model, images, available = demo(name), patches(3, (3, 3, 3)), SCENARIOS[[6, 1, 4]]
     for function in (model.heads, model.latent):
         together = function(images, available)
@@ -75,7 +75,7 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_form_of_the_images(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scenario_latents_are_the_loop_over_latent(name: str) -> None:
+def test_scenario_latents_are_the_loop_over_latent(name):
     model, images = demo(name), patches(2, (3, 3, 3))
     found = model.scenario_latents(images, SCENARIOS)
     expected = torch.stack([model.latent(images, mask.expand(2, -1)) for mask in SCENARIOS])
@@ -89,7 +89,7 @@ def test_scenario_latents_are_the_loop_over_latent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_copy_for_scoring(name: str) -> None:
+def test_the_copy_for_scoring(name):
     model, images = demo(name), patches(2, (3, 3, 3))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
@@ -123,7 +123,7 @@ def test_the_copy_for_scoring(name: str) -> None:
         ("cmx", {"starts.0": 2, "starts.1": 4}),  # once per state of a stream
     ],
 )
-def test_scenarios_share_what_they_have_in_common(name: str, expected: dict[str, int]) -> None:
+def test_scenarios_share_what_they_have_in_common(name, expected):
     expected = {**expected, "decoder": 0}
     model, calls = demo(name), dict.fromkeys(expected, 0)
     for part in expected:
@@ -139,7 +139,7 @@ def test_scenarios_share_what_they_have_in_common(name: str, expected: dict[str,
 
 @pytest.mark.parametrize("value", [1e4, float("nan")])
 @pytest.mark.parametrize("name", NAMES)
-def test_absent_pixels_have_no_influence(name: str, value: float) -> None:
+def test_absent_pixels_have_no_influence(name, value):
     model, images, available = demo(name), patches(2, (3, 3, 3)), SCENARIOS[[4, 1]]
     changed = [image.clone() for image in images]
     for sample, modality in (~available).nonzero().tolist():
@@ -151,7 +151,7 @@ def test_absent_pixels_have_no_influence(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_band_has_influence(name: str) -> None:
+def test_every_band_has_influence(name):
     bands = (3, 1, 2)
     model, images = demo(name, bands=bands), patches(1, bands)
     for image in images:
@@ -162,7 +162,7 @@ def test_every_band_has_influence(name: str) -> None:
     assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters())
 
 
-def test_configuration_builds_the_same_model_again() -> None:
+def test_configuration_builds_the_same_model_again():
     for name in NAMES:
         model = build_backbone(name, "demo", bands=[3, 1], classes=2, dropout=0.25)
         configuration = json.loads(json.dumps(model.configuration))
@@ -173,7 +173,7 @@ def test_configuration_builds_the_same_model_again() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_low_rank_layers(name: str) -> None:
+def test_low_rank_layers(name):
     model = build_backbone(name, "demo")
     layers = model.low_rank_layers()
     assert all(model.get_submodule(key) is layer for key, layer in layers.items())
@@ -187,7 +187,7 @@ def test_low_rank_layers(name: str) -> None:
     assert set(layers) == wanted
 
 
-def test_initialisation() -> None:
+def test_initialisation():
     model = build_backbone("cbc_slp", "demo")
     refinement = next(part for part in model.modules() if isinstance(part, Refinement))
     stem = model.encoders[0].stages.level1[0]
@@ -213,7 +213,7 @@ def test_initialisation() -> None:
         ({"name": "cmx", "decoder_width": 0}, "decoder_width.*integer from 1"),
     ],
 )
-def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_settings(arguments, message):
     with pytest.raises(InputError, match=message):
         build_backbone(**{"preset": "demo", **arguments})
 
@@ -237,7 +237,7 @@ GOOD = torch.ones(2, 3, dtype=torch.bool)
         (torch.zeros(2, 3, 3, 64, 64), GOOD & torch.tensor([[True], [False]]), "in each row"),
     ],
 )
-def test_wrong_input(images: Any, available: Tensor, message: str) -> None:
+def test_wrong_input(images, available, message):
     for name in ("cbc_slp", "cmx"):
         model = build_backbone(name, "demo")
         for function in (model.forward, model.heads, model.latent):
@@ -247,7 +247,7 @@ def test_wrong_input(images: Any, available: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("masks", [GOOD[0], GOOD[:, :2], GOOD[:0], GOOD.int(), ~GOOD])
 @pytest.mark.parametrize("name", ["cbc_slp", "cmx"])
-def test_wrong_masks(name: str, masks: Tensor) -> None:
+def test_wrong_masks(name, masks):
     with pytest.raises(InputError, match="masks"):
         build_backbone(name, "demo").scenario_latents(torch.zeros(2, 3, 3, 64, 64), masks)
 
@@ -256,12 +256,12 @@ def test_wrong_masks(name: str, masks: Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def cmx() -> Backbone:
+def cmx():
     return build_backbone("cmx", "paper")
 
 
 @pytest.fixture
-def state() -> dict[str, Tensor]:
+def state():
     """Entries of 0.5, or of 0 where they are integers."""
     listed = Path(__file__).parent / "reference" / "cmx.state_dict.json"
     shapes = json.loads(listed.read_text()).items()
@@ -270,9 +270,7 @@ def state() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module.", ".pt", ".safetensors"])
-def test_author_weights_in_every_form(
-    form: str, cmx: Backbone, state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_author_weights_in_every_form(form, cmx, state, tmp_path):
     for parameter in cmx.parameters():
         nn.init.zeros_(parameter)
     weights: Any = state
@@ -290,9 +288,7 @@ def test_author_weights_in_every_form(
     assert all((parameter == 0.5).all() for parameter in cmx.parameters())
 
 
-def test_author_weights_that_do_not_fit(
-    cmx: Backbone, state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_author_weights_that_do_not_fit(cmx, state, tmp_path):
     """Nothing is loaded of them; hostile.yaml has further ones."""
     before = cmx.state_dict()["starts.1.0.weight"].clone()
     (tmp_path / "a.safetensors").write_bytes(b"hello")

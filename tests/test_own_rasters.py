@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ DEGREES = 4.5e-6  # half a metre: a pixel of very high resolution
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Path:
+def pair(tmp_path):
     raw.write_pair(tmp_path / "raw")
     return tmp_path / "raw"
 
@@ -36,9 +35,7 @@ def pair_with(part: str, name: str, **changes: Any) -> Dataset:
 
 
 @pytest.mark.parametrize(("shift", "larger"), [(0, 1), (2, 1), (0, 2)])
-def test_a_shift_of_pixels_in_degrees_is_a_shift(
-    pair: Path, tmp_path: Path, shift: int, larger: int
-) -> None:
+def test_a_shift_of_pixels_in_degrees_is_a_shift(pair, tmp_path, shift, larger):
     """In degrees a shift of two pixels is a hundred-thousandth of the unit."""
     grid = Affine(DEGREES, 0, 10, 0, -DEGREES, 50)
     for file in FILES:
@@ -55,7 +52,7 @@ def test_a_shift_of_pixels_in_degrees_is_a_shift(
     np.testing.assert_array_equal(raw.read_raster(made)[0, known], given[row, column][known])
 
 
-def test_a_grid_that_is_turned(pair: Path, tmp_path: Path) -> None:
+def test_a_grid_that_is_turned(pair, tmp_path):
     """By a right angle: the sides of a pixel lie in the other elements of the transform."""
     turned = Affine.translation(5e5, 3e6) * Affine.rotation(90) * Affine.scale(10, -10)
     given = {name: raw.read_raster(pair / f"{name}.tif") for name in ("optical", "radar")}
@@ -73,9 +70,7 @@ def test_a_grid_that_is_turned(pair: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_class_that_no_scene_has_is_a_mistake_also_when_some_are_prepared(
-    tmp_path: Path, lost: bool
-) -> None:
+def test_a_class_that_no_scene_has_is_a_mistake_also_when_some_are_prepared(tmp_path, lost):
     """The class of one scene alone lies under pixels without data; then another scene changes."""
     entry = json.dumps(raw.ENTRIES["pair"]).replace('"file": "', '"file": "${scene}/')
     dataset = Dataset.model_validate(json.loads(entry) | {"scenes": {"north": {}, "south": {}}})
@@ -95,9 +90,7 @@ def test_a_class_that_no_scene_has_is_a_mistake_also_when_some_are_prepared(
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(16, True), (15, True), (17, True), (14, False)])
-def test_a_pixel_more_or_less_is_rounding_along_either_side(
-    pair: Path, tmp_path: Path, rows: int, fits: bool
-) -> None:
+def test_a_pixel_more_or_less_is_rounding_along_either_side(pair, tmp_path, rows, fits):
     """A coarse file stretched over a scene six times as wide as high: a row is six columns."""
     for file in ("radar.tif", "labels.tif", "clouds.tif"):
         raw.rewrite(pair / file, lambda p: np.tile(np.nan_to_num(p[:, :32], nan=1), (1, 1, 2)))
@@ -109,13 +102,13 @@ def test_a_pixel_more_or_less_is_rounding_along_either_side(
 
 
 @pytest.mark.parametrize("column", [[1, 2], [1.0, 2.0], [1, 2, None], ["1", "2"]])
-def test_numbers_of_polygons_in_any_type(pair: Path, tmp_path: Path, column: list[Any]) -> None:
+def test_numbers_of_polygons_in_any_type(pair, tmp_path, column):
     raw.draw_fields(pair / "fields.gpkg", column)
     made = prepare(raw.dataset("fields"), pair, tmp_path / "made").scenes["scene"]
     assert made.label_pixels == {"low": 96 * 48 - 16, "high": 96 * 48}
 
 
-def test_what_belongs_to_a_shapefile_is_looked_at_too(pair: Path, tmp_path: Path) -> None:
+def test_what_belongs_to_a_shapefile_is_looked_at_too(pair, tmp_path):
     labels, made = raw.ENTRIES["fields"]["labels"] | {"file": "fields.shp"}, []
     dataset = raw.dataset("pair", labels=labels)
     for values in ([1, 2], [2, 1]):
@@ -125,7 +118,7 @@ def test_what_belongs_to_a_shapefile_is_looked_at_too(pair: Path, tmp_path: Path
     assert [m.label_pixels["low"] for m in made] == [96 * 48 - 16, 96 * 48]
 
 
-def test_folders_that_are_links(pair: Path, tmp_path: Path) -> None:
+def test_folders_that_are_links(pair, tmp_path):
     (tmp_path / "disk").mkdir()
     shutil.move(pair / "radar.tif", tmp_path / "disk" / "radar.tif")
     (pair / "linked").symlink_to(tmp_path / "disk")
@@ -144,7 +137,7 @@ def test_folders_that_are_links(pair: Path, tmp_path: Path) -> None:
         (None, 1, 1, "pixels"),
     ],
 )
-def test_the_unit_of_maps(crs: str | None, pixel: float, size: float, unit: str) -> None:
+def test_the_unit_of_maps(crs, pixel, size, unit):
     wkt = rasterio.crs.CRS.from_string(crs).to_wkt() if crs else None
     place = {"crs": wkt, "transform": (pixel, 0, 0, 0, -pixel, 0), "width": 1, "height": 1}
     found, name = PreparedScene.model_construct(**place).pixel_size

@@ -1,7 +1,5 @@
 """What the benchmark measures; times themselves are not tested, only how they are combined."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +7,6 @@ import torch
 from checkout import ROOT
 from study.benchmark import speed
 from study.benchmark.speed import FORMS, PARTS, Case
-from study.data.manifest import Dataset
 from study.data.patches import PatchDataset
 from study.figures import speed as speed_figures
 
@@ -20,7 +17,7 @@ from lsgs_core.uncertainty import FEWEST_PATCHES
 SMALL = Case(preset="demo", size=32)
 
 
-def test_every_part_is_a_module() -> None:
+def test_every_part_is_a_module():
     names = {name for backbone in BACKBONES
              for name, _ in build_backbone(backbone, "demo").named_children()}  # fmt: skip
     assert names - {"positions"} == {name for group in PARTS.values() for name in group}
@@ -28,7 +25,7 @@ def test_every_part_is_a_module() -> None:
 
 @pytest.mark.parametrize("backbone", ["cbc_slp", "cmx"])
 @pytest.mark.parametrize("task", ["scoring", "training"])
-def test_compare(task: str, backbone: str) -> None:
+def test_compare(task, backbone):
     case = Case(task, backbone, "demo", size=32, batch=2)
     timings = speed.compare([case], repeats=2)
     runs = timings.groupby(["form", "repeat"], sort=False)
@@ -42,9 +39,7 @@ def test_compare(task: str, backbone: str) -> None:
     assert ("transformers" in used["ours"]) == (backbone != "cmx")
 
 
-def test_the_plain_scoring_is_one_pass_per_scenario_and_patch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_plain_scoring_is_one_pass_per_scenario_and_patch(monkeypatch):
     case = Case(preset="demo", size=32, batch=2, modalities=2)
     passes = []
 
@@ -62,7 +57,7 @@ def test_the_plain_scoring_is_one_pass_per_scenario_and_patch(
     assert passes == [((1, 2), mask) for _ in range(2) for mask in wanted[:3]]
 
 
-def test_ratios_are_of_medians() -> None:
+def test_ratios_are_of_medians():
     rows = [
         {**vars(SMALL), "form": form, "repeat": repeat, "part": part, "seconds": seconds * share}
         for form, times in (("plain", [10, 12, 99]), ("ours", [2, 3, 4]))
@@ -77,7 +72,7 @@ def test_ratios_are_of_medians() -> None:
     assert sum(bar.get_width() for bar in axes.patches) == pytest.approx(100 + 25)
 
 
-def test_growth() -> None:
+def test_growth():
     cases = speed.growth(Case(size=224))
     assert [case.modalities for case in cases["modalities"]] == [2, 3, 4, 5]
     assert [case.size for case in cases["size"]] == [96, 224, 320]
@@ -85,12 +80,12 @@ def test_growth() -> None:
     assert all(case.size % 32 == 0 for grown in cases.values() for case in grown)
 
 
-def test_distortion_error() -> None:
+def test_distortion_error():
     for backbone in BACKBONES:
         assert speed.distortion_error(Case(backbone=backbone, preset="demo", size=64)) < 1e-4
 
 
-def test_bfloat16_moves_p_by_little(prepared: Path, dataset: Dataset) -> None:
+def test_bfloat16_moves_p_by_little(prepared, dataset):
     patches = PatchDataset(prepared, dataset, "land_cover", 0, "training", limit=4)
     weights = ROOT / "results" / "networks" / "demo" / "cmx" / "fold0" / "seed0"
     row = speed.in_bfloat16("cmx", patches, weights / "weights.safetensors", "cpu", batch_size=2)
@@ -99,7 +94,7 @@ def test_bfloat16_moves_p_by_little(prepared: Path, dataset: Dataset) -> None:
     assert min(row["float32, seconds"], row["bfloat16, seconds"]) > 0
 
 
-def test_peak_memory() -> None:
+def test_peak_memory():
     """Of the processes that are measured, and not of the larger one that started them."""
     large = bytearray(b"x" * 1_500_000_000)
     table = speed.peak_memory([SMALL], threads=1)
@@ -110,7 +105,7 @@ def test_peak_memory() -> None:
     assert table["ratio"][0] == pytest.approx(table["ours"][0] / table["plain"][0])
 
 
-def test_many_sensors_are_timed_with_and_without_a_budget() -> None:
+def test_many_sensors_are_timed_with_and_without_a_budget():
     cases = speed.growth(SMALL, most=7, budget=15)["modalities"]
     assert [(case.modalities, case.budget) for case in cases] == [
         *((count, 0) for count in range(2, 8)),
@@ -123,7 +118,7 @@ def test_many_sensors_are_timed_with_and_without_a_budget() -> None:
     assert labels == ["plain", "ours", "ours, 15 scenarios"]
 
 
-def test_time_to_probabilities() -> None:
+def test_time_to_probabilities():
     values = np.random.default_rng(0).gamma(2, 1, (300, 7)) * [7, 6, 5, 4, 3, 2, 0]
     passes = speed.stopped_passes(values, 0.01, 900, orders=3)
     assert passes["needed"].between(FEWEST_PATCHES, 800).all()
