@@ -10,21 +10,14 @@ from checkout import ROOT
 from study.data.manifest import load_manifest
 from study.data.patches import PatchDataset
 from study.provenance.devices import make_deterministic
-from study.stages.pretraining import load_checkpoint
+from study.training.checkpoints import load_network
 
-from lsgs_core import ScenarioSet, build_backbone, scenario_probabilities, score_scenarios
+from lsgs_core import ScenarioSet, scenario_probabilities, score_scenarios
 
 
-def committed_network(backbone: str, patches: PatchDataset):
+def committed_network(backbone: str):
     """A committed network of the demo."""
-    [entry] = [
-        network
-        for network in load_manifest(ROOT / "data_manifest.yaml").networks
-        if network.backbone == backbone
-    ]
-    model = build_backbone(backbone, "demo", patches.bands, len(patches.classes))
-    load_checkpoint(model, ROOT / entry.weights, {"model": model.configuration})
-    return model
+    return load_network(ROOT / "results/networks/demo" / backbone / "fold0/seed0").model
 
 
 def main() -> None:
@@ -34,8 +27,8 @@ def main() -> None:
     scenarios = ScenarioSet.of(patches.modalities)
     found = {"capability": torch.backends.cpu.get_cpu_capability()}
     for backbone in ("cbc_slp", "cbc", "cmx"):
-        model = committed_network(backbone, patches)
-        scores = score_scenarios(model, patches.batches(8), scenarios, progress=False)
+        model, batches = committed_network(backbone), patches.batches(8)
+        scores = score_scenarios(model, batches, scenarios, progress=False)
         p = scenario_probabilities(scores.distortion).probabilities
         found[backbone] = {"D": scores.distortion.tolist(), "p": p.tolist()}
     print(json.dumps(found))

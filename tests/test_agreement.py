@@ -153,7 +153,7 @@ def measure(prepared_demo, tmp_path, tier):
         PatchDataset(prepared_demo, definition, "land_cover", fold, part)
         for fold, part in ((0, "training"), (0, "test"), (1, "training"))
     )
-    model = committed_network("cmx", training)
+    model = committed_network("cmx")
 
     def compare(change=lambda batch: batch, trained=False, rescored=True) -> pd.DataFrame:
         if trained:

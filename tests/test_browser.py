@@ -12,12 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import papermill
 import pytest
+from checkout import ROOT, copy_checkout
 from playwright.sync_api import Page, expect, sync_playwright
-from study.workflow.commands import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -34,27 +33,15 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the notebooks with the smoke runs that 03 and 05 read."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("notebooks", "results"):
-        shutil.copytree(ROOT / name, folder / name)
-    for name in ("Makefile", "data_manifest.yaml", "pyproject.toml", "requirements.lock"):
-        shutil.copyfile(ROOT / name, folder / name)
-        os.utime(folder / name, (0, 0))  # make would install what is here already
-    downloads = folder / "work" / "downloads"
-    shutil.copytree(ROOT / "work" / "downloads" / "demo", downloads / "demo")
-    for name in ("01_data_preparation", "02_pretraining_check", "03_scenario_scoring"):
-        _run(folder, name)
-    _run(folder, "04_finetuning", methods="uniform,lsgs")
+    """A copy of this checkout with the smoke runs that 03 and 05 read."""
+    folder = copy_checkout(tmp_path_factory.mktemp("checkout"), results=True)
+    notebooks, made = folder / "notebooks", {"04_finetuning": {"methods": "uniform,lsgs"}}
+    for name in ("01_data_preparation", "02_pretraining_check", "03_scenario_scoring", *made):
+        papermill.execute_notebook(
+            notebooks / f"{name}.ipynb", folder / "work" / f"{name}.ipynb", made.get(name),
+            cwd=notebooks, progress_bar=False,
+        )  # fmt: skip
     return folder
-
-
-def _run(folder: Path, name: str, **parameters: str) -> None:
-    notebooks = folder / "notebooks"
-    executed = folder / "work" / f"{name}.ipynb"
-    papermill.execute_notebook(
-        notebooks / f"{name}.ipynb", executed, parameters, cwd=notebooks, progress_bar=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +58,9 @@ def address(checkout):
     environment = os.environ | {"JUPYTER_CONFIG_DIR": str(checkout / "settings")}
     log = (checkout / "lab.txt").open("w")
     server = subprocess.Popen(
-        ["make", "lab"], cwd=checkout, env=environment, stdout=log, stderr=log, process_group=0
-    )
+        ["make", "--old-file=.venv/installed", "lab"],  # which would install what is here already
+        cwd=checkout, env=environment, stdout=log, stderr=log, process_group=0,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and server.poll() is None:
         with socket.socket() as probe:

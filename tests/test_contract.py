@@ -272,10 +272,6 @@ def dropped(
     return present
 
 
-def total(function: Any, **arguments: Any) -> Any:
-    return [*function(**arguments)]
-
-
 def of_samples(batch: Any, present: Any) -> Any:
     return torch.stack([batch.counted(present).flatten(1).any(1), batch.to("cpu").complete])
 

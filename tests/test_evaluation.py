@@ -1,4 +1,4 @@
-"""Losses and metrics, with PyTorch and torchmetrics as the oracles."""
+"""Losses and metrics, with PyTorch and torchmetrics as the oracles, or of a known answer."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from study.comparison.collection import open_grid
 from study.data.patches import PatchDataset
 from study.metrics.evaluation import (
     AlwaysPositive,
+    calibration_errors,
     class_map,
     class_scores,
     evaluate,
@@ -55,6 +56,10 @@ def random_batch(kind: str, classes: int, count: int = 6, size: int = 8) -> Batc
 
 class SumOfImages(torch.nn.Module):
     """Its logits are the sum of the available images."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # says on which device the network is
 
     def forward(self, images, available):
         return sum(i * a[:, None, None, None] for i, a in zip(images, available.T, strict=True))
@@ -192,6 +197,23 @@ def test_predictions_and_class_maps():
     assert predict(logits, "multiclass").tolist() == [[[[False, True]], [[True, False]]]]
     assert class_map(logits, "multilabel").tolist() == [[[1, -1]]]
     assert class_map(logits, "multiclass").tolist() == [[[1, 0]]]
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_probabilities_that_are_true_in_part_only(kind):
+    """Of .8, .6 and both together; the second of two classes is predicted."""
+    images = [torch.logit(torch.full((2, 1, 10, 10), p)) for p in (0.8, 0.6)]
+    target, valid = torch.zeros(2, 1, 10, 10), torch.ones(2, 10, 10, dtype=torch.bool)
+    target[:, :, :7] = 1  # 70 % of the pixels
+    if kind == "multiclass":
+        images, target = [F.pad(i, (0, 0, 0, 0, 1, 0)) for i in images], target[:, 0].long()
+    whole = torch.ones(2, 2, dtype=torch.bool)
+    batch = Batch(tuple(images), whole, target=target, valid=valid)
+    for rows, errors in ((10, [0.1, 0.1, 6 / 7 - 0.7]), (7, [0.2, 0.4, 1 / 7]), (0, [np.nan] * 3)):
+        valid[:, rows:] = False  # of the first seven all are true
+        found = calibration_errors(SumOfImages(), [batch] * 2, SCENARIOS, kind)
+        assert found["scenario"].tolist() == ["A", "B", "A+B"]
+        np.testing.assert_allclose(found["calibration_error"], errors, atol=1e-6)
 
 
 class OneByOne(torch.nn.Module):

@@ -11,16 +11,18 @@ import rasterio
 import scene
 import torch
 import yaml
+from checkout import ROOT
 from raw_layouts import read_raster as read
 from rio_cogeo.cogeo import cog_validate
 from study.comparison.cases import worth_to_network
 from study.data import alignment
 from study.data.patches import PatchDataset
 from study.figures.maps import class_maps, scene_pictures
-from study.provenance.artifacts import Record, save_weights
+from study.provenance.artifacts import Record, load_weights, save_weights
 from study.provenance.devices import seed_weights
 from study.stages import mapping
 from study.stages.mapping import make_map, plan_maps, sentence
+from study.stages.parameters import notebook_parameters
 from study.training.checkpoints import build_network
 
 from lsgs_core import InputError
@@ -46,11 +48,9 @@ def manifest(raw, wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def parameters(weights, manifest, raw, tmp_path) -> dict[str, Any]:
-    return {
-        "work": str(tmp_path), "manifest": str(manifest), "downloads": "", "dataset": "demo",
-        "raw": str(raw), "scenes": "", "weights": str(weights), "patch_size": 0,
-        "patch_stride": 0, "batch_size": 4, "resample": False, "device": "cpu", "threads": 1,
-    }  # fmt: skip
+    defaults = notebook_parameters(ROOT / "notebooks" / "06_mapping.ipynb")
+    own = {"work": tmp_path, "manifest": manifest, "raw": raw, "weights": weights, "device": "cpu"}
+    return defaults | {name: str(value) for name, value in own.items()}
 
 
 def test_a_map_carries_what_a_reader_needs(parameters):
@@ -199,16 +199,10 @@ def test_mistakes_are_named_before_long_work(parameters, changed, without, messa
         plan_maps(parameters | changed, without)
 
 
-def test_another_pixel_size_is_said_and_resampled_when_asked(
-    parameters, weights, prepared, dataset, tmp_path
-):
-    patches = PatchDataset(prepared, dataset, "land_cover", 0, "training")
-    model = build_network("cmx", "demo", patches)
-    coarse = patches.description.model_dump() | {"pixel_size": 20.0}
-    path = save_weights(
-        tmp_path / "weights.safetensors", model.state_dict(),
-        Record({"model": model.configuration, "description": coarse}),
-    )  # fmt: skip
+def test_another_pixel_size_is_said_and_resampled_when_asked(parameters, weights, tmp_path):
+    state, record = load_weights(weights)
+    record["parameters"]["description"]["pixel_size"] = 20.0
+    path = save_weights(tmp_path / "weights.safetensors", state, Record(record["parameters"]))
     with pytest.raises(InputError, match="expected pixels of 20 m"):
         plan_maps(parameters | {"weights": str(path)})
     [plan] = plan_maps(parameters | {"weights": str(path), "resample": True})

@@ -20,9 +20,10 @@ from study.stages.tiers import load_tier
 from study.training import checkpoints
 from study.training.checkpoints import NETWORKS, build_own, load_network, own_code
 from study.training.settings import TrainingSettings
-from test_training import SCENARIOS, Blobs, run
+from test_training import SCENARIOS, Blobs, run, small
 
 from lsgs_core import AdaptedBackbone, HookedModel, InputError
+from lsgs_core.models import BACKBONES
 from lsgs_core.models.lora import add_lora, merge_lora
 
 NAME = "my_networks:good"
@@ -77,6 +78,12 @@ class mixes_samples(wrapped):
 class mixes_latents(wrapped):  # as the published code does
     def latent(self, images, available):
         return self.inner.latent(images, available).cumsum(dim=0)
+
+
+class has_learned_too_fast(wrapped):
+    def __init__(self, bands, classes):
+        super().__init__(bands, classes)
+        next(self.inner.parameters()).data.view(-1)[0] = float("inf")
 
 
 class draws_its_latent(wrapped):
@@ -154,7 +161,7 @@ def test_nothing_but_the_command_line_imports_it(own, tmp_path):
         ("../x:good", "names its file"),
         ("my_networks:no_latent", "no_latent: network: .*a method `latent`"),
         ("my_networks:cannot_be_built", "cannot_be_built: ZeroDivisionError: division by zero"),
-        ("my_networks:small", r"small: logits .*expected shape \[3, 1, 32, 32\], found .*16, 16"),
+        ("my_networks:small", r"small: logits .*expected shape \[3, 1, 64, 64\], found .*32, 32"),
         ("my_networks:whole_numbers", r"forward: expected floating-point numbers .*torch\.int64"),
         ("my_networks:other_type", "forward: expected a Tensor, found {'logits'"),
         ("my_networks:fails", "fails: RuntimeError: .*expected input.* to have 9 channels"),
@@ -163,17 +170,18 @@ def test_nothing_but_the_command_line_imports_it(own, tmp_path):
         ("my_networks:mixes_samples", "a patch alone and in a batch: expected at most 0.0001"),
         ("my_networks:mixes_latents", "a patch alone and in a batch: expected at most 0.0001"),
         ("my_networks:draws_its_latent", "D of the full scenario: expected at most 0.0001"),
-        (NAME, None),
+        ("my_networks:has_learned_too_fast", "not finite: expected at most 0"),
+        *((name, None) for name in (NAME, *BACKBONES)),
     ],
 )
 def test_what_is_wrong_is_one_sentence_before_long_work(own, name, message):
     own.name(own.path)
-    patches = Blobs(4)
+    patches = Blobs(4, size=64)
     training = SimpleNamespace(batches=lambda size: patches.batches(size, range(4)))
     settings = TrainingSettings(epochs=1)
     opened = SimpleNamespace(
         training=training, settings=settings, scenarios=SCENARIOS,
-        build=lambda device: build_own(name, [3, 3, 3], 1).to(device),
+        build=lambda device: build_own(name, [3, 3, 3], 1) if ":" in name else small(name),
     )  # fmt: skip
     if message is None:
         expect_fit(name, opened)

@@ -18,11 +18,12 @@ import psutil
 import pytest
 import yaml
 from checkout import ROOT, environment, printed
+from statistics_records import records_of
 from study.provenance.artifacts import Record, save_table
 from study.provenance.files import TEMPORARY, file_sha256
 from study.stages.tiers import load_tier
 from study.workflow import commands
-from study.workflow.commands import MARK, _only_one, end_orphans, main, publish, sweep
+from study.workflow.commands import MARK, _only_one, compare, end_orphans, publish, sweep
 from study.workflow.durations import durations, estimate, executed
 
 from lsgs_core import InputError
@@ -135,17 +136,8 @@ def test_temporary_files_of_ended_processes_are_swept(tmp_path):
     assert files == {*kept, "a", ".git"}
 
 
-def test_a_name_that_a_shell_would_run_is_refused(tmp_path, monkeypatch, capsys):
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    for name in ("Snakefile", "data_manifest.yaml"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    tier = yaml.safe_load((tmp_path / "notebooks" / "tiers" / "scratch.yaml").read_text())
-    tier["grid"]["datasets"] = ["x$(touch pwned)"]
-    write_tier(tmp_path, tier)
-    monkeypatch.setattr(commands, "ROOT", tmp_path)
-    assert main(["run", "own", "--cores", "1"]) == 2
-    assert "is unknown" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("pwned"))
+def test_a_shell_runs_nothing_of_a_name():
+    """And hostile.yaml has names that are refused."""
     text = (ROOT / "Snakefile").read_text()
     assert not re.findall(r"\{(?:params|log|output|input)[^}:]*\}", text)  # all are quoted: `:q`
 
@@ -168,27 +160,25 @@ FAILED_CELL = {
     ],
 )
 def test_the_reason_of_a_failure_comes_last(tmp_path, monkeypatch, capsys, cells, said, sentence):
+    tier, job = load_tier("smoke", ROOT), "04_finetuning-demo-cmx-fold0-seed0"
+    path = tmp_path / tier.folder.executed_notebook(job)
+
+    def fails(*_):
+        """In place of Snakemake: a notebook fails."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if cells is not None:
+            text = json.dumps({"cells": cells, "metadata": {}})
+            path.write_text(text[:-5] if cells == "half" else text)
+        Path(f"{path}.failed").write_text(said)
+        return 1
+
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     monkeypatch.setattr(commands, "_snakemake", fails)
-    tier = load_tier("smoke", ROOT)
-    job = "04_finetuning-demo-cmx-fold0-seed0"
-    fails.path, fails.cells, fails.said = tmp_path / tier.folder.executed_notebook(job), cells, said
     assert commands.run(tier, 1) == 1
     assert capsys.readouterr().err == f"error: {job}: {sentence}\n"
     with commands._only_one(tmp_path):  # a dry run may stand beside a run
         assert commands.run(tier, 1, dry_run=True) == 1
         assert capsys.readouterr().err == ""
-    fails.path = tmp_path / "elsewhere"
-
-
-def fails(*_):
-    """In place of Snakemake: a notebook fails."""
-    fails.path.parent.mkdir(parents=True, exist_ok=True)
-    if fails.cells is not None:
-        text = json.dumps({"cells": fails.cells, "metadata": {}})
-        fails.path.write_text(text[:-5] if fails.cells == "half" else text)
-    Path(f"{fails.path}.failed").write_text(fails.said)
-    return 1
 
 
 def test_how_long_it_takes_is_said(tmp_path):
@@ -205,6 +195,31 @@ def test_how_long_it_takes_is_said(tmp_path):
     after = executed(tier, tmp_path)
     assert list(durations(before, after)) == ["evaluation: 61 seconds in 1 notebook"]
     assert not list(durations(after, after))
+
+
+def test_a_run_beside_its_published_records(tmp_path):
+    tier = load_tier("demo", ROOT, tmp_path)
+    single = tier.only("demo/cmx/lsgs/0/0")
+    records = records_of({"pretrained": 0.0, "lsgs": 0.05}, seeds=1)
+    published = tmp_path / "records.csv.xz"
+    records.assign(dataset="demo", backbone="cmx").to_csv(published, index=False)
+    run = tier.folder.runs("demo", "cmx", 0, 0) / "lsgs"
+    places = {"pretrained": tier.folder.pretrained("demo", "cmx", 0, 0), "lsgs": run}
+    for method, place in places.items():
+        place.mkdir(parents=True)
+        rows = records[records["method"] == method].drop(columns=["method", "seed", "fold"])
+        rows.sample(frac=1, random_state=0).to_csv(place / "records.csv", index=False)
+    same, sentence = compare(single, published)
+    assert same
+    assert f"all {len(records)} rows" in sentence
+    changed = pd.read_csv(run / "records.csv")
+    changed.loc[0, "tp"] += 200
+    changed.to_csv(run / "records.csv", index=False)
+    same, sentence = compare(single, published)
+    assert not same
+    assert "differs by up to 0.0" in sentence
+    with pytest.raises(InputError, match="no such run"):
+        compare(tier.only("demo/cbc/lsgs/0/0"), published)
 
 
 def command(tier: str = "smoke") -> list[str]:
@@ -302,7 +317,7 @@ def test_fifty_kills_of_whatever_runs(clone, tmp_path_factory):
     print(f"killed: {dict(killed)}")
     printed(*command(), folder=clone)
     assert {*kinds} <= set(killed), killed
-    assert not any(_is_marked(process, clone) for process in psutil.process_iter())
+    assert not _tree(clone)
     assert not [*(clone / ".snakemake" / "locks").glob("*")]
     for path in (path for part in ("work", "results") for path in (clone / part).rglob("*")):
         assert path.suffix != ".failed"
@@ -330,20 +345,12 @@ def written_tomorrow(folder: Path) -> None:
 def _tree(folder: Path) -> dict[int, str]:
     """The modules, or the programs, that the processes of a study run, but for the launcher."""
     tree = {}
-    for found in psutil.process_iter():
-        if _is_marked(found, folder):
-            with suppress(psutil.Error):
-                words = found.cmdline() or ["ended"]
-                module = words[words.index("-m") + 1] if "-m" in words else Path(words[0]).name
-                tree[found.pid] = module
+    for found in psutil.process_iter(["environ", "cmdline"]):  # which are None where not shown
+        if (found.info["environ"] or {}).get(MARK) == str(folder):
+            words = found.info["cmdline"] or ["ended"]
+            module = words[words.index("-m") + 1] if "-m" in words else Path(words[0]).name
+            tree[found.pid] = module
     return tree
-
-
-def _is_marked(process: psutil.Process, folder: Path) -> bool:
-    try:
-        return process.environ().get(MARK) == str(folder)
-    except psutil.Error:
-        return False
 
 
 @pytest.mark.slow

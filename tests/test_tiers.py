@@ -23,8 +23,8 @@ def project(tmp_path):
     tiers = tmp_path / "notebooks" / "tiers"
     demo = yaml.safe_load((tiers / "demo.yaml").read_text())
 
-    def write(sections, **grid):
-        content = demo | {"grid": demo["grid"] | grid} | sections
+    def write(sections):
+        content = demo | sections
         (tiers / "own.yaml").write_text(yaml.safe_dump(content))
         return load_tier("own", tmp_path)
 
@@ -60,27 +60,6 @@ def test_what_is_for_all_is_taken_where_a_notebook_has_it(project):
     assert sizes["04_finetuning"] == 2
     assert sizes["03_scenario_scoring"] == 4
     assert sizes["01_data_preparation"] is None
-
-
-def test_planned_contrasts_with_two_seeds_are_taken(project):
-    contrasts = {"05_evaluation": {"contrasts": "lsgs-uniform, lsgs-pretrained"}}
-    tier = project(contrasts, methods=["uniform_again", "lsgs"], seeds=2)
-    assert tier.setting("evaluation", "contrasts").startswith("lsgs-uniform")
-
-
-def test_validation_blocks_have_no_records_of_the_networks_before(project):
-    sections = {"05_evaluation": {"contrasts": "lsgs-pretrained"}}
-    with pytest.raises(InputError, match="lsgs-pretrained needs both methods"):
-        project(
-            sections | {"all": {"tested_on": "validation"}}, methods=["uniform", "lsgs"], seeds=2
-        )
-
-
-def test_the_paper_s_loss_needs_no_data_to_be_refused(project):
-    pretraining = {"weights": "train", "protocol": "paper"}
-    sections = {"02_pretraining_check": pretraining, "all": {"task": "all_classes"}}
-    with pytest.raises(InputError, match="binary and multi-label"):
-        project(sections, datasets=["landsat7"])
 
 
 @pytest.mark.parametrize("notebook", sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb")))
@@ -134,6 +113,22 @@ def test_a_grid_of_several_products(project):
     assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["work"] == "../work/own"
     assert jobs["02_pretraining_check-landsat7-cbc-fold0-network0"]["dataset"] == "landsat7"
     assert jobs["05_evaluation"]["tier"] == "own"
+
+
+def test_one_run_of_a_grid():
+    tier = load_tier("demo", ROOT)
+    single = tier.only("demo/cmx/lsgs/0/0")
+    assert single.points() == {("demo", "cmx", 0, 0): ["lsgs"]}
+    assert [job for job, _ in single.jobs()] == [
+        "01_data_preparation-demo",
+        "02_pretraining_check-demo-cmx-fold0-network0",
+        "03_scenario_scoring-demo-cmx-fold0-network0",
+        "04_finetuning-demo-cmx-fold0-seed0",
+        "05_evaluation",
+    ]
+    for wrong in ("demo/cmx/lsgs/0/7", "cmx", "demo/cmx/magic/0/0", ""):
+        with pytest.raises(InputError, match="such as demo/cbc_slp/uniform/0/0"):
+            tier.only(wrong)
 
 
 def test_runs_that_are_there_are_found(tmp_path):
