@@ -4,7 +4,6 @@ Each has the traps of the real one and a signal of each class in each modality. 
 label codes that preparation has to give per scene, made without any of the project's code.
 """
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import scipy.io
 import shapely
 import yaml
 from numpy.typing import NDArray
-from scene import MANIFEST
+from scene import MANIFEST, write_raster
 from study.data.manifest import Dataset
 
 ENTRIES: dict[str, Any] = yaml.safe_load(MANIFEST.read_text("utf-8"))["datasets"]
@@ -27,15 +26,6 @@ Ring = list[tuple[float, float]]
 def dataset(name: str, **changes: Any) -> Dataset:
     """A data set of the project's manifest, with some of its fields replaced."""
     return Dataset.model_validate(ENTRIES[name] | changes)
-
-
-def write_raster(path: Path, pixels: NDArray[Any], driver: str = "GTiff", **profile: Any) -> None:
-    """Write [D, H, W]; without georeference if the profile has none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    shape = dict(zip(("count", "height", "width"), pixels.shape, strict=True))
-    with rasterio.open(path, "w", driver, dtype=pixels.dtype, **shape, **profile) as raster:
-        raster.write(pixels)
 
 
 def read_raster(path: Path) -> NDArray[Any]:
@@ -99,25 +89,12 @@ POLYGONS: list[tuple[str, int, list[list[Ring]]]] = [
 ]
 
 
-def covered(polygon: list[Ring], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Pixels whose centres lie inside, by counting the edges to the right of each."""
-    points = np.concatenate([np.array(ring) for ring in polygon])
-    (left, top), (right, bottom) = points.min(0).clip(min=0).astype(int), points.max(0).astype(int)
-    near = np.s_[top : bottom + 1, left : right + 1]
-    (y, x), odd = (np.indices(shape) + 0.5)[:, *near], np.zeros(shape, dtype=bool)
-    for (x1, y1), (x2, y2) in (edge for ring in polygon for edge in pairwise(ring)):
-        if y1 != y2:
-            odd[near] ^= ((y1 > y) != (y2 > y)) & (x < (x2 - x1) * (y - y1) / (y2 - y1) + x1)
-    return odd
-
-
-def well_known_text(image: str, polygons: list[list[Ring]]) -> str:
+def well_known_text(image: str, shapes: shapely.MultiPolygon) -> str:
     """Polygons in the coordinates of DSTL's table."""
     height, width = DSTL_SHAPES[image]
     scale = EXTENTS[image] * np.array([(n + 1) / n**2 for n in (width, height)])
-    scaled = [[np.array(ring) * scale for ring in polygon] for polygon in polygons]
-    shapes = [shapely.Polygon(outer, holes) for outer, *holes in scaled]
-    return shapely.to_wkt(shapely.MultiPolygon(shapes), rounding_precision=-1)
+    scaled = shapely.transform(shapes, lambda pixels: pixels * scale)
+    return shapely.to_wkt(scaled, rounding_precision=-1)
 
 
 def write_dstl(folder: Path) -> Codes:
@@ -126,11 +103,12 @@ def write_dstl(folder: Path) -> Codes:
     polygons = {(image, kind): shapes for image, kind, shapes in POLYGONS}
     for number, (image, shape) in enumerate(DSTL_SHAPES.items()):
         codes = np.zeros(shape, dtype=np.uint16)
+        y, x = np.indices(shape) + 0.5  # centres of the pixels
         for kind in range(1, 11) if image in LABELLED else []:
-            drawn = polygons.get((image, kind), [])
+            rings = polygons.get((image, kind), [])
+            drawn = shapely.MultiPolygon([(outer, holes) for outer, *holes in rings])
             rows.append(f'{image},{kind},"{well_known_text(image, drawn)}"')
-            for polygon in drawn:
-                codes[covered(polygon, shape)] |= np.uint16(1 << (kind - 1))
+            codes[shapely.contains_xy(drawn, x, y)] |= np.uint16(1 << (kind - 1))
             expected[image] = codes
         files = {"three_band/{}.tif": (3, 1), "sixteen_band/{}_P.tif": (1, 1)}
         files |= {"sixteen_band/{}_M.tif": (8, 4), "sixteen_band/{}_A.tif": (8, 25)}

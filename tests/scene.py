@@ -75,7 +75,6 @@ def expected_labels() -> np.ndarray:
 
 def write_scene(folder: Path, polygon_crs: str = CRS) -> Path:
     """Write the 13 bands and the polygons below `folder`."""
-    (folder / FOLDER / "IMG_DATA").mkdir(parents=True)
     ids = expected_labels()
     row, column = np.mgrid[:HEIGHT, :WIDTH]
     rng = np.random.default_rng(0)
@@ -100,17 +99,22 @@ def write_scene(folder: Path, polygon_crs: str = CRS) -> Path:
     return folder
 
 
+def write_raster(path: Path, pixels: np.ndarray, driver: str = "GTiff", **profile: Any) -> None:
+    """Write [D, H, W]; without georeference if the profile has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    shape = dict(zip(("count", "height", "width"), pixels.shape, strict=True))
+    with rasterio.open(path, "w", driver, dtype=pixels.dtype, **shape, **profile) as raster:
+        raster.write(pixels)
+
+
 def write_band(path: Path, pixels: np.ndarray, driver: str = "JP2OpenJPEG", **profile: Any) -> None:
     """Write one band [H, W] over the bounds of the scene, without loss."""
     options = {"QUALITY": "100", "REVERSIBLE": "YES", "BLOCKXSIZE": "64", "BLOCKYSIZE": "64"}
     lossless = options if driver == "JP2OpenJPEG" else {}  # tiles of 64, as in the demo
     step = 10 * HEIGHT / pixels.shape[0]
     place = {"crs": CRS, "transform": rasterio.Affine(step, 0, LEFT, 0, -step, TOP)} | profile
-    height, width = pixels.shape
-    with rasterio.open(
-        path, "w", driver, width, height, 1, dtype=pixels.dtype, **place, **lossless
-    ) as raster:
-        raster.write(pixels, 1)
+    write_raster(path, pixels[None], driver, **place, **lossless)
 
 
 def write_wheel(raw: Path, folder: Path) -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import yaml
 from checkout import ROOT, copy_checkout, printed
 from rasterio.transform import from_origin
+from scene import write_raster
 
 RECIPES = (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")[1:4]
 
@@ -45,7 +45,6 @@ def clone(tmp_path_factory) -> Path:
 
 def write_scene(folder: Path) -> None:
     """Rasters as the recipe names them, radar at half the resolution."""
-    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, bands, side, kind in (
         ("optical", 4, 512, "uint16"),
@@ -54,11 +53,8 @@ def write_scene(folder: Path) -> None:
     ):
         pixels = 5120 / side
         pattern = rng.integers(0, 4, size=(bands, 16, 16)).repeat(side // 16, 1)
-        with rasterio.open(
-            folder / f"{name}.tif", "w", driver="GTiff", width=side, height=side, count=bands,
-            dtype=kind, crs="EPSG:32632", transform=from_origin(5e5, 5e6, pixels, pixels),
-        ) as raster:  # fmt: skip
-            raster.write(pattern.repeat(side // 16, 2).astype(kind))
+        place = {"crs": "EPSG:32632", "transform": from_origin(5e5, 5e6, pixels, pixels)}
+        write_raster(folder / f"{name}.tif", pattern.repeat(side // 16, 2).astype(kind), **place)
 
 
 @pytest.mark.slow

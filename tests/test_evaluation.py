@@ -29,6 +29,7 @@ from study.metrics.statistics import Counts
 from study.provenance.artifacts import Record, save_table
 from study.stages.parameters import notebook_parameters
 from study.stages.tiers import READ_AGAIN, StudyFolder
+from torch.optim.swa_utils import AveragedModel
 from torchmetrics.functional import f1_score, jaccard_index
 
 from lsgs_core import Batch, InputError, ScenarioSet
@@ -216,17 +217,6 @@ def test_probabilities_that_are_true_in_part_only(kind):
         np.testing.assert_allclose(found["calibration_error"], errors, atol=1e-6)
 
 
-class OneByOne(torch.nn.Module):
-    """A network as any other module: nothing is shared between its scenarios."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images, available):
-        return self.network(images, available)
-
-
 @pytest.mark.parametrize("lacking", [False, True])
 @pytest.mark.parametrize("backbone", ["cbc_slp", "cmx"])
 def test_sharing_between_scenarios_changes_no_count(backbone, lacking, monkeypatch):
@@ -239,8 +229,10 @@ def test_sharing_between_scenarios_changes_no_count(backbone, lacking, monkeypat
     monkeypatch.setattr(
         type(network), "scenario_logits", lambda *args: shared.append(1) or whole(*args)
     )
-    tables = [evaluate(model, [batch], SCENARIOS, ("a", "b", "c"), "multilabel")
-              for model in (network, OneByOne(network))]  # fmt: skip
+    tables = [
+        evaluate(model, [batch], SCENARIOS, ("a", "b", "c"), "multilabel")
+        for model in (network, AveragedModel(network))  # the second is as any other module
+    ]
     pd.testing.assert_frame_equal(*tables)
     assert tables[0]["tp"].sum() > 0
     assert len(shared) == (not lacking)
