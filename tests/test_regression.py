@@ -73,6 +73,10 @@ def test_equal_distortions_are_predicted_equal_and_scale_with_the_unit():
     np.testing.assert_allclose(large.error, small.error * 2.0**20)
 
 
+def to_probabilities(distortion):
+    return scenario_probabilities(distortion).probabilities
+
+
 class Sum(torch.nn.Module):
     """A latent to which modalities contribute unequally; it counts what it computes."""
 
@@ -104,11 +108,8 @@ def test_a_scoring_within_a_budget():
     assert (scores.distortion >= 0).all()
     far = np.abs(scores.distortion - whole.distortion)
     assert (far <= 3 * scores.predictive_error + 1e-12).mean() > 0.9
-    p, q = (scenario_probabilities(s.distortion).probabilities for s in (whole, scores))
+    p, q = (to_probabilities(s.distortion) for s in (whole, scores))
     assert np.abs(p - q).sum() < 0.25 * np.abs(p - 1 / 63).sum()
-
-    def to_probabilities(distortion):
-        return scenario_probabilities(distortion).probabilities
 
     until = stop_when_precise(0.5, to_probabilities, 160)
     stopped = score_scenarios(model, 4 * batches, SIX, None, until, False, 30)

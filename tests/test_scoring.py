@@ -2,8 +2,9 @@
 
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Event, Thread
+from threading import Event
 
 import numpy as np
 import pytest
@@ -133,31 +134,22 @@ def test_two_threads_on_one_network_are_refused_and_on_one_backbone_right():
             assert going_on.wait(60)
             return super().latent(images, available)
 
-    started, going_on, results = Event(), Event(), []
-    model = Waiting()
-    thread = Thread(target=lambda: results.append(score(model, [ones(1)])))
-    thread.start()
-    assert started.wait(60)
-    with pytest.raises(InputError, match="no other thread"):
-        score(model, [ones(1)])
-    with pytest.raises(InputError, match="no other thread"):
-        score(HookedModel(nn.ModuleDict({"inner": model}), "inner"), [ones(1)])
-    score(SumOfMeans(), [ones(1)])  # another network
-    going_on.set()
-    thread.join()
-    assert results[0].distortion[0] == 36
-    assert model.training
-    assert score(model, [ones(1)]).distortion[0] == 36
-
+    started, going_on, model = Event(), Event(), Waiting()
     backbone, images = build_backbone("cmx", "demo"), torch.randn(2, 3, 3, 64, 64)
     expected = score(backbone, [images])
-    threads = [Thread(target=lambda: results.append(score(backbone, [images]))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for scores in results[1:]:
-        np.testing.assert_array_equal(scores.distortion, expected.distortion)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(score, model, [ones(1)])
+        assert started.wait(60)
+        for same in (model, HookedModel(nn.ModuleDict({"inner": model}), "inner")):
+            with pytest.raises(InputError, match="no other thread"):
+                score(same, [ones(1)])
+        score(SumOfMeans(), [ones(1)])  # another network
+        going_on.set()
+        assert first.result().distortion[0] == 36
+        assert model.training
+        assert score(model, [ones(1)]).distortion[0] == 36
+        for scores in threads.map(lambda _: score(backbone, [images]), range(3)):
+            np.testing.assert_array_equal(scores.distortion, expected.distortion)
     backbone.eval().fusions[0].train()
     modes = [module.training for module in backbone.modules()]
     score(backbone, [images])
@@ -232,11 +224,9 @@ def test_predictions_are_those_of_a_forward_pass_for_each_scenario(
     scores = score_scenarios(scored, [batch], scenarios, progress=False)
     assert scores.patch_ids.tolist() == [0, 3]
 
+    kept, masks = [image[[0, 3]] for image in images], torch.tensor(scenarios.masks)
     with torch.inference_mode():
-        kept = [image[[0, 3]] for image in images]
-        logits = torch.stack(
-            [model(kept, mask.expand(2, -1)) for mask in torch.tensor(scenarios.masks)]
-        )
+        logits = torch.stack([model(kept, mask.expand(2, -1)) for mask in masks])
     predicted = logits.softmax(2) if exclusive else logits.sigmoid()
     difference = (predicted - predicted[-1]).numpy()
     expected = np.square(difference).mean(axis=(2, 3, 4)).T
@@ -275,9 +265,8 @@ def test_few_latents_exist_at_a_time():
         def scenario_latents(self, images, masks):
             return torch.stack([self.latent(images, mask[None]) for mask in masks])
 
-    one, shared = (
-        score_scenarios(kind(), [images], many, progress=False) for kind in (Latent, Shared)
-    )
+    kinds = Latent(), Shared()
+    one, shared = (score_scenarios(kind, [images], many, progress=False) for kind in kinds)
     np.testing.assert_array_equal(one.distortion, shared.distortion)
     np.testing.assert_allclose(one.distortion, many.missing / 7)
     assert max(most[: len(many)]) <= 4
@@ -340,9 +329,8 @@ def test_the_authors_file_needs_only_the_probabilities(published):
     path, content, result = published
     path.write_text(json.dumps({"final_probs": content["final_probs"]}))
     evidence = read_evidence(path, SCENARIOS)
-    np.testing.assert_allclose(
-        find_method("lsgs").sampler(evidence).probabilities(0), result.probabilities
-    )
+    drawn = find_method("lsgs").sampler(evidence).probabilities(0)
+    np.testing.assert_allclose(drawn, result.probabilities)
     with pytest.raises(InputError, match="distortion, which this method needs"):
         find_method("lsgs_strong").sampler(evidence)
 
