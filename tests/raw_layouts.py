@@ -233,14 +233,8 @@ def ground(pixel: float = 10, left: float = 5e5, crs: str = UTM) -> dict[str, An
     return {"crs": crs, "transform": rasterio.Affine(pixel, 0, left, 0, -pixel, 3e6)}
 
 
-ENTRIES["fields"] = ENTRIES["pair"] | {
-    "labels": {
-        "kind": "polygons",
-        "file": "fields.gpkg",
-        "column": "use",
-        "values": {"low": [1], "high": 2},
-    }
-}
+FIELDS = {"kind": "polygons", "file": "fields.gpkg", "column": "use"}
+ENTRIES["fields"] = ENTRIES["pair"] | {"labels": FIELDS | {"values": {"low": [1], "high": 2}}}
 
 
 def write_pair(folder: Path, clouded: tuple[slice, slice] = np.s_[:40, :20]) -> Codes:

@@ -92,9 +92,8 @@ def write_scene(folder: Path, polygon_crs: str = CRS) -> Path:
         rows.append((VALUES[value], rectangle(*edges)))
     rows += [("forest", shapely.Polygon()), ("farm", None)]
     rows.append(("allotments", rectangle(0, 3, 0, 384)))  # a value that the manifest does not list
-    frame = geopandas.GeoDataFrame(
-        {"fclass": [name for name, _ in rows]}, geometry=[shape for _, shape in rows], crs=CRS
-    )
+    names, shapes = zip(*rows, strict=True)
+    frame = geopandas.GeoDataFrame({"fclass": names}, geometry=[*shapes], crs=CRS)
     frame.to_crs(polygon_crs).to_file(folder / POLYGONS, driver="GPKG")
     return folder
 
@@ -145,8 +144,6 @@ def manifest_content(raw: Path, wheel: Path | None = None) -> dict[str, Any]:
         demo["source"]["wheel_sha256"] = hashlib.sha256(wheel.read_bytes()).hexdigest()
     demo["patches"] |= {"size": 32, "stride": 16}
     demo["folds"]["spatial"] |= {"block_size": 96, "margin": 8, "validation_blocks": 1}
-    demo["tasks"]["cover"] = {
-        "kind": "multiclass",
-        "classes": {"open": ["meadow", "grass", "farm"], "closed": ["forest", "residential"]},
-    }
+    classes = {"open": ["meadow", "grass", "farm"], "closed": ["forest", "residential"]}
+    demo["tasks"]["cover"] = {"kind": "multiclass", "classes": classes}
     return content

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -149,10 +150,8 @@ def test_what_cannot_be_compared_says_why(tmp_path, tier):
 def measure(prepared_demo, tmp_path, tier):
     """A function that compares the committed network, or a changed one, with the results."""
     definition = load_manifest(ROOT / "data_manifest.yaml").dataset("demo")
-    training, test, elsewhere = (
-        PatchDataset(prepared_demo, definition, "land_cover", fold, part)
-        for fold, part in ((0, "training"), (0, "test"), (1, "training"))
-    )
+    opened = partial(PatchDataset, prepared_demo, definition, "land_cover")
+    training, test, elsewhere = opened(0, "training"), opened(0, "test"), opened(1, "training")
     model = committed_network("cmx")
 
     def compare(change=lambda batch: batch, trained=False, rescored=True) -> pd.DataFrame:
@@ -165,10 +164,8 @@ def measure(prepared_demo, tmp_path, tier):
             scores = score_scenarios(model, batches, SCENARIOS, progress=False)
             result = scenario_probabilities(scores.distortion, **SETTINGS)
             settings = SETTINGS | {"smooth": True, "lengthscale": 1.0}
-            notes = {"num_scored": len(scores.patch_ids)}
-            content = published_scoring(
-                scores, result, "distortion", settings, "cmx", "", "", notes
-            )
+            notes = "distortion", settings, "cmx", "", "", {"num_scored": len(scores.patch_ids)}
+            content = published_scoring(scores, result, *notes)
             (tmp_path / PLACE).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / PLACE).write_text(json.dumps(content))
         batches = map(change, test.batches(8))

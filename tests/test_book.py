@@ -14,16 +14,12 @@ DOTS = "application/vnd.jupyter.widget-view+json"
 
 
 def write(folder, name, *outputs):
-    cells = [
-        new_markdown_cell(HEAD),
-        new_markdown_cell("## Test\n\nLeft, $D_k$, `${D}`.\n\nRight, `p`."),
-    ]
-    cells.append(new_code_cell("draw()", outputs=list(outputs), metadata={"papermill": {"a": 1}}))
-    metadata = {
-        "kernelspec": {"name": "python3", "display_name": "Python"},
-        "language_info": {"name": "python"},
-    }
-    nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
+    text = "## Test\n\nLeft, $D_k$, `${D}`.\n\nRight, `p`."
+    code = new_code_cell("draw()", outputs=list(outputs), metadata={"papermill": {"a": 1}})
+    notebook = new_notebook(cells=[new_markdown_cell(HEAD), new_markdown_cell(text), code])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python"}
+    notebook.metadata.language_info = {"name": "python"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
 def test_one_backbone_is_shown_without_noise(tmp_path):

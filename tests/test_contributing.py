@@ -31,10 +31,8 @@ def clone(tmp_path_factory) -> Path:
     [line] = re.findall(r'after its\s+import,\s+`("unet2".*?)`', RECIPES[1])
     text = (models / "__init__.py").read_text()
     text = text.replace('\n    "cmx": (', f'\n    {line}\n    "cmx": (')
-    imported = "from lsgs_core.models.cmx import"
-    text = text.replace(
-        imported, f"from lsgs_core.models.unet2 import UNET2_PRESETS, UNet2\n{imported}"
-    )
+    imported = "from lsgs_core.models.unet2 import UNET2_PRESETS, UNet2"
+    text = text.replace("from lsgs_core.models.cmx", f"{imported}\nfrom lsgs_core.models.cmx")
     (models / "__init__.py").write_text(text)
     manifest = folder / "data_manifest.yaml"
     text = manifest.read_text().replace("\ndatasets:\n", f"\ndatasets:\n{dataset}", 1)

@@ -101,9 +101,8 @@ def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [7, 16])  # 49 numbers do not fill 64-bit words
 def test_attention_with_dropout(tokens):
-    query, key, value = (
-        torch.randn(2, 3, tokens, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
-    )
+    inputs = torch.randn(3, 2, 3, tokens, 4, dtype=torch.float64, requires_grad=True)
+    query, key, value = inputs
     torch.manual_seed(5)
     found = attention_with_dropout(query, key, value, 0.25)
     torch.manual_seed(5)
@@ -114,9 +113,7 @@ def test_attention_with_dropout(tokens):
     expected = logits.softmax(dim=3) * keep.view_as(logits) / 0.75 @ value
     torch.testing.assert_close(found, expected)
     gradient = torch.randn_like(found)
-    ours, definition = (
-        torch.autograd.grad(result, (query, key, value), gradient) for result in (found, expected)
-    )
+    ours, definition = (torch.autograd.grad(r, inputs, gradient) for r in (found, expected))
     torch.testing.assert_close(ours, definition)
 
 
@@ -149,10 +146,8 @@ def test_only_large_volumes_go_in_slabs():
 
 def test_training_uses_it(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "lsgs_core.models.cpu.attention_with_dropout",
-        lambda query, key, value, rate: calls.append(rate) or value,
-    )
+    instead = lambda query, key, value, rate: calls.append(rate) or value  # noqa: E731
+    monkeypatch.setattr(cpu, "attention_with_dropout", instead)
     model = accelerate_on_cpu(network("cbc", "demo", attention_dropout=0.3))
     images = torch.randn(1, 3, 3, 64, 64, dtype=torch.float64)
     available = torch.ones(1, 3, dtype=torch.bool)

@@ -115,9 +115,8 @@ def test_bands_of_all_resolutions_lie_on_one_grid(prepared, dataset):
 def test_labels_are_burned_in_the_manifests_order(prepared, dataset):
     [ids] = read(prepared, "labels")
     np.testing.assert_array_equal(ids, scene.expected_labels())
-    record = load_prepared(prepared)
-    assert record is not None
-    assert record.scenes[scene.SCENE].label_pixels["meadow"] == (ids == 1).sum()
+    made = load_prepared(prepared).scenes[scene.SCENE]
+    assert made.label_pixels["meadow"] == (ids == 1).sum()
     with rasterio.open(prepared / scene.SCENE / "labels.tif") as raster:
         assert raster.tags()["id_5"] == "forest"
 
@@ -131,14 +130,11 @@ def test_polygons_are_reprojected(dataset, tmp_path):
 
 def test_a_band_of_another_reference_system_is_warped(dataset, own_raw, tmp_path):
     path = own_raw / scene.band_path("B04")
-    bounds = rasterio.warp.transform_bounds(
-        scene.CRS, "EPSG:4326", scene.LEFT, scene.TOP - 1920, scene.LEFT + 3840, scene.TOP
-    )
+    corners = scene.LEFT, scene.TOP - 1920, scene.LEFT + 3840, scene.TOP
+    bounds = rasterio.warp.transform_bounds(scene.CRS, "EPSG:4326", *corners)
     place = rasterio.transform.from_bounds(*bounds, 800, 400)
-    path.unlink()
-    scene.write_band(
-        path, np.full((400, 800), 77, np.uint16), "GTiff", crs="EPSG:4326", transform=place
-    )
+    pixels = np.full((400, 800), 77, np.uint16)
+    scene.write_band(path, pixels, "GTiff", crs="EPSG:4326", transform=place)
     prepare(dataset, own_raw, tmp_path / "prepared")
     red, green, _ = read(tmp_path / "prepared", "RGB")
     assert red[96, 192] == 77
@@ -148,7 +144,6 @@ def test_a_band_of_another_reference_system_is_warped(dataset, own_raw, tmp_path
 @pytest.mark.parametrize("missing", [np.nan, -1.0, "mask"])
 def test_pixels_without_data_are_ignored_and_zero_is_a_value(dataset, own_raw, tmp_path, missing):
     path = own_raw / scene.band_path("B8A")  # 20 m
-    path.unlink()
     pixels = np.zeros((96, 192), np.float32)
     hole = (slice(20, 28), slice(30, 40))
     pixels[hole] = 0 if missing == "mask" else missing
@@ -262,13 +257,11 @@ def test_overrides_and_reading_back(dataset, own_prepared):
 
 def test_targets_are_unions_of_label_values(prepared, dataset):
     """A labelled pixel of no class is a valid negative, unless classes exclude each other."""
-    binary, multilabel, exclusive = (
-        PatchDataset(prepared, dataset, task, 1, "training")
-        for task in ("forest", "land_cover", "cover")
-    )
+    tasks = "forest", "land_cover", "cover"
+    binary, *others = (PatchDataset(prepared, dataset, task, 1, "training") for task in tasks)
     for index in range(len(binary)):
         ids = binary.read(index)[1]
-        one, many, cover = (tasks.batch([index]) for tasks in (binary, multilabel, exclusive))
+        one, many, cover = (patches.batch([index]) for patches in (binary, *others))
         np.testing.assert_array_equal(one.target[0, 0], ids == 5)
         np.testing.assert_array_equal(many.target[0, 4], np.isin(ids, [7, 8]))
         np.testing.assert_array_equal(one.valid[0], ids != 255)
@@ -308,7 +301,7 @@ def test_statistics_are_kept_until_the_table_changes(dataset, own_prepared):
 def test_batches_limit_and_processes(prepared, dataset, monkeypatch):
     patches = PatchDataset(prepared, dataset, "forest", 0, "training")
     order = torch.arange(len(patches)).flip(0)
-    ids = [b.patch_ids.tolist() for b in patches.batches(8, order) if b.patch_ids is not None]
+    ids = [batch.patch_ids.tolist() for batch in patches.batches(8, order)]
     assert [patch for some in ids for patch in some] == patches.patch_ids[::-1].tolist()
     assert {len(some) for some in ids[:-1]} == {8}
     few = PatchDataset(prepared, dataset, "forest", 0, "training", limit=4)

@@ -76,11 +76,9 @@ def test_dirichlet() -> None:
 
 def test_coverage_without_relations_is_proportional_to_utility() -> None:
     utility = np.array([3.0, 1.0, 0.0, 2.0])
-    np.testing.assert_allclose(
-        distributions.coverage(utility, np.eye(4), mixing=1), utility / 6, atol=2e-4
-    )
-    p = distributions.coverage(utility, np.eye(4), mixing=0.5)
-    np.testing.assert_allclose(p, 0.125 + utility / 12, atol=1e-4)
+    for mixing, expected in ((1, utility / 6), (0.5, 0.125 + utility / 12)):
+        p = distributions.coverage(utility, np.eye(4), mixing)
+        np.testing.assert_allclose(p, expected, atol=2e-4 * mixing)
     np.testing.assert_allclose(distributions.coverage(np.zeros(4), np.eye(4), 1), 0.25)
 
 
@@ -204,10 +202,9 @@ def test_online_measures_when_it_is_time() -> None:
 
 def test_failure_rates_from_text() -> None:
     assert distributions.read_failure_rates("", THREE) is None
-    np.testing.assert_allclose(
-        distributions.read_failure_rates("SWIR:0.5, RGB:0.2", THREE),
-        distributions.deployment_prior(THREE, [0.2, 0.0, 0.5]),
-    )
+    expected = distributions.deployment_prior(THREE, [0.2, 0.0, 0.5])
+    found = distributions.read_failure_rates("SWIR:0.5, RGB:0.2", THREE)
+    np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
@@ -221,8 +218,7 @@ def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> N
         sampler.observe(k, 0.2 * k + random.random(8))
         p = sampler.probabilities(0)
         assert p.sum() == pytest.approx(1)
-        assert (p[prior == 0] == 0).all()
-        assert (p[prior > 0] > 0).all()
+        np.testing.assert_array_equal(np.sign(p), np.sign(prior))
 
 
 def test_coverage_gives_nothing_to_what_never_happens() -> None:

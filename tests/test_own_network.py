@@ -115,8 +115,7 @@ def own(tmp_path, monkeypatch):
 
 def saved(folder: Path, model: torch.nn.Module) -> Path:
     """Weights whose record names the network."""
-    bands = {name: [name] for name in "ABC"}
-    numbers = {name: [1.0] for name in bands}
+    bands, numbers = {name: [name] for name in "ABC"}, {name: [1.0] for name in "ABC"}
     description = {"bands": bands, "classes": ["x"], "task_kind": "binary", "patch_size": 32}
     description |= {"pixel_size": None, "means": numbers, "deviations": numbers}
     made_with = {"model": model.configuration, "description": description}

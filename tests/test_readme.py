@@ -61,9 +61,8 @@ def test_long_commands_are_listed(command):
     said = printed(sys.executable, "-m", "study", "run", tier, "--dry-run")
     counted = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))
     jobs = Counter(job.partition("-")[0] for job, _ in load_tier(tier, ROOT).jobs())
-    assert {stage: int(counted[stage]) for stage in NOTEBOOKS if stage in counted} == {
-        stage: jobs[notebook] for stage, notebook in NOTEBOOKS.items() if jobs[notebook]
-    }
+    for stage, notebook in NOTEBOOKS.items():
+        assert int(counted.get(stage, 0)) == jobs[notebook]
 
 
 @pytest.mark.slow

@@ -20,9 +20,8 @@ MASK = torch.tensor([[True, False]]).repeat(4, 1)
 
 def shown(images, available):
     """In place of a network: what it is given."""
-    return torch.cat(
-        [image * a[:, None, None, None] for image, a in zip(images, available.T, strict=True)]
-    )
+    pairs = zip(images, available.T, strict=True)
+    return torch.cat([image * there[:, None, None, None] for image, there in pairs])
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -57,12 +56,9 @@ def test_only_what_the_scenario_lacks_is_damaged(name):
 
 
 def test_a_sensor_that_lost_everything_is_missing():
-    given = []
-    network = Damaged(
-        lambda images, available: given.append(available), lambda i, n: lose_values(i, n, 1.0)
-    )
-    network([IMAGES, IMAGES], MASK)
-    assert torch.equal(given[0], MASK)
+    everything = partial(lose_values, share=1.0)
+    given = Damaged(lambda images, available: available, everything)([IMAGES, IMAGES], MASK)
+    assert torch.equal(given, MASK)
 
 
 def test_the_table_of_a_network(prepared, dataset, monkeypatch):

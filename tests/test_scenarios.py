@@ -15,7 +15,8 @@ from lsgs_core.randomness import generator, uniform_numbers
 from lsgs_core.sampling import draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
-REFERENCE = ["cbc_slp", "cbc", "cmx"]
+DISTORTION = np.array([0.9, 0.8, 1.1, 0.4, 0.3, 0.5, 0.0])
+SCORED = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
 
 
 def test_order_is_the_methods():
@@ -30,13 +31,12 @@ def test_order_is_the_methods():
 def test_every_subset_once(count):
     scenarios = ScenarioSet.of([f"modality{index}" for index in range(count)])
     assert len(scenarios) == len(scenarios.masks) == len(set(scenarios.names)) == 2**count - 1
-    assert {tuple(mask) for mask in scenarios.masks} == set(
-        itertools.product([False, True], repeat=count)
-    ) - {(False,) * count}
+    subsets = {*itertools.product([False, True], repeat=count)}
+    assert {tuple(mask) for mask in scenarios.masks} == subsets - {(False,) * count}
     assert scenarios.masks[scenarios.full].all()
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("name", ["cbc_slp", "cbc", "cmx"])
 def test_reference_scoring(name, reference):
     golden = reference(name)
     result = scenario_probabilities(golden["D"])
@@ -51,36 +51,26 @@ def test_reference_scoring(name, reference):
 
 
 # In steps of 1e-4: closer ones differ by less than the kernel resolves (`standardise` says so).
-distortions = arrays(np.float64, st.integers(2, 15), elements=st.integers(0, 50_000)).map(
-    lambda steps: steps / 1e4
-)
+steps = arrays(np.float64, st.integers(2, 15), elements=st.integers(0, 50_000))
 
 
-@given(distortions, st.floats(0.01, 100), st.floats(0, 3), st.floats(0, 1))
+@given(steps.map(lambda count: count / 1e4), st.floats(0.01, 100), st.floats(0, 3), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_probabilities_are_a_distribution_within_bounds(distortion, scale, tau, gamma):
-    result = scenario_probabilities(
-        distortion, direction=scale, inverse_temperature=tau, mixing=gamma
-    )
-    p, count = result.probabilities, len(distortion)
+    settings = {"inverse_temperature": tau, "mixing": gamma}
+    p = scenario_probabilities(distortion, direction=scale, **settings).probabilities
     assert p.sum() == pytest.approx(1, abs=1e-12)
-    assert (p >= (1 - gamma) / count - 1e-12).all()
+    assert (p >= (1 - gamma) / len(distortion) - 1e-12).all()
     # the size of the direction cancels in the standardisation
-    np.testing.assert_allclose(
-        p,
-        scenario_probabilities(distortion, inverse_temperature=tau, mixing=gamma).probabilities,
-        atol=1e-6,
-    )
+    unscaled = scenario_probabilities(distortion, **settings).probabilities
+    np.testing.assert_allclose(p, unscaled, atol=1e-6)
 
 
 def test_bounds_for_three_modalities():
     """For K = 7 and the paper's values no distortion takes p out of [0.0906, 0.2766]."""
-    extremes = [np.eye(7)[0], 1 - np.eye(7)[0]]
-    found = np.concatenate(
-        [scenario_probabilities(d, smooth=False).probabilities for d in extremes]
-    )
-    assert found.min() == pytest.approx(0.0906, abs=5e-5)
-    assert found.max() == pytest.approx(0.2766, abs=5e-5)
+    extremes = np.eye(7)[0], 1 - np.eye(7)[0]
+    found = [scenario_probabilities(d, smooth=False).probabilities for d in extremes]
+    assert (np.min(found), np.max(found)) == pytest.approx((0.0906, 0.2766), abs=5e-5)
 
 
 def test_equal_distortions_give_the_prior():
@@ -92,10 +82,8 @@ def test_equal_distortions_give_the_prior():
 @pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e-6])
 def test_small_distortions_still_count(scale):
     """The published absolute cutoff makes p uniform here; ours is relative."""
-    distortion = scale * np.array([0.9, 0.8, 1.1, 0.4, 0.3, 0.5, 0.0])
-    p = scenario_probabilities(distortion).probabilities
-    assert p.argmax() == 2
-    assert p.argmin() == 6
+    p = scenario_probabilities(scale * DISTORTION).probabilities
+    assert (p.argmax(), p.argmin()) == (2, 6)
     assert total_variation(p, np.full(7, 1 / 7)) > 0.05
 
 
@@ -153,12 +141,10 @@ def test_bad_arguments_are_named(arguments, field):
 )
 def test_the_size_of_distortions_and_prior_does_not_matter(size, smoothing, scaled):
     """Nothing overflows or underflows, and powers of two change no digit."""
-    distortion = np.array([0.9, 0.8, 1.1, 0.4, 0.3, 0.5, 0.0])
     prior = np.array([1.0, 1.5, 1.0, 0.5, 1.0, 0.0, 1.0])
-    expected = scenario_probabilities(distortion, prior=prior, **smoothing)
-    ours = scenario_probabilities(
-        size * distortion, prior=size * prior, **(scaled or {"lengthscale": 0.5 * size})
-    )
+    expected = scenario_probabilities(DISTORTION, prior=prior, **smoothing)
+    scaled = scaled or {"lengthscale": 0.5 * size}
+    ours = scenario_probabilities(size * DISTORTION, prior=size * prior, **scaled)
     np.testing.assert_allclose(ours.probabilities, expected.probabilities, rtol=1e-9)
     if np.frexp(size)[0] == 0.5:
         np.testing.assert_array_equal(ours.probabilities, expected.probabilities)
@@ -167,17 +153,15 @@ def test_the_size_of_distortions_and_prior_does_not_matter(size, smoothing, scal
 
 
 def test_a_large_ridge_smooths_to_the_kernel_mean_and_not_to_rounding_errors():
-    distortion = np.array([0.9, 0.8, 1.1, 0.4, 0.3, 0.5, 0.0])
-    large = scenario_probabilities(distortion, ridge=1e20)
-    mean = large.kernel @ distortion
+    large = scenario_probabilities(DISTORTION, ridge=1e20)
+    mean = large.kernel @ DISTORTION
     np.testing.assert_allclose(large.standardised, (mean - mean.mean()) / mean.std(), rtol=1e-9)
 
 
 def test_draws_follow_the_probabilities():
-    p = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
-    drawn = draw_scenarios(p, seed=3, epoch=2, indices=range(7000))
+    drawn = draw_scenarios(SCORED, seed=3, epoch=2, indices=range(7000))
     counts = np.bincount(drawn, minlength=7)
-    assert scipy.stats.chisquare(counts, 7000 * p).pvalue > 1e-3
+    assert scipy.stats.chisquare(counts, 7000 * SCORED).pvalue > 1e-3
 
 
 def test_a_draw_depends_on_seed_epoch_and_sample_alone():
@@ -219,10 +203,8 @@ def test_large_seeds_are_different_seeds():
 
 
 def test_methods_share_their_random_numbers():
-    uniform = np.full(7, 1 / 7)
-    tilted = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
-    drawn = [draw_scenarios(p, 0, 0, np.arange(4000)) for p in (uniform, tilted)]
-    independent = draw_scenarios(tilted, 1, 0, np.arange(4000))
+    drawn = [draw_scenarios(p, 0, 0, np.arange(4000)) for p in (np.full(7, 1 / 7), SCORED)]
+    independent = draw_scenarios(SCORED, 1, 0, np.arange(4000))
     assert (drawn[0] == drawn[1]).mean() > 2 * (drawn[0] == independent).mean()
 
 

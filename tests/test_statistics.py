@@ -111,10 +111,8 @@ def test_seeds_that_only_some_methods_have_are_not_compared():
 def test_tables():
     effects = {"pretrained": -0.05, "uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.05}
     first = records_of(effects, seeds=4).assign(dataset="demo", backbone="cmx")
-    second = records_of({"uniform": 0.0, "lsgs": 0.0}, seeds=1).assign(
-        dataset="demo", backbone="cbc"
-    )
-    records = pd.concat([first, second])
+    second = records_of({"uniform": 0.0, "lsgs": 0.0}, seeds=1)
+    records = pd.concat([first, second.assign(dataset="demo", backbone="cbc")])
     table = differences(records, SCENARIOS, ["mean_iou", "worst_iou"], resamples=100)
     assert set(table["backbone"]) == {"cmx"}  # one replicate of the other says nothing
     assert list(table["method"]) == ["pretrained", "uniform_again", "lsgs"] * 2

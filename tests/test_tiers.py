@@ -56,10 +56,8 @@ def test_what_is_for_all_is_taken_where_a_notebook_has_it(project):
     of_all = {"task": "forest", "batch_size": 4, "threads": 2}
     sections = project({"all": of_all, "04_finetuning": {"batch_size": 2}}).sections
     assert {section["task"] for section in sections.values()} == {"forest"}
-    sizes = {name: section.get("batch_size") for name, section in sections.items()}
-    assert sizes["04_finetuning"] == 2
-    assert sizes["03_scenario_scoring"] == 4
-    assert sizes["01_data_preparation"] is None
+    names = "04_finetuning", "03_scenario_scoring", "01_data_preparation"
+    assert [sections[name].get("batch_size") for name in names] == [2, 4, None]
 
 
 @pytest.mark.parametrize("notebook", sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb")))
@@ -86,9 +84,8 @@ def test_parameter_files_keep_their_date(project, tmp_path, monkeypatch):
     dates = {path: path.stat().st_mtime_ns for path in files}
     tier.write_parameter_files()
     assert dates == {path: path.stat().st_mtime_ns for path in files}
-    project(
-        {"04_finetuning": tier.sections["04_finetuning"] | {"epochs": 99}}
-    ).write_parameter_files()
+    longer = {"04_finetuning": tier.sections["04_finetuning"] | {"epochs": 99}}
+    project(longer).write_parameter_files()
     rewritten = {path.stem for path in files if path.stat().st_mtime_ns != dates[path]}
     assert rewritten == {job for job, _ in tier.jobs() if job.startswith("04")}
 
@@ -103,11 +100,8 @@ def test_a_grid_of_several_products(project):
     assert points["demo", "cbc", 0, 2] == ["uniform", "lsgs", "lora"]  # in both, run once
     assert points["demo", "cbc", 1, 2] == ["uniform", "lsgs"]
     assert points["landsat7", "cbc", 0, 2] == ["lora", "uniform"]
-    assert tier.networks() == [
-        ("demo", "cbc", 0, 0),
-        ("demo", "cbc", 1, 0),
-        ("landsat7", "cbc", 0, 0),
-    ]
+    starts = [("demo", "cbc", 0, 0), ("demo", "cbc", 1, 0), ("landsat7", "cbc", 0, 0)]
+    assert tier.networks() == starts
     jobs = dict(tier.jobs())
     assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["methods"] == "uniform,lsgs,lora"
     assert jobs["04_finetuning-demo-cbc-fold0-seed2"]["work"] == "../work/own"
