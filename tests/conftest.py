@@ -2,10 +2,9 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import scene
 import torch
@@ -16,8 +15,6 @@ from study.data.preparation import prepare
 from study.data.raw_files import fetch
 
 torch.set_num_threads(1)  # what the notebooks use; more threads give other roundings
-
-REFERENCE = Path(__file__).parent / "reference"
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +55,6 @@ def prepared(raw: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFacto
     prepare(dataset, raw, folder)
     make_patches(dataset, folder)
     return folder
-
-
-@pytest.fixture
-def reference() -> Callable[[str], Mapping[str, np.ndarray]]:
-    """Numbers that a backbone and its scoring must give, by the backbone's name."""
-    return lambda name: np.load(REFERENCE / f"{name}.golden.npz")
 
 
 @pytest.fixture

@@ -22,17 +22,14 @@ def records_of(
     """
     random = np.random.default_rng(draw)
     of_block = random.normal(0.5, 0.08, blocks)
-    rows = []
-    for method, effect in effects.items():
-        for seed in range(seeds):
-            # every run errs in its own way, in every block
-            noise = random.normal(0, 0.01) + random.normal(0, 0.02, blocks)
-            for block in range(blocks):
-                for k, scenario in enumerate(SCENARIOS.names):
-                    for label in CLASSES:
-                        share = of_block[block] + noise[block] + effect + 0.05 * k
-                        right = round(1000 * float(np.clip(share, 0, 1)))
-                        counts = (right, 400, 1000 - right)
-                        rows.append((method, seed, 0, block, scenario, label, *counts))
-    columns = ["method", "seed", "fold", "block", "scenario", "class", "tp", "fp", "fn"]
-    return pd.DataFrame(rows, columns=columns)
+    shares = [  # every run errs in its own way, in every block
+        of_block + (random.normal(0, 0.01) + random.normal(0, 0.02, blocks)) + effect
+        for effect in effects.values()
+        for _ in range(seeds)
+    ]
+    shares = np.add.outer(shares, 0.05 * np.arange(len(SCENARIOS))).repeat(len(CLASSES))
+    right = (1000 * shares.clip(0, 1)).round().astype(int)
+    keys = {"method": effects, "seed": range(seeds), "fold": [0], "block": range(blocks)}
+    keys |= {"scenario": SCENARIOS.names, "class": CLASSES}
+    table = pd.MultiIndex.from_product(keys.values(), names=keys).to_frame(index=False)
+    return table.assign(tp=right, fp=400, fn=1000 - right)

@@ -48,11 +48,8 @@ def test_round_trips(tmp_path):
 
 def test_equal_content_is_equal_bytes(tmp_path):
     weights = {name: torch.arange(5.0) for name in "cab"}
-    digests = set()
-    for name in ("one", "two"):
-        path = save_weights(tmp_path / f"{name}.safetensors", weights, Record({"name": name}))
-        digests.add(file_sha256(path))
-    assert len(digests) == 1
+    one, two = (save_weights(tmp_path / name, weights, Record({"name": name})) for name in "ab")
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_other_parameters_are_refused(tmp_path):
@@ -98,5 +95,4 @@ def test_pictures_and_maps_of_odd_input():
     assert flat.shape == (4, 4, 3)
     assert np.isfinite(flat).all()
     two = composite(np.arange(2 * 16).reshape(2, 4, 4))
-    assert two.min() == 0
-    assert two.max() == 1
+    assert (two.min(), two.max()) == (0, 1)

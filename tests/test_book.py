@@ -5,7 +5,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import sync_playwright
 from study.workflow.book import LARGEST, executed_notebooks, write_notebooks, write_site
-from test_browser import CHROMIUM, QUIET
+from test_browser import CHROMIUM, IN_A_BROWSER, QUIET
 
 from lsgs_core import InputError
 
@@ -63,7 +63,7 @@ def test_what_is_no_book_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@IN_A_BROWSER
 @pytest.mark.parametrize("width", [1300, 390])
 def test_the_site_is_read_offline(tmp_path, width):
     picture = "R0lGODlhAQABAAAAACwAAAAAAQABAAA="

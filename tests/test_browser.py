@@ -25,10 +25,8 @@ TOKEN = "explore"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 PICTURE, OUTPUT = ".widget-output img", ".jp-RenderedText"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-]
+IN_A_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [pytest.mark.slow, IN_A_BROWSER]
 
 
 @pytest.fixture(scope="module")

@@ -215,9 +215,8 @@ def adapted(kind: Any) -> Any:
     def call(scenario: Any, loss: Any, epoch: Any, state: Any, **arguments: Any) -> Any:
         sampler = kind(**arguments)
         sampler.observe(scenario, loss)
-        sampler.load_state_dict(
-            state if not isinstance(state, dict) or state else sampler.state_dict()
-        )
+        own = isinstance(state, dict) and not state
+        sampler.load_state_dict(sampler.state_dict() if own else state)
         return sampler.probabilities(epoch)
 
     return call
@@ -263,9 +262,7 @@ def with_lora(rank: Any) -> Any:
     return count
 
 
-def dropped(
-    images: Any, indices: Any, epoch: Any, available: Any, loss: Any, **arguments: Any
-) -> Any:
+def dropped(images, indices, epoch, available, loss, **arguments):
     dropout = ScenarioDropout(**arguments)
     _, present = dropout(images, indices, epoch, available)
     dropout.observe(loss)

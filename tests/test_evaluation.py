@@ -224,11 +224,8 @@ def test_sharing_between_scenarios_changes_no_count(backbone, lacking, monkeypat
     network = build_backbone(backbone, "demo", (3, 3), 3)
     batch = random_batch("multilabel", 3, size=32)
     batch.available[0, 1] = not lacking
-    shared = []
-    whole = type(network).scenario_logits
-    monkeypatch.setattr(
-        type(network), "scenario_logits", lambda *args: shared.append(1) or whole(*args)
-    )
+    shared, kind, whole = [], type(network), type(network).scenario_logits
+    monkeypatch.setattr(kind, "scenario_logits", lambda *a: shared.append(1) or whole(*a))
     tables = [
         evaluate(model, [batch], SCENARIOS, ("a", "b", "c"), "multilabel")
         for model in (network, AveragedModel(network))  # the second is as any other module

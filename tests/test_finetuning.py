@@ -28,11 +28,8 @@ class Patches(Blobs):
     classes = ("bright",)
     size = 16
     modalities = SCENARIOS.modalities
-    dataset = SimpleNamespace(
-        title="Blobs",
-        citation="",
-        licences=[Licence(covers="all", name="CC0", attribution="nobody")],
-    )
+    licence = Licence(covers="all", name="CC0", attribution="nobody")
+    dataset = SimpleNamespace(title="Blobs", citation="", licences=[licence])
 
     def batches(self, batch_size, order=None):
         return super().batches(batch_size, np.arange(len(self)) if order is None else order)

@@ -102,8 +102,7 @@ def edit(path: Path, change: dict[str, Any], within: str = "") -> None:
     content = (json.loads if is_json else yaml.safe_load)(path.read_text("utf-8"))
     for place, value in change.items():
         content = put(content, f"{within}.{place}".strip(".").split("."), value)
-    text = json.dumps(content) if is_json else dumped(content)
-    path.write_text(text, "utf-8")
+    path.write_text(json.dumps(content) if is_json else dumped(content), "utf-8")
 
 
 # --- what is done to files ------------------------------------------------------------------------
@@ -359,13 +358,9 @@ def reads_patches(folder: Path, _: str) -> None:
 
 
 def makes_patches(folder: Path, _: str) -> None:
-    index = folder / "index.txt"
-    overrides = read_json(folder / "overrides.json")
-    folds = overrides.pop("folds", "")
-    make_patches(
-        the_dataset(folder), folder / "prepared", folds, index if index.exists() else None,
-        **overrides,
-    )  # fmt: skip
+    index, overrides = folder / "index.txt", read_json(folder / "overrides.json")
+    chosen = overrides.pop("folds", ""), index if index.exists() else None
+    make_patches(the_dataset(folder), folder / "prepared", *chosen, **overrides)
 
 
 def loads_tier(folder: Path, _: str) -> None:
@@ -557,8 +552,8 @@ def places(content: Any, path: str = "") -> list[str]:
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     found = []
     for key, value in entries:
-        inner = f"{path}{key}"
-        found += [inner, *(places(value, f"{inner}.") if isinstance(value, dict | list) else [])]
+        inside = places(value, f"{path}{key}.") if isinstance(value, dict | list) else []
+        found += [f"{path}{key}", *inside]
     return found
 
 
@@ -568,10 +563,8 @@ def places(content: Any, path: str = "") -> list[str]:
 def test_junk_anywhere_is_named_or_right(does, data, folders, tmp_path_factory):
     area = next(area for area in AREAS if area["does"] == does)
     content = yaml.safe_load((folders(area["base"]) / area["file"]).read_text("utf-8"))
-    place = data.draw(st.sampled_from(places(content)))
-    answer_of(
-        area | {"within": ""}, {place: data.draw(JUNK)}, folders, tmp_path_factory.mktemp("junk")
-    )
+    how = {data.draw(st.sampled_from(places(content))): data.draw(JUNK)}
+    answer_of(area | {"within": ""}, how, folders, tmp_path_factory.mktemp("junk"))
 
 
 @bounded

@@ -37,9 +37,6 @@ from study.training.settings import TrainingSettings
 from lsgs_core import InputError, ScenarioSet, build_backbone, score_scenarios
 from lsgs_core.sampling import FixedSampler
 
-# Rasters without georeference are what is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-
 LAYOUTS = ["dstl", "dstl_patches", "potsdam", "hunan", "pair"]
 SLIDING: dict[str, Any] = {"size": 32, "stride": 16}
 BLOCKS = SLIDING | {"count": 3, "block_size": 64, "margin": 8, "validation_blocks": 1}

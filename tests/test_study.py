@@ -139,11 +139,8 @@ def test_a_shell_runs_nothing_of_a_name():
     assert not re.findall(r"\{(?:params|log|output|input)[^}:]*\}", text)  # all are quoted: `:q`
 
 
-FAILED_CELL = {
-    "cell_type": "code",
-    "execution_count": 3,
-    "outputs": [{"output_type": "error", "ename": "InputError", "evalue": "x: expected y"}],
-}
+ERROR = {"output_type": "error", "ename": "InputError", "evalue": "x: expected y"}
+FAILED_CELL = {"cell_type": "code", "execution_count": 3, "outputs": [ERROR]}
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,5 @@ def test_runs_that_are_there_are_found(tmp_path):
             run.mkdir(parents=True)
             (run / "records.csv").touch()
     (study.runs("demo", "cbc", 1, 0) / "lsgs").mkdir()  # not finished
-    assert study.points() == {
-        ("demo", "cbc", 1, 0): ["uniform", "lora"],
-        ("demo", "cbc", 1, 11): ["lsgs"],
-    }
+    first, second = ("demo", "cbc", 1, 0), ("demo", "cbc", 1, 11)
+    assert study.points() == {first: ["uniform", "lora"], second: ["lsgs"]}
