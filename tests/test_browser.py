@@ -83,9 +83,8 @@ def page():
         browser.close()
 
 
-def run_all(page: Page, address: str, notebook: str) -> float:
-    """Open a notebook and run all its cells; return the seconds until the last picture is there."""
-    start = time.monotonic()
+def run_all(page: Page, address: str, notebook: str) -> None:
+    """Open a notebook and run all its cells, until the last picture is there."""
     page.goto(f"{address}/lab/tree/{notebook}.ipynb?token={TOKEN}&reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     page.get_by_text("| Idle").wait_for()  # the kernel has started
@@ -101,7 +100,6 @@ def run_all(page: Page, address: str, notebook: str) -> float:
         no.click()  # to news from Jupyter
     page.keyboard.press("Control+b")  # hides the list of files
     show_picture(page)
-    return time.monotonic() - start
 
 
 def show_picture(page: Page) -> None:
@@ -111,26 +109,23 @@ def show_picture(page: Page) -> None:
     page.wait_for_timeout(1000)
 
 
-def redrawn(page: Page, act) -> float:
-    """Do something to a control; return the seconds until the picture is another one."""
+def redrawn(page: Page, act) -> None:
+    """Do something to a control, and wait until the picture is another one."""
     picture = page.locator(PICTURE).first
     before = picture.get_attribute("src")
-    start = time.monotonic()
     act()
     expect(picture).not_to_have_attribute("src", before, timeout=20_000)
-    return time.monotonic() - start
 
 
 def choose_committed(page: Page) -> None:
     """Take what lies under `results` instead of this checkout's own runs."""
     choice = page.locator(".widget-dropdown select").first
     committed = [text for text in choice.locator("option").all_inner_texts() if "committed" in text]
-    seconds = redrawn(page, lambda: choice.select_option(label=committed[0]))
-    print(f"{committed[0]} after {seconds:.2f} s")
+    redrawn(page, lambda: choice.select_option(label=committed[0]))
 
 
 def test_settings_of_the_method_are_explored(page, address):
-    took = run_all(page, address, "03_scenario_scoring")
+    run_all(page, address, "03_scenario_scoring")
     choose_committed(page)
     handle = page.get_by_role("slider").first
 
@@ -139,16 +134,14 @@ def test_settings_of_the_method_are_explored(page, address):
         for _ in range(5):
             handle.press("PageUp")
 
-    seconds = redrawn(page, push)
-    print(f"03: first picture after {took:.1f} s, redrawn in {seconds:.2f} s")
+    redrawn(page, push)
     show_picture(page)
     page.screenshot(path=SCREENSHOTS / "03_explored.png")
 
 
 def test_sensors_are_switched_off(page, address):
-    took = run_all(page, address, "05_evaluation")
+    run_all(page, address, "05_evaluation")
     choose_committed(page)
-    seconds = redrawn(page, page.get_by_label("NIR is there").uncheck)
-    print(f"05: first picture after {took:.1f} s, redrawn in {seconds:.2f} s")
+    redrawn(page, page.get_by_label("NIR is there").uncheck)
     show_picture(page)
     page.screenshot(path=SCREENSHOTS / "05_explored.png")

@@ -18,7 +18,7 @@ RUN_HERE = {
     "make study": ("pretrained IoU: equal", "results/demo/evaluation/summary.csv"),
 }
 QUICK = ("scratch",)  # the others take half a minute each
-# test_browser, test_book and test_cluster run the first three.
+# test_browser, test_book and test_study run the first three.
 RUN_ELSEWHERE = {"make lab", "make book", "make study TIER=cluster PROFILE=profiles/slurm"}
 RUN_ELSEWHERE |= {"make test", "make test-slow"}
 
