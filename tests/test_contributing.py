@@ -20,7 +20,7 @@ def code_of(recipe: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
+def clone(tmp_path_factory):
     """A copy in which all three recipes were followed."""
     folder = copy_checkout(tmp_path_factory.mktemp("clone"))
     sampler, backbone, dataset = map(code_of, RECIPES)

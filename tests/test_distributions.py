@@ -19,7 +19,7 @@ UNIFORM = np.full(7, 1 / 7)
 SCORED = scenario_probabilities([1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]).probabilities
 
 
-def test_bernoulli() -> None:
+def test_bernoulli():
     np.testing.assert_allclose(distributions.bernoulli(THREE, 0.5), UNIFORM)
     p = distributions.bernoulli(THREE, 0.8)
     random = np.random.default_rng(0)
@@ -29,13 +29,13 @@ def test_bernoulli() -> None:
     np.testing.assert_allclose(p, drawn, atol=0.004)
 
 
-def test_deployment_prior() -> None:
+def test_deployment_prior():
     p = distributions.deployment_prior(THREE, [0.0, 0.5, 1.0])  # RGB always there, SWIR never
     np.testing.assert_allclose(p, [0.5, 0, 0, 0.5, 0, 0, 0])
     np.testing.assert_allclose(distributions.deployment_prior(THREE, [0, 0, 0]), np.eye(7)[6])
 
 
-def test_cardinality_is_the_nearest_that_knows_only_the_number_missing() -> None:
+def test_cardinality_is_the_nearest_that_knows_only_the_number_missing():
     p = distributions.by_cardinality(THREE, SCORED)
     for missing in range(3):
         assert np.ptp(p[THREE.missing == missing]) == pytest.approx(0, abs=1e-12)
@@ -52,7 +52,7 @@ def test_cardinality_is_the_nearest_that_knows_only_the_number_missing() -> None
 
 
 @pytest.mark.parametrize("within", [True, False])
-def test_permuted(within: bool) -> None:
+def test_permuted(within):
     seen = set()
     for seed in range(40):
         p = distributions.permuted(THREE, SCORED, seed, within)
@@ -67,14 +67,14 @@ def test_permuted(within: bool) -> None:
     assert len(seen) > 20 if not within else 15 < len(seen) <= 35
 
 
-def test_dirichlet() -> None:
+def test_dirichlet():
     draws = np.array([distributions.dirichlet(7, seed, 5.0) for seed in range(4000)])
     np.testing.assert_allclose(draws.sum(axis=1), 1)
     np.testing.assert_allclose(draws.mean(axis=0), UNIFORM, atol=0.006)
     np.testing.assert_allclose(draws.var(axis=0), (1 / 7) * (6 / 7) / 36, rtol=0.1)
 
 
-def test_coverage_without_relations_is_proportional_to_utility() -> None:
+def test_coverage_without_relations_is_proportional_to_utility():
     utility = np.array([3.0, 1.0, 0.0, 2.0])
     for mixing, expected in ((1, utility / 6), (0.5, 0.125 + utility / 12)):
         p = distributions.coverage(utility, np.eye(4), mixing)
@@ -87,7 +87,7 @@ def test_coverage_without_relations_is_proportional_to_utility() -> None:
     st.lists(st.floats(0, 5), min_size=5, max_size=5),
     st.lists(st.floats(-3, 3), min_size=5, max_size=5),
 )
-def test_coverage_is_the_maximum(utility: list[float], places: list[float]) -> None:
+def test_coverage_is_the_maximum(utility, places):
     kernel, _ = rbf_kernel(places, 1.0)
     q = distributions.coverage(utility, kernel, mixing=1)
     assert q.sum() == pytest.approx(1)
@@ -109,7 +109,7 @@ def adapting(name: str, prior: np.ndarray = UNIFORM) -> ScenarioSampler:
     return adaptive.Exp3S(prior, step=0.02, window=32)
 
 
-def test_kernel_group_dro_shares_losses_between_scenarios_that_are_alike() -> None:
+def test_kernel_group_dro_shares_losses_between_scenarios_that_are_alike():
     kernel = np.eye(7)
     kernel[0, 1] = kernel[1, 0] = 0.99
     sampler = adaptive.KernelGroupDRO(UNIFORM, UNIFORM, kernel, step=0.5)
@@ -123,7 +123,7 @@ def test_kernel_group_dro_shares_losses_between_scenarios_that_are_alike() -> No
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
-def test_state_goes_on(name: str) -> None:
+def test_state_goes_on(name):
     random = np.random.default_rng(1)
     first, second = adapting(name), adapting(name)
     for _ in range(60):
@@ -142,7 +142,7 @@ def test_state_goes_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro"])
-def test_high_losses_are_drawn_more_often(name: str) -> None:
+def test_high_losses_are_drawn_more_often(name):
     sampler, random = adapting(name), np.random.default_rng(2)
     for _ in range(200):
         k = random.choice(7, size=8, p=sampler.probabilities(0))
@@ -150,7 +150,7 @@ def test_high_losses_are_drawn_more_often(name: str) -> None:
     assert (np.diff(sampler.probabilities(0)) > 0).all()
 
 
-def test_exp3s_draws_where_the_loss_falls() -> None:
+def test_exp3s_draws_where_the_loss_falls():
     sampler, random = adapting("exp3s"), np.random.default_rng(3)
     level = np.full(7, 2.0)
     for _ in range(400):
@@ -160,7 +160,7 @@ def test_exp3s_draws_where_the_loss_falls() -> None:
     assert sampler.probabilities(0).argmax() == 3
 
 
-def test_loss_proportional_formula() -> None:
+def test_loss_proportional_formula():
     sampler = adaptive.LossProportional(UNIFORM, 0.5, 0.5, memory=0.5)
     sampler.observe(np.array([0, 0, 1]), np.array([1.0, 3.0, 5.0]))
     # Averages with the bias of the start taken out: (0.25 * 1 + 0.5 * 3) / 0.75 and 5.
@@ -170,7 +170,7 @@ def test_loss_proportional_formula() -> None:
     np.testing.assert_allclose(sampler.probabilities(0), 0.5 / 7 + 0.5 * q)
 
 
-def test_curriculum() -> None:
+def test_curriculum():
     distortion = [1.0, 0.8, 0.9, 0.4, 0.5, 0.3, 0.0]
     sampler = adaptive.Curriculum(distortion, UNIFORM, epochs=4, strength=2.0)
     spans = [np.ptp(sampler.probabilities(epoch)) for epoch in range(5)]
@@ -180,7 +180,7 @@ def test_curriculum() -> None:
     np.testing.assert_allclose(sampler.probabilities(9), UNIFORM)
 
 
-def test_online_measures_when_it_is_time() -> None:
+def test_online_measures_when_it_is_time():
     calls = []
 
     def measure() -> np.ndarray:
@@ -200,7 +200,7 @@ def test_online_measures_when_it_is_time() -> None:
     assert len(calls) == 2
 
 
-def test_failure_rates_from_text() -> None:
+def test_failure_rates_from_text():
     assert distributions.read_failure_rates("", THREE) is None
     expected = distributions.deployment_prior(THREE, [0.2, 0.0, 0.5])
     found = distributions.read_failure_rates("SWIR:0.5, RGB:0.2", THREE)
@@ -208,7 +208,7 @@ def test_failure_rates_from_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "group_dro", "exp3s"])
-def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> None:
+def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name):
     """A scenario that deployment never has is never drawn, whatever the losses."""
     prior = np.array([0.0, 0.4, 0.0, 0.1, 0.2, 0.0, 0.3])
     sampler, random = adapting(name, prior), np.random.default_rng(4)
@@ -221,13 +221,13 @@ def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name: str) -> N
         np.testing.assert_array_equal(np.sign(p), np.sign(prior))
 
 
-def test_coverage_gives_nothing_to_what_never_happens() -> None:
+def test_coverage_gives_nothing_to_what_never_happens():
     utility, prior = np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.5, 0.5])
     p = distributions.coverage(utility, np.eye(3), mixing=1, prior=prior)
     np.testing.assert_allclose(p, [0, 1 / 3, 2 / 3], atol=1e-4)
 
 
-def test_a_fixed_sampler_takes_its_own_state_alone() -> None:
+def test_a_fixed_sampler_takes_its_own_state_alone():
     sampler = FixedSampler([0.5, 0.5])
     for same in ([0.5, 0.5], np.array([0.5, 0.5])):
         sampler.load_state_dict({"probabilities": same})

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from lsgs_core import InputError
 
 
 @pytest.fixture(scope="module")
-def weights(prepared, dataset, tmp_path_factory) -> Path:
+def weights(prepared, dataset, tmp_path_factory):
     """A network with fresh weights and the record that one of this study has."""
     patches = PatchDataset(prepared, dataset, "land_cover", 0, "training")
     seed_weights(0, "pretraining")
@@ -40,14 +39,14 @@ def weights(prepared, dataset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def manifest(raw, wheel, tmp_path_factory) -> Path:
+def manifest(raw, wheel, tmp_path_factory):
     path = tmp_path_factory.mktemp("manifest") / "data_manifest.yaml"
     path.write_text(yaml.safe_dump(scene.manifest_content(raw, wheel)))
     return path
 
 
 @pytest.fixture
-def parameters(weights, manifest, raw, tmp_path) -> dict[str, Any]:
+def parameters(weights, manifest, raw, tmp_path):
     defaults = notebook_parameters(ROOT / "notebooks" / "06_mapping.ipynb")
     own = {"work": tmp_path, "manifest": manifest, "raw": raw, "weights": weights, "device": "cpu"}
     return defaults | {name: str(value) for name, value in own.items()}

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def example_of_the_readme() -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> dict[str, Path]:
+def built(tmp_path_factory):
     """The distributions that `python -m build` makes of a copy of this checkout."""
     source = copy_checkout(tmp_path_factory.mktemp("source"))
     subprocess.run([sys.executable, "-m", "build", source], check=True, capture_output=True)

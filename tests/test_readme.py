@@ -3,7 +3,6 @@
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from checkout import ROOT, copy_checkout, printed
@@ -31,7 +30,7 @@ def commands() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
+def clone(tmp_path_factory):
     """The checkout with its results, and the packages that are installed."""
     folder = copy_checkout(tmp_path_factory.mktemp("clone"), results=True)
     (folder / ".venv").symlink_to(ROOT / ".venv")
