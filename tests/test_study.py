@@ -401,7 +401,6 @@ def test_the_page_has_the_jobs_of_the_tier():
     line = next(line for line in text.splitlines() if line.startswith("| `cluster` |"))
     written = [int(cell.replace(",", "")) for cell in line.split("|")[2:-1]]
     tier = load_tier("cluster", ROOT)
-    grid = tier.grid
-    runs = sum(len(methods) for methods in grid.points().values())
-    starts, points = len(tier.networks()), len(grid.points())
-    assert written == [len(grid.datasets), starts, starts, points, runs]
+    runs = sum(len(methods) for methods in tier.points().values())
+    starts, points = len(tier.networks()), len(tier.points())
+    assert written == [len(tier.datasets), starts, starts, points, runs]
