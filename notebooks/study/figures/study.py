@@ -181,11 +181,11 @@ def method_curves(histories: pd.DataFrame) -> Figure:
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         for method, lines in rows.groupby("method", sort=False):
             curve = lines.groupby("epoch")["validation_mean_iou"].mean()
-            axes.plot(curve.index + 1, curve, **_look(str(method)))
+            axes.plot(curve.index + 1, curve, **_look(str(method), [*rows["method"].unique()]))
         axes.set(xlabel="epochs of fine-tuning", ylabel="validation IoU, mean over scenarios")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
-    height = max(3.2, 0.18 * histories["method"].nunique())
+    height = max(3.2, 0.18 * _legend_lines(histories))
     title = "What fine-tuning learns, by method: means over folds and seeds"
     return _panels(histories, draw, title, width=4, height=height, legend=True)
 
@@ -217,7 +217,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
             means, errors = own[columns].mean(), own[columns].sem().fillna(0)
             axes.errorbar(
                 means["mean_iou"], means["worst_iou"], errors["worst_iou"], errors["mean_iou"],
-                linestyle="", elinewidth=1, **_look(str(method)),
+                linestyle="", elinewidth=1, **_look(str(method), [*rows["method"].unique()]),
             )  # fmt: skip
         axes.axvline(0, color="#333333", linewidth=1, zorder=0)
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
@@ -225,7 +225,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
         axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    height = max(3.6, 0.2 * paired["method"].nunique())
+    height = max(3.6, 0.2 * _legend_lines(paired))
     title = "What each method adds to uniform sampling"
     title += ", ± one standard error" if len(paired["seed"].unique()) > 1 else ""
     return _panels(paired, draw, title, width=4, height=height, legend=True)
@@ -259,13 +259,21 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
     return _panels(table, draw, title, width=4, height=3.5, legend=True)
 
 
-def _look(method: str) -> dict[str, Any]:
-    """Return the colour and title of a method, and a marker of its own within its family."""
+def _legend_lines(table: pd.DataFrame) -> int:
+    return sum(1 + ("@" in method) for method in table["method"].unique())
+
+
+def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
+    """Return the colour and title of one of `methods`, and a marker of its own in its family."""
+    name = method.partition("@")[0]
     members = family_members(method)
-    position = members.index(method.partition("@")[0]) if members else -1
+    settings = [other for other in methods if other.partition("@")[0] == name]
+    position = (members.index(name) if members else -1) + settings.index(method)
+    title = method_title(method)
     return {
         "color": method_colour(method),
-        "label": method_title(method),
+        # Settings stand on a line of their own: the legend would be wider than the panel.
+        "label": title.replace(", ", "\n   ", 1) if "@" in method else title,
         "marker": MARKERS[position % len(MARKERS)],
     }
 
