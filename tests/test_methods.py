@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from study.figures import FAMILY_COLOURS
+from study.figures.study import method_curves
 
 from lsgs_core import InputError, ScenarioSet
 from lsgs_core.methods import FAMILIES, METHODS, Evidence, find_method, method
@@ -107,3 +110,23 @@ def test_a_method_says_what_it_is():
         method("silent", "control")(p)
     assert "p" not in METHODS
     assert set(FAMILIES) == set(FAMILY_COLOURS)
+
+
+def test_a_figure_tells_settings_apart_and_draws_them_alike_in_all_panels():
+    methods = ["lora@rate=3", "lora", "lora@rate=2"]
+    methods += ["smoothed_loss@mixing=1", "smoothed_loss", "kernel_group_dro"]
+    rows = [
+        {"dataset": "d", "backbone": backbone, "method": method, "epoch": 0}
+        for backbone, listed in (("cbc", methods), ("cmx", methods[::-1]))
+        for method in listed
+    ]
+    figure = method_curves(pd.DataFrame(rows).assign(validation_mean_iou=0.5))
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker()) for line in panel.lines}
+        for panel in figure.axes
+    ]
+    assert looks[0] == looks[1]
+    for is_lora in (True, False):
+        markers = {look[1] for label, look in looks[0].items() if ("LoRA" in label) == is_lora}
+        assert len(markers) == 3
+    plt.close(figure)

@@ -177,11 +177,12 @@ def method_curves(histories: pd.DataFrame) -> Figure:
 
     Histories have the columns dataset, backbone, method, epoch and validation_mean_iou.
     """
+    looks = _looks(histories)
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         for method, lines in rows.groupby("method", sort=False):
             curve = lines.groupby("epoch")["validation_mean_iou"].mean()
-            axes.plot(curve.index + 1, curve, **_look(str(method), [*rows["method"].unique()]))
+            axes.plot(curve.index + 1, curve, **looks[str(method)])
         axes.set(xlabel="epochs of fine-tuning", ylabel="validation IoU, mean over scenarios")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
@@ -207,6 +208,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     paired = table.join(base, on=keys, rsuffix="_of_uniform", how="inner")
     for column in columns:
         paired[column] -= paired[f"{column}_of_uniform"]
+    looks = _looks(paired)
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         settings = rows.groupby("method", sort=False)[columns].mean()
@@ -217,7 +219,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
             means, errors = own[columns].mean(), own[columns].sem().fillna(0)
             axes.errorbar(
                 means["mean_iou"], means["worst_iou"], errors["worst_iou"], errors["mean_iou"],
-                linestyle="", elinewidth=1, **_look(str(method), [*rows["method"].unique()]),
+                linestyle="", elinewidth=1, **looks[str(method)],
             )  # fmt: skip
         axes.axvline(0, color="#333333", linewidth=1, zorder=0)
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
@@ -263,19 +265,28 @@ def _legend_lines(table: pd.DataFrame) -> int:
     return sum(1 + ("@" in method) for method in table["method"].unique())
 
 
-def _look(method: str, methods: Sequence[str]) -> dict[str, Any]:
-    """Return the colour and title of one of `methods`, and a marker of its own in its family."""
-    name = method.partition("@")[0]
-    members = family_members(method)
-    settings = [other for other in methods if other.partition("@")[0] == name]
-    position = (members.index(name) if members else -1) + settings.index(method)
-    title = method_title(method)
-    return {
-        "color": method_colour(method),
-        # Settings stand on a line of their own: the legend would be wider than the panel.
-        "label": title.replace(", ", "\n   ", 1) if "@" in method else title,
-        "marker": MARKERS[position % len(MARKERS)],
-    }
+def _looks(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return the colour, title and marker of every method, alike in all panels.
+
+    Markers are those of the methods' places in their families; a setting takes the next free one.
+    """
+    looks: dict[str, dict[str, Any]] = {}
+    taken: dict[tuple[str, ...], set[str]] = {}
+    for method in sorted(table["method"].unique(), key=lambda method: "@" in method):
+        members, name = family_members(method), method.partition("@")[0]
+        place = members.index(name) if members else -1
+        markers = [*MARKERS[place % len(MARKERS) :], *MARKERS]
+        used = taken.setdefault(tuple(members), set())
+        marker = next((other for other in markers if other not in used), markers[0])
+        used.add(marker)
+        title = method_title(method)
+        looks[method] = {
+            "color": method_colour(method),
+            # Settings stand on a line of their own: the legend would be wider than the panel.
+            "label": title.replace(", ", "\n   ", 1) if "@" in method else title,
+            "marker": marker,
+        }
+    return looks
 
 
 def _panels(
