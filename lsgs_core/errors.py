@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 
 LARGEST_COUNT = 2**16  # of bands, classes, channels, samples and so on
 Shape = Sequence[int | None]  # None stands for any length
+EXPECTED = {  # by the kinds of numpy's dtypes
+    "b": "an array of True and False",
+    "iu": "an array of integers",
+    "iuf": "finite real numbers",
+}
 
 
 class InputError(ValueError):
@@ -31,33 +36,26 @@ def shown(value: Any) -> str:
 
 def real_numbers(field: str, values: Any, shape: Shape | None = None) -> NDArray[np.float64]:
     """Return finite real numbers as a new float64 array; else raise `InputError`."""
-    try:
-        array = np.asarray(values)
-        if array.dtype.kind not in "iuf":
-            raise TypeError
-        with np.errstate(over="ignore"):
-            numbers = array.astype(np.float64)
-    except (TypeError, ValueError, RuntimeError):  # text, complex numbers, rows of several lengths
-        numbers = np.array(np.nan)
+    array = array_of(field, values, "iuf", shape)
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float64)
     if not np.isfinite(numbers).all():
-        raise InputError(f"{field}: expected finite real numbers, found {shown(values)}")
-    check_shape(field, numbers, shape)
+        raise InputError(f"{field}: expected {EXPECTED['iuf']}, found {shown(values)}")
     return numbers
 
 
-def array_of(field: str, values: Any, kinds: str, shape: Shape) -> NDArray[Any]:
-    """Return an array of booleans (kinds "b") or integers ("iu"); else raise `InputError`.
+def array_of(field: str, values: Any, kinds: str, shape: Shape | None) -> NDArray[Any]:
+    """Return an array of one of the kinds in `EXPECTED`; else raise `InputError`.
 
-    An empty list fits both.
+    An empty list fits all kinds.
     """
     try:
         array = np.asarray(values)
         right = array.dtype.kind in kinds or (array.size == 0 and isinstance(values, list | tuple))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):  # such as rows of several lengths
         right = False
     if not right:
-        expected = "True and False" if kinds == "b" else "integers"
-        raise InputError(f"{field}: expected an array of {expected}, found {shown(values)}")
+        raise InputError(f"{field}: expected {EXPECTED[kinds]}, found {shown(values)}")
     check_shape(field, array, shape)
     return array
 
