@@ -103,16 +103,11 @@ class ScenarioSampler:
             raise InputError(f"training state: expected {self._kept} alone, found {shown(surplus)}")
         restored: dict[str, Any] = {}
         for name in self._kept:
-            expected = np.shape(getattr(self, name))
-            try:  # minus infinity is the logarithm of a weight of 0
-                values = np.asarray(state.get(name), dtype=np.float64)
-                right = values.shape == expected and not np.isnan(values).any()
-            except (TypeError, ValueError):
-                right = False
-            if not right:
-                wanted, found = f"{name} of shape {expected}", shown(state.get(name))
-                raise InputError(f"training state: expected {wanted}, found {found}")
-            restored[name] = values if values.ndim else float(values)
+            field, shape = f"{name} of the training state", np.shape(getattr(self, name))
+            values = array_of(field, state.get(name), "iuf", shape)
+            if np.isnan(values).any():  # minus infinity is the logarithm of a weight of 0
+                raise InputError(f"{field}: expected numbers, found {shown(values.tolist())}")
+            restored[name] = values.astype(np.float64) if values.ndim else float(values)
         vars(self).update(restored)
 
 
