@@ -156,8 +156,7 @@ class KernelGroupDRO(LossProportional):
         mixing: float = 0.9,
         memory: float = 0.98,
     ) -> None:
-        super().__init__(prior, 1.0, mixing, memory)
-        self.ridge = 1.0
+        super().__init__(prior, 1.0, mixing, memory, ridge=1.0)
         self.log_weights = _logarithm(check_probabilities(start, len(self.prior), "start"))
         self.step = _range("step", step, 0, LARGEST_STEP)
         self.smoother = real_numbers("kernel", kernel, [len(self.prior)] * 2)
