@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from lsgs_core.errors import InputError, check_shape, check_type, shown
+from lsgs_core.errors import InputError, check_shape, check_type
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Batch:
         check_type("images", self.images, tuple)
         for image in self.images:
             if not isinstance(image, torch.Tensor) or image.ndim != 4:
-                raise InputError(f"images: expected tensors [B, D_m, H, W], found {shown(image)}")
+                raise InputError.of("images", "tensors [B, D_m, H, W]", image)
             check_shape("images", image, [len(self.images[0]), None, None, None])
         count = len(self.images[0]) if self.images else None
         size = list(self.images[0].shape[2:]) if self.images else [None, None]

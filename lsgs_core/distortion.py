@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import InputError, array_of, check_type, real_numbers, shown
+from lsgs_core.errors import InputError, array_of, check_type, real_numbers
 from lsgs_core.regression import measured_scenarios, regress_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
@@ -143,8 +143,7 @@ def score_batches(
         check_type("device", device, torch.device, str)
         expected = sorted({str(place) for place in devices} | {place.type for place in devices})
         if str(device) not in expected:
-            found = f"as the model has, found {shown(device)}"
-            raise InputError(f"device: expected {expected}, {found}")
+            raise InputError.of("device", f"{expected}, as the model has", device)
     target = torch.device(device or devices[0])
     measured = measured_scenarios(scenarios, scenario_budget)
     masks = torch.tensor(scenarios.masks[measured], device=target)

@@ -9,7 +9,7 @@ import scipy.optimize
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, check_count, check_number, check_type, real_numbers, shown
+from lsgs_core.errors import InputError, check_count, check_number, check_type, real_numbers
 from lsgs_core.randomness import generator
 from lsgs_core.sampling import Probabilities, check_probabilities
 from lsgs_core.scenarios import ScenarioSet
@@ -34,8 +34,7 @@ def deployment_prior(scenarios: ScenarioSet, failure_rates: ArrayLike) -> Probab
     count = len(scenarios.modalities)
     if rates.shape != (count,) or not ((rates >= 0) & (rates <= 1)).all() or (rates == 1).all():
         expected = f"{count} numbers from 0 to 1, not all 1"
-        found = shown(np.round(rates, 6).tolist())
-        raise InputError(f"failure_rates: expected {expected}, found {found}")
+        raise InputError.of("failure_rates", expected, np.round(rates, 6).tolist())
     weights = np.where(scenarios.masks, 1 - rates, rates).prod(axis=1)
     return weights / weights.sum()
 
@@ -54,11 +53,11 @@ def read_failure_rates(text: str, scenarios: ScenarioSet) -> Probabilities | Non
         name, _, number = (word.strip() for word in part.partition(":"))
         if name not in scenarios.modalities or name in rates:
             expected = f"some of {list(scenarios.modalities)}, each once"
-            raise InputError(f"failure_rates: expected {expected}, found {shown(name)}")
+            raise InputError.of("failure_rates", expected, name)
         try:
             rates[name] = float(number)
         except ValueError:
-            raise InputError(f"failure_rates: expected name:number, found {shown(part)}") from None
+            raise InputError.of("failure_rates", "name:number", part) from None
     return deployment_prior(scenarios, [rates.get(name, 0.0) for name in scenarios.modalities])
 
 
@@ -133,7 +132,7 @@ def coverage(
     kernel = real_numbers("kernel", kernel, [count, count])
     mixing = check_number("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
     if not count or (weights < 0).any():
-        raise InputError(f"utility: expected numbers of at least 0, found {shown(utility)}")
+        raise InputError.of("utility", "numbers of at least 0", utility)
     if (kernel < 0).any() or (kernel > 1).any():
         raise InputError("kernel: expected numbers from 0 to 1, found others")
     base = np.full(count, 1 / count) if prior is None else check_probabilities(prior, count)

@@ -4,7 +4,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,11 @@ class InputError(ValueError):
     as a latent that is not finite.
     """
 
+    @classmethod
+    def of(cls, field: str, expected: str, found: Any) -> Self:
+        """Return the error that shows what was found of a field, on one line and shortened."""
+        return cls(f"{field}: expected {expected}, found {shown(found)}")
+
 
 def shown(value: Any) -> str:
     """Return a value for a message: on one line, and shortened."""
@@ -40,7 +45,7 @@ def real_numbers(field: str, values: Any, shape: Shape | None = None) -> NDArray
     with np.errstate(over="ignore"):
         numbers = array.astype(np.float64)
     if not np.isfinite(numbers).all():
-        raise InputError(f"{field}: expected {EXPECTED['iuf']}, found {shown(values)}")
+        raise InputError.of(field, EXPECTED["iuf"], values)
     return numbers
 
 
@@ -55,7 +60,7 @@ def array_of(field: str, values: Any, kinds: str, shape: Shape | None) -> NDArra
     except (TypeError, ValueError, RuntimeError):  # such as rows of several lengths
         right = False
     if not right:
-        raise InputError(f"{field}: expected {EXPECTED[kinds]}, found {shown(values)}")
+        raise InputError.of(field, EXPECTED[kinds], values)
     check_shape(field, array, shape)
     return array
 
@@ -73,7 +78,7 @@ def check_number(field: str, value: Any, right: Callable[[float], bool], expecte
     """Return a finite real number for which `right` is True; else raise `InputError`."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not abs(value) <= sys.float_info.max or not right(value):
-        raise InputError(f"{field}: expected {expected}, found {shown(value)}")
+        raise InputError.of(field, expected, value)
     return float(value)
 
 
@@ -81,8 +86,7 @@ def check_count(field: str, value: Any, least: int = 1, most: int = LARGEST_COUN
     """Return an integer within limits, which no boolean is; else raise `InputError`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or not least <= int(value) <= most:
-        expected = f"an integer from {least} to {most}"
-        raise InputError(f"{field}: expected {expected}, found {shown(value)}")
+        raise InputError.of(field, f"an integer from {least} to {most}", value)
     return int(value)
 
 
@@ -90,10 +94,10 @@ def check_type(field: str, value: Any, *kinds: Any) -> None:
     """Raise `InputError` where a value is of none of these types; `Callable` is one of them."""
     if not isinstance(value, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{field}: expected a {names}, found {shown(value)}")
+        raise InputError.of(field, f"a {names}", value)
 
 
 def check_choice(field: str, value: Any, names: Iterable[str]) -> None:
     """Raise `InputError` where a value is none of these names."""
     if not isinstance(value, str) or value not in names:
-        raise InputError(f"{field}: expected one of {sorted(names)}, found {shown(value)}")
+        raise InputError.of(field, f"one of {sorted(names)}", value)

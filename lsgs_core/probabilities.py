@@ -14,7 +14,7 @@ import scipy.spatial.distance
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, array_of, check_choice, check_number, real_numbers, shown
+from lsgs_core.errors import InputError, array_of, check_choice, check_number, real_numbers
 
 Lengthscale = float | Literal["median"]
 
@@ -85,10 +85,10 @@ def scenario_probabilities(
     mixing = check_number("mixing", mixing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
     ridge = check_number("ridge", ridge, lambda x: x > 0, "a positive number")
     if not isinstance(smooth, bool | np.bool_):
-        raise InputError(f"smooth: expected True or False, found {shown(smooth)}")
+        raise InputError.of("smooth", "True or False", smooth)
     weights = np.ones(count) if prior is None else _scenario_numbers("prior", prior)
     if weights.size != count or not weights.any():
-        raise InputError(f"prior: expected {count} numbers, not all 0, found {shown(prior)}")
+        raise InputError.of("prior", f"{count} numbers, not all 0", prior)
     weights = weights / _unit(weights)
     base = weights / weights.sum()
 
@@ -252,8 +252,7 @@ def total_variation(first: ArrayLike, second: ArrayLike) -> float:
 def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     numbers = real_numbers(name, values)
     if numbers.ndim != 1 or numbers.size < 2 or (numbers < 0).any():
-        expected = "one non-negative number per scenario"
-        raise InputError(f"{name}: expected {expected}, found {shown(values)}")
+        raise InputError.of(name, "one non-negative number per scenario", values)
     return numbers
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError, check_choice, check_count, shown
+from lsgs_core.errors import InputError, check_choice, check_count
 
 Stage = Literal["pretraining", "finetuning"]
 
@@ -56,5 +56,5 @@ def uniform_numbers(
 ) -> NDArray[np.float64]:
     """Return one number in [0, 1) for each of B sample indices, float64 [B]; see `generator`."""
     if not isinstance(indices, Sequence) and getattr(indices, "ndim", 0) != 1:
-        raise InputError(f"indices: expected a list of integers, found {shown(indices)}")
+        raise InputError.of("indices", "a list of integers", indices)
     return np.array([generator(stream, seed, epoch, index, stage).random() for index in indices])

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, array_of, check_count, check_type, real_numbers, shown
+from lsgs_core.errors import InputError, array_of, check_count, check_type, real_numbers
 from lsgs_core.randomness import Stage, uniform_numbers
 
 Probabilities = NDArray[np.float64]
@@ -66,7 +66,7 @@ def check_probabilities(
     p = real_numbers(name, probabilities)
     if p.ndim != 1 or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
         expected = "non-negative numbers that sum to 1, one per scenario"
-        raise InputError(f"{name}: expected {expected}, found {shown(np.round(p, 6).tolist())}")
+        raise InputError.of(name, expected, np.round(p, 6).tolist())
     if count is not None and p.size != count:
         raise InputError(f"{name}: expected one per scenario ({count}), found {p.size}")
     return p
@@ -100,13 +100,13 @@ class ScenarioSampler:
         """Restore a saved state; raise `InputError` where it is that of another sampler."""
         check_type("training state", state, dict)
         if surplus := state.keys() - {*self._kept}:
-            raise InputError(f"training state: expected {self._kept} alone, found {shown(surplus)}")
+            raise InputError.of("training state", f"{self._kept} alone", surplus)
         restored: dict[str, Any] = {}
         for name in self._kept:
             field, shape = f"{name} of the training state", np.shape(getattr(self, name))
             values = array_of(field, state.get(name), "iuf", shape)
             if np.isnan(values).any():  # minus infinity is the logarithm of a weight of 0
-                raise InputError(f"{field}: expected numbers, found {shown(values.tolist())}")
+                raise InputError.of(field, "numbers", values.tolist())
             restored[name] = values.astype(np.float64) if values.ndim else float(values)
         vars(self).update(restored)
 

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError, array_of, shown
+from lsgs_core.errors import InputError, array_of
 
 # The 2^12 - 1 scenarios of twelve modalities already need a kernel of 4095 x 4095 numbers.
 LARGEST_MODALITY_COUNT = 12
@@ -44,10 +44,9 @@ class ScenarioSet:
     def __post_init__(self) -> None:
         names = self.modalities
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"modalities: expected a list of names, found {shown(names)}")
+            raise InputError.of("modalities", "a list of names", names)
         if not 2 <= len(names) <= LARGEST_MODALITY_COUNT:
-            expected = f"2 to {LARGEST_MODALITY_COUNT} names"
-            raise InputError(f"modalities: expected {expected}, found {len(names)}")
+            raise InputError.of("modalities", f"2 to {LARGEST_MODALITY_COUNT} names", len(names))
         if len(set(names)) != len(names) or "" in names or any("+" in name for name in names):
             expected = "different, non-empty names without '+'"
             raise InputError(f"modalities: expected {expected}, found {list(names)}")
@@ -57,7 +56,7 @@ class ScenarioSet:
         """Return the scenarios of names in any ordered iterable; errors are those of the class."""
         scalar = not isinstance(modalities, Iterable) or getattr(modalities, "ndim", 1) == 0
         if scalar or isinstance(modalities, str | Set):
-            raise InputError(f"modalities: expected a list of names, found {shown(modalities)}")
+            raise InputError.of("modalities", "a list of names", modalities)
         return cls(tuple(islice(modalities, LARGEST_MODALITY_COUNT + 1)))
 
     @cached_property

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.errors import InputError, check_number, check_type, real_numbers, shown
+from lsgs_core.errors import InputError, check_number, check_type, real_numbers
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
@@ -148,7 +148,7 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     names = content.get("scenario_names")
     if scenarios is None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"scenario_names: expected a list of names, found {shown(names)}")
+            raise InputError.of("scenario_names", "a list of names", names)
         scenarios = ScenarioSet.of([name for name in names if "+" not in name])
     expected = {
         "scenario_names": list(scenarios.names),
@@ -156,8 +156,7 @@ def _evidence(content: Mapping[str, Any], scenarios: ScenarioSet | None) -> Evid
     }
     for field, values in expected.items():
         if content.get(field, values) != values:
-            wanted, found = f"the scenarios of {scenarios.modalities}", shown(content[field])
-            raise InputError(f"{field}: expected {wanted}, found {found}")
+            raise InputError.of(field, f"the scenarios of {scenarios.modalities}", content[field])
     fields: dict[str, Any] = {"descriptor": content.get("descriptor", "distortion")}
     for field, (ours, ndim) in ARRAYS.items():
         if field in content:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lsgs_core.errors import InputError, check_choice, check_count, check_number, shown
+from lsgs_core.errors import InputError, check_choice, check_count, check_number
 from lsgs_core.models.author_weights import load_author_weights
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.models.cbc import CBC, CBC_PRESETS, CBC_SLP_PRESETS
@@ -54,7 +54,7 @@ def build_backbone(
         value = tuple(value) if isinstance(value, list) else value
         default = defaults[key]  # types are compared exactly: True is no count
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-            raise InputError(f"{field}: expected one like {default!r}, found {shown(value)}")
+            raise InputError.of(field, f"one like {default!r}", value)
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(default, float):
                 check_number(field, part, lambda rate: 0 <= rate < 1, "a rate from 0 to below 1")

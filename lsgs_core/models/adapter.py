@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import InputError, check_count, check_shape, check_type, shown
+from lsgs_core.errors import InputError, check_count, check_shape, check_type
 from lsgs_core.models.backbone import Backbone, Images, zero_absent
 
 
@@ -62,7 +62,7 @@ class HookedModel(nn.Module):
         check_type("low_rank", low_rank, list, tuple)
         for field, name in (("module", module), *(("low_rank", name) for name in low_rank)):
             if not isinstance(name, str) or name not in names:
-                raise InputError(f"{field}: expected one of {names[1:20]}, found {shown(name)}")
+                raise InputError.of(field, f"one of {names[1:20]}", name)
         self._low_rank = tuple(low_rank)
         check_type("absent", absent, list, tuple, nn.ParameterList, type(None))
         self._filled = len(absent or ())  # number of modalities, where they have values

@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lsgs_core.errors import InputError, check_count, check_type, shown
+from lsgs_core.errors import InputError, check_count, check_type
 from lsgs_core.models.backbone import Backbone
 
 
@@ -47,8 +47,7 @@ def add_lora(model: Backbone, rank: int = 4) -> int:
     layers = model.low_rank_layers()
     kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
     if not layers or not all(isinstance(layer, kinds) for layer in layers.values()):
-        expected = "linear or convolutional layers"
-        raise InputError(f"low_rank_layers: expected {expected}, found {shown(layers)}")
+        raise InputError.of("low_rank_layers", "linear or convolutional layers", layers)
     if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         raise InputError("model: expected one without low-rank updates, found one that has them")
     model.requires_grad_(False)
