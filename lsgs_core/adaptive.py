@@ -16,7 +16,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import array_of, check_count, check_number, check_type, real_numbers
+from lsgs_core.errors import Floats, array_of, check_count, check_number, check_type, real_numbers
 from lsgs_core.probabilities import likeliest_ridge, smooth_scores, standardise
 from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
 
@@ -25,7 +25,7 @@ LARGEST_STEP = 1e5  # far beyond any that serves; runs of few steps have large o
 LARGEST = 1e300  # size of a loss or a factor, with which no sum overflows
 
 
-def _logarithm(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _logarithm(weights: Floats) -> Floats:
     """Return the natural logarithm, minus infinity for 0: such a scenario is never drawn."""
     return np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
 
@@ -36,7 +36,7 @@ def _range(field: str, value: float, least: float, most: float) -> float:
 
 
 def _observed(
-    scenario: NDArray[np.int64], loss: NDArray[np.float64], p: Probabilities
+    scenario: NDArray[np.int64], loss: Floats, p: Probabilities
 ) -> Iterator[tuple[int, float]]:
     """Return scenario and loss of each sample, in their order."""
     indices = array_of("scenario", scenario, "iu", [None])
@@ -65,7 +65,7 @@ class LossProportional(ScenarioSampler):
         inverse_temperature: float,
         mixing: float,
         memory: float = 0.98,
-        kernel: NDArray[np.float64] | None = None,
+        kernel: Floats | None = None,
         ridge: float = 0.3,
     ) -> None:
         self.prior = check_probabilities(prior)
@@ -78,7 +78,7 @@ class LossProportional(ScenarioSampler):
             self.kernel = real_numbers("kernel", kernel, [len(self.prior)] * 2)
 
     @property
-    def losses(self) -> NDArray[np.float64]:
+    def losses(self) -> Floats:
         """Running mean of the loss of each scenario, [K]; the mean of the others if never seen."""
         seen = self.count > 0
         if not seen.any():
@@ -97,7 +97,7 @@ class LossProportional(ScenarioSampler):
         logits = _logarithm(self.prior) + self.inverse_temperature * standardise(loss)
         return (1 - self.mixing) * self.prior + self.mixing * scipy.special.softmax(logits)
 
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+    def observe(self, scenario: NDArray[np.int64], loss: Floats) -> None:
         """Update the averages in the order of the batch."""
         for k, value in _observed(scenario, loss, self.prior):
             self.average[k] = self.memory * self.average[k] + (1 - self.memory) * value
@@ -125,7 +125,7 @@ class GroupDRO(ScenarioSampler):
         q = scipy.special.softmax(self.log_weights)
         return (1 - self.mixing) * self.prior + self.mixing * q
 
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+    def observe(self, scenario: NDArray[np.int64], loss: Floats) -> None:
         """Increase the weights of scenarios with a high loss."""
         p = self.probabilities(0)
         for k, value in _observed(scenario, loss, p):
@@ -151,7 +151,7 @@ class KernelGroupDRO(LossProportional):
         self,
         prior: ArrayLike,
         start: ArrayLike,
-        kernel: NDArray[np.float64],
+        kernel: Floats,
         step: float,
         mixing: float = 0.9,
         memory: float = 0.98,
@@ -167,7 +167,7 @@ class KernelGroupDRO(LossProportional):
         q = scipy.special.softmax(self.log_weights)
         return (1 - self.mixing) * self.prior + self.mixing * q
 
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+    def observe(self, scenario: NDArray[np.int64], loss: Floats) -> None:
         """Update the running means, and increase the weights where the smoothed loss is high."""
         super().observe(scenario, loss)
         losses = self.losses
@@ -217,7 +217,7 @@ class Exp3S(ScenarioSampler):
         q = scipy.special.softmax(self.log_weights)
         return (1 - self.exploration) * q + self.exploration * self.prior
 
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+    def observe(self, scenario: NDArray[np.int64], loss: Floats) -> None:
         """Reward the scenarios in which the network improves."""
         p = self.probabilities(0)
         for k, value in _observed(scenario, loss, p):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import InputError, array_of, check_type, real_numbers
+from lsgs_core.errors import Floats, InputError, array_of, check_type, real_numbers
 from lsgs_core.regression import measured_scenarios, regress_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
@@ -47,21 +47,21 @@ class ScenarioScores:
     """
 
     scenarios: ScenarioSet
-    distortion: NDArray[np.float64]
-    standard_error: NDArray[np.float64]
-    patch_distortion: NDArray[np.float64]
-    latent_shift: NDArray[np.float64]
+    distortion: Floats
+    standard_error: Floats
+    patch_distortion: Floats
+    latent_shift: Floats
     patch_ids: NDArray[np.int64]
     block_ids: NDArray[np.int64]
-    predictive_error: NDArray[np.float64]
+    predictive_error: Floats
 
 
 @dataclass(frozen=True)
 class BatchScores:
     """The scores of one batch with B complete patches, for the K scenarios that are measured."""
 
-    distortion: NDArray[np.float64]  # d_k(x), [B, K]
-    shift: NDArray[np.float64]  # sum over the patches of their mean latent shift, [K, C]
+    distortion: Floats  # d_k(x), [B, K]
+    shift: Floats  # sum over the patches of their mean latent shift, [K, C]
     patch_ids: NDArray[np.int64]  # [B]
     block_ids: NDArray[np.int64]  # [B]
 
@@ -71,7 +71,7 @@ def score_scenarios(
     batches: Iterable[Batch | Tensor | Sequence[Tensor]],
     scenarios: ScenarioSet,
     device: torch.device | str | None = None,
-    until: Callable[[NDArray[np.float64], NDArray[np.int64]], bool] | None = None,
+    until: Callable[[Floats, NDArray[np.int64]], bool] | None = None,
     progress: bool = True,
     scenario_budget: int = 0,
 ) -> ScenarioScores:
@@ -208,9 +208,7 @@ def joined_scores(
     )
 
 
-def clustered_standard_error(
-    values: NDArray[np.float64], clusters: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def clustered_standard_error(values: Floats, clusters: NDArray[np.int64]) -> Floats:
     """Return the standard error of the mean of values [N, K] that depend within a cluster, [K].
 
     Overlapping patches of one block observe the same pixels, so that the block is the independent
@@ -303,9 +301,7 @@ def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Iterator[Tensor
                 yield model.latent(images, mask.expand(len(images[0]), -1))
 
 
-def _distortion(
-    model: Any, images: list[Tensor], masks: Tensor
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _distortion(model: Any, images: list[Tensor], masks: Tensor) -> tuple[Floats, Floats]:
     """Return d_k(x), [B, K], and the sum over patches of their mean latent shift, [K, C].
 
     Differences are taken in the latent's own precision and accumulated in float64, one scenario

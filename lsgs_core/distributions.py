@@ -7,9 +7,9 @@ Each function returns p as float64 [K]. `lsgs_core.methods` says which method us
 import numpy as np
 import scipy.optimize
 import scipy.special
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from lsgs_core.errors import InputError, check_count, check_number, check_type, real_numbers
+from lsgs_core.errors import Floats, InputError, check_count, check_number, check_type, real_numbers
 from lsgs_core.randomness import generator
 from lsgs_core.sampling import Probabilities, check_probabilities
 from lsgs_core.scenarios import ScenarioSet
@@ -111,7 +111,7 @@ def dirichlet(count: int, seed: int, concentration: float) -> Probabilities:
 
 
 def coverage(
-    utility: ArrayLike, kernel: NDArray[np.float64], mixing: float, prior: ArrayLike | None = None
+    utility: ArrayLike, kernel: Floats, mixing: float, prior: ArrayLike | None = None
 ) -> Probabilities:
     """Return coverage sampling, in which every scenario is near to scenarios that are drawn.
 
@@ -146,7 +146,7 @@ def coverage(
     return (1 - mixing) * base + mixing * q
 
 
-def _cover(weights: Probabilities, kernel: NDArray[np.float64]) -> Probabilities:
+def _cover(weights: Probabilities, kernel: Floats) -> Probabilities:
     """Return the q that maximises sum_i w_i log (K q)_i over the simplex.
 
     Sequential quadratic programming comes first. Where it stops early, the multiplicative update

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_COUNT = 2**16  # of bands, classes, channels, samples and so on
+Floats = NDArray[np.float64]  # docstrings say their shapes
 Shape = Sequence[int | None]  # None stands for any length
 EXPECTED = {  # by the kinds of numpy's dtypes
     "b": "an array of True and False",
@@ -39,7 +40,7 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def real_numbers(field: str, values: Any, shape: Shape | None = None) -> NDArray[np.float64]:
+def real_numbers(field: str, values: Any, shape: Shape | None = None) -> Floats:
     """Return finite real numbers as a new float64 array; else raise `InputError`."""
     array = array_of(field, values, "iuf", shape)
     with np.errstate(over="ignore"):

@@ -12,10 +12,10 @@ from inspect import signature
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lsgs_core import adaptive, distributions
 from lsgs_core.errors import (
+    Floats,
     InputError,
     check_choice,
     check_count,
@@ -52,17 +52,17 @@ class Evidence:
     """
 
     scenarios: ScenarioSet
-    probabilities: NDArray[np.float64]
-    distortion: NDArray[np.float64] | None = None
-    latent_shift: NDArray[np.float64] | None = None
-    prior: NDArray[np.float64] | None = None
+    probabilities: Floats
+    distortion: Floats | None = None
+    latent_shift: Floats | None = None
+    prior: Floats | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     descriptor: str = "distortion"
     seed: int = 0
     epochs: int = 1
     steps: int = 1
-    measure: Callable[[], NDArray[np.float64]] | None = None
-    prediction_distortion: NDArray[np.float64] | None = None
+    measure: Callable[[], Floats] | None = None
+    prediction_distortion: Floats | None = None
 
     def __post_init__(self) -> None:
         check_type("scenarios", self.scenarios, ScenarioSet)
@@ -94,7 +94,7 @@ class Evidence:
         return value
 
     @property
-    def base(self) -> NDArray[np.float64]:
+    def base(self) -> Floats:
         """The prior, which is uniform where it is None, [K]."""
         count = len(self.scenarios)
         return np.full(count, 1 / count) if self.prior is None else self.prior

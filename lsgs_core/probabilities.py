@@ -14,7 +14,7 @@ import scipy.spatial.distance
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, array_of, check_choice, check_number, real_numbers
+from lsgs_core.errors import Floats, InputError, array_of, check_choice, check_number, real_numbers
 
 Lengthscale = float | Literal["median"]
 
@@ -38,13 +38,13 @@ class ScenarioProbabilities:
         lengthscale: Lengthscale of the kernel, also where the median heuristic determined it.
     """
 
-    utility: NDArray[np.float64]
-    kernel: NDArray[np.float64]
-    smoothed: NDArray[np.float64]
-    standardised: NDArray[np.float64]
-    softmax: NDArray[np.float64]
-    probabilities: NDArray[np.float64]
-    prior: NDArray[np.float64]
+    utility: Floats
+    kernel: Floats
+    smoothed: Floats
+    standardised: Floats
+    softmax: Floats
+    probabilities: Floats
+    prior: Floats
     lengthscale: float
 
 
@@ -115,7 +115,7 @@ def scenario_descriptors(
     masks: NDArray[np.bool_],
     distortion: ArrayLike,
     latent_shift: ArrayLike | None = None,
-) -> NDArray[np.float64]:
+) -> Floats:
     """Return the features that the kernel compares, float64 [K, F].
 
     Their kind is "distortion" (D, [K], as in the paper), "latent_shift" (the mean shift of the
@@ -132,9 +132,7 @@ def scenario_descriptors(
     return features[kind]
 
 
-def rbf_kernel(
-    descriptors: ArrayLike, lengthscale: Lengthscale
-) -> tuple[NDArray[np.float64], float]:
+def rbf_kernel(descriptors: ArrayLike, lengthscale: Lengthscale) -> tuple[Floats, float]:
     """Return the RBF kernel between scenarios, exp(-|x_i - x_j|^2 / (2 lengthscale^2)).
 
     Args:
@@ -164,9 +162,7 @@ def rbf_kernel(
         return np.exp(-0.5 * np.square(scaled)), width
 
 
-def smooth_scores(
-    kernel: NDArray[np.float64], utility: NDArray[np.float64], ridge: float
-) -> NDArray[np.float64]:
+def smooth_scores(kernel: Floats, utility: Floats, ridge: float) -> Floats:
     """Return the kernel ridge regression at its own inputs, r = K (K + ridge I)^-1 U.
 
     It is computed by Cholesky decomposition as r = U - ridge (K + ridge I)^-1 U, which is equal and
@@ -200,11 +196,7 @@ def smooth_scores(
     return smoothed * unit
 
 
-def likeliest_ridge(
-    eigenvalues: NDArray[np.float64],
-    eigenvectors: NDArray[np.float64],
-    utility: NDArray[np.float64],
-) -> float:
+def likeliest_ridge(eigenvalues: Floats, eigenvectors: Floats, utility: Floats) -> float:
     """Return the ridge under which scores are likeliest, among 25 from 1e-3 to 1e3.
 
     The scores (the utility, [K], with mean 0) are taken for a sample of N(0, s^2 (K + ridge I)),
@@ -223,7 +215,7 @@ def likeliest_ridge(
     return float(ridges[np.argmin(cost + np.log(spectrum).sum(axis=1))])
 
 
-def standardise(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def standardise(scores: Floats) -> Floats:
     """Return scores [K] with mean 0 and population standard deviation 1.
 
     The result is 0 where the spread vanishes. The published cutoff is an absolute 1e-12, which
@@ -249,14 +241,14 @@ def total_variation(first: ArrayLike, second: ArrayLike) -> float:
     return 0.5 * float(np.abs(p - q).sum())
 
 
-def _scenario_numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+def _scenario_numbers(name: str, values: ArrayLike) -> Floats:
     numbers = real_numbers(name, values)
     if numbers.ndim != 1 or numbers.size < 2 or (numbers < 0).any():
         raise InputError.of(name, "one non-negative number per scenario", values)
     return numbers
 
 
-def _unit(values: NDArray[np.float64]) -> float:
+def _unit(values: Floats) -> float:
     """Return the power of two below the largest absolute value.
 
     Values divided by it neither overflow nor underflow in squares and sums, and the division is

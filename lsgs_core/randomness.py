@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError, check_choice, check_count
+from lsgs_core.errors import Floats, InputError, check_choice, check_count
 
 Stage = Literal["pretraining", "finetuning"]
 
@@ -53,7 +53,7 @@ def uniform_numbers(
     epoch: int,
     indices: Sequence[int] | NDArray[np.int64],
     stage: Stage = "finetuning",
-) -> NDArray[np.float64]:
+) -> Floats:
     """Return one number in [0, 1) for each of B sample indices, float64 [B]; see `generator`."""
     if not isinstance(indices, Sequence) and getattr(indices, "ndim", 0) != 1:
         raise InputError.of("indices", "a list of integers", indices)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
-from lsgs_core.errors import array_of, check_count, check_type, real_numbers
+from lsgs_core.errors import Floats, array_of, check_count, check_type, real_numbers
 from lsgs_core.scenarios import ScenarioSet
 
 
@@ -25,8 +25,8 @@ class ScenarioRegression:
     Anything linear in D, such as d_k(x), is weights @ its S measured values.
     """
 
-    weights: NDArray[np.float64]  # [K, S]
-    error: NDArray[np.float64]  # standard deviation of the predicted D, [K]; 0 where measured
+    weights: Floats  # [K, S]
+    error: Floats  # standard deviation of the predicted D, [K]; 0 where measured
 
 
 def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]:
@@ -45,7 +45,7 @@ def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]
     taken = np.isin(sizes, (1, modalities - 1, modalities))
     totals = np.bincount(sizes)
 
-    def closeness(others: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def closeness(others: NDArray[np.bool_]) -> Floats:
         # Powers of two have exact sums, so that every machine takes the same scenarios.
         return (0.5 ** cdist(masks, others, "cityblock")).sum(axis=1)
 
@@ -61,7 +61,7 @@ def measured_scenarios(scenarios: ScenarioSet, budget: int) -> NDArray[np.int64]
 
 
 def regress_scenarios(
-    masks: NDArray[np.bool_], measured: NDArray[np.int64], distortion: NDArray[np.float64]
+    masks: NDArray[np.bool_], measured: NDArray[np.int64], distortion: Floats
 ) -> ScenarioRegression:
     """Predict the scenarios that were not measured, with the likeliest kernel and ridge.
 
@@ -83,7 +83,7 @@ def regress_scenarios(
     centred = (values - values.mean()) / (spread or 1.0)
     usual = -np.log(modalities)
 
-    def cost(logarithms: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def cost(logarithms: Floats) -> tuple[float, Floats]:
         """Return the negative logarithm of the likelihood and the prior, and its gradient."""
         weights, ridge = np.exp(logarithms[:-1]), np.exp(logarithms[-1])
         kernel = np.exp(-differs @ weights)

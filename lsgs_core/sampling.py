@@ -13,10 +13,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import InputError, array_of, check_count, check_type, real_numbers
+from lsgs_core.errors import Floats, InputError, array_of, check_count, check_type, real_numbers
 from lsgs_core.randomness import Stage, uniform_numbers
 
-Probabilities = NDArray[np.float64]
+Probabilities = Floats
 
 
 def draw_scenarios(
@@ -85,7 +85,7 @@ class ScenarioSampler:
         """Return the probabilities of the scenarios in an epoch, float64 [K]."""
         raise NotImplementedError
 
-    def observe(self, scenario: NDArray[np.int64], loss: NDArray[np.float64]) -> None:
+    def observe(self, scenario: NDArray[np.int64], loss: Floats) -> None:
         """Learn from the scenario and the loss of each sample of a step, [B] each."""
 
     def report(self) -> dict[str, float]:

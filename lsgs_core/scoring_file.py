@@ -9,11 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lsgs_core.distortion import ScenarioScores
-from lsgs_core.errors import InputError, check_number, check_type, real_numbers
+from lsgs_core.errors import Floats, InputError, check_number, check_type, real_numbers
 from lsgs_core.methods import Evidence
 from lsgs_core.probabilities import ScenarioProbabilities, scenario_descriptors
 from lsgs_core.sampling import check_probabilities
@@ -45,7 +42,7 @@ def published_scoring(
     checkpoint: str,
     output: str,
     meta_info: Mapping[str, Any],
-    prediction_distortion: NDArray[np.float64] | None = None,
+    prediction_distortion: Floats | None = None,
 ) -> dict[str, Any]:
     """Return a scoring as a dictionary for JSON, with the published field names.
 

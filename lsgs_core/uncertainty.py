@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsgs_core.errors import (
+    Floats,
     array_of,
     check_choice,
     check_count,
@@ -22,17 +23,17 @@ from lsgs_core.randomness import generator
 # in 83 % of the passes that stopped after 32 patches, and in 96 % after 128.
 FEWEST_PATCHES = 128
 JACKKNIFE_PARTS = 100  # more patches are left out several at a time
-ToProbabilities = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+ToProbabilities = Callable[[Floats], Floats]
 
 
 def bootstrap_probabilities(
-    patch_distortion: NDArray[np.float64],
+    patch_distortion: Floats,
     blocks: NDArray[np.int64],
     to_probabilities: ToProbabilities,
     resamples: int = 1000,
     seed: int = 0,
-    predictive_error: NDArray[np.float64] | None = None,
-) -> NDArray[np.float64]:
+    predictive_error: Floats | None = None,
+) -> Floats:
     """Compute p for resampled scorings, in which spatial blocks are drawn with replacement.
 
     Neighbouring patches overlap, so blocks are resampled, not patches. Descriptors other than the
@@ -70,8 +71,8 @@ def bootstrap_probabilities(
 
 
 def stopping_error(
-    patch_distortion: NDArray[np.float64], to_probabilities: ToProbabilities, patches: int
-) -> NDArray[np.float64]:
+    patch_distortion: Floats, to_probabilities: ToProbabilities, patches: int
+) -> Floats:
     """Return how far p may be from the p of the whole pass, of which these patches are the first.
 
     In random order they are a simple random sample of the pass, whatever their blocks. The variance
@@ -107,7 +108,7 @@ def stopping_error(
 
 def stop_when_precise(
     tolerance: float, to_probabilities: ToProbabilities, patches: int
-) -> Callable[[NDArray[np.float64], NDArray[np.int64]], bool]:
+) -> Callable[[Floats, NDArray[np.int64]], bool]:
     """Return a stopping rule for `score_scenarios(..., until=...)`.
 
     The rule is met once the `stopping_error` of every p is at most the tolerance. The patches must
@@ -119,7 +120,7 @@ def stop_when_precise(
     check_count("patches", patches, 2, 2**53)
     computed = 0  # number of patches when the error was last computed
 
-    def is_precise(patch_distortion: NDArray[np.float64], blocks: NDArray[np.int64]) -> bool:
+    def is_precise(patch_distortion: Floats, blocks: NDArray[np.int64]) -> bool:
         nonlocal computed
         count = len(array_of("blocks", blocks, "iu", [None]))
         if count < FEWEST_PATCHES or computed < count < 1.1 * computed:
@@ -131,9 +132,7 @@ def stop_when_precise(
     return is_precise
 
 
-def smoothing_report(
-    distortion: NDArray[np.float64], settings: Mapping[str, Any]
-) -> dict[str, float]:
+def smoothing_report(distortion: Floats, settings: Mapping[str, Any]) -> dict[str, float]:
     """Quantify the effect of the smoothing.
 
     Args:
