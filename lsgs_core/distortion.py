@@ -228,13 +228,12 @@ def clustered_standard_error(values: Floats, clusters: NDArray[np.int64]) -> Flo
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[Any]:
+def _evaluation_mode(model: Any) -> Iterator[Any]:
     """Give the network, or its copy for scoring, in evaluation mode, and restore all modes.
 
     Another thread that is scoring a network that shares a module with this one is an `InputError`.
     """
-    network: Any = model
-    scored = network.for_scoring() if hasattr(network, "for_scoring") else network
+    scored = model.for_scoring() if hasattr(model, "for_scoring") else model
     with _lock:
         modes = {module: module.training for module in scored.modules()}
         if not _in_use.isdisjoint(modes):

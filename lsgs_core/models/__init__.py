@@ -67,8 +67,7 @@ def build_backbone(
     if size > MOST_PARAMETERS:
         raise InputError(f"settings: expected at most {MOST_PARAMETERS:,} weights, found {size:,}")
     model = kind(bands, classes, chosen)
-    sizes = {"bands": list(model.bands), "classes": model.classes}
-    model.configuration = {"name": name, "preset": preset, **sizes}
-    for key, value in asdict(chosen).items():
-        model.configuration[key] = list(value) if isinstance(value, tuple) else value
+    sizes = {"bands": model.bands, "classes": model.classes, **asdict(chosen)}
+    lists = {key: [*value] if isinstance(value, tuple) else value for key, value in sizes.items()}
+    model.configuration = {"name": name, "preset": preset, **lists}
     return model
