@@ -113,7 +113,8 @@ def unit(module: Unit, size: Size, *inputs: tuple[Tensor, str]) -> Tensor:
     """
     volumes, modes = zip(*inputs, strict=True)
     weights = module.conv.weight.split([volume.shape[4] for volume in volumes], dim=1)
-    rule = _Rule(size, modes, module.conv.padding_mode, module.norm.eps)
+    padding = "replicate" if module.conv.padding_mode == "replicate" else "constant"
+    rule = _Rule(size, modes, padding, module.norm.eps)
     return _Unit.apply(rule, module.conv.bias, *chain(*zip(volumes, weights, strict=True)))
 
 
@@ -122,7 +123,7 @@ class _Rule(NamedTuple):
 
     size: Size
     modes: tuple[str, ...]
-    padding: str  # "replicate" or "zeros"
+    padding: str  # "replicate", or "constant" for zeros
     eps: float
 
 
@@ -134,10 +135,8 @@ def _resizing(
     aligned = True if mode == "linear" else None
     with torch.inference_mode(False):  # the cached matrix is also used outside of that mode
         unit_vectors = torch.eye(before, dtype=dtype)[None]
-        matrix = F.interpolate(unit_vectors, after, mode=mode, align_corners=aligned)[0].T
-        first, last = matrix[:1].expand(width, -1), matrix[-1:].expand(width, -1)
-        repeated = 1 if padding == "replicate" else 0
-        return torch.cat((first * repeated, matrix, last * repeated))
+        resized = F.interpolate(unit_vectors, after, mode=mode, align_corners=aligned)
+        return F.pad(resized, (width, width), mode=padding)[0].T.contiguous()
 
 
 class _Slices:
@@ -179,8 +178,7 @@ class _Slices:
             x = (self.height @ x.flatten(3)).unflatten(3, (len(self.width), -1))
             return x.flatten(0, 1).movedim(3, 1)
         x = x.flatten(0, 1).movedim(3, 1)
-        mode = "replicate" if self.padding == "replicate" else "constant"
-        return F.pad(x, (self.border,) * 4, mode=mode) if self.border else x
+        return F.pad(x, (self.border,) * 4, mode=self.padding) if self.border else x
 
     def write_gradient(self, gradient: Tensor, out: Tensor) -> None:
         """Write the gradient of the result of `read` into `out`, a chunk [B, s, h, w, C]."""
