@@ -219,10 +219,9 @@ class AdaptedBackbone(Backbone):
             field = f"result of the network's {method.replace('__call__', 'forward')}"
             check_type(field, found, Tensor)
             if not found.is_floating_point() or found.ndim < 2:
+                expected = "floating-point numbers [B, C, ...]"
                 form = f"{found.dtype} {list(found.shape)}"
-                raise InputError(
-                    f"{field}: expected floating-point numbers [B, C, ...], found {form}"
-                )
+                raise InputError(f"{field}: expected {expected}, found {form}")
             parts.append(found)
             check_shape(field, found, [len(available), *parts[0].shape[1:]])
         used = torch.stack([there.any(dim=1) for there in columns], dim=1)

@@ -123,10 +123,9 @@ class Backbone(nn.Module, ABC):
             check_type(field, patch, Tensor)
             check_shape(field, patch, shape)
             if patch.dtype != dtype or not patch.numel():
+                expected = f"the model's {dtype}, with B, H, W above 0"
                 found = f"shape {list(patch.shape)} of {patch.dtype}"
-                raise InputError(
-                    f"{field}: expected the model's {dtype}, with B, H, W above 0, found {found}"
-                )
+                raise InputError(f"{field}: expected {expected}, found {found}")
         field = "masks" if scenarios else "available"
         check_type(field, masks, Tensor)
         check_shape(field, masks, [None if scenarios else len(patches[0]), count])
