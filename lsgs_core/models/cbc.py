@@ -169,15 +169,14 @@ class TransformerBlock(nn.Module):
         # (B, N, 3T) -> 3 × (B, heads, N, T / heads)
         qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        out = self.attend(query, key, value)
+        out = self.attend(query, key, value, self.attention_dropout if self.training else 0.0)
         out = self.proj(out.transpose(1, 2).flatten(2))
         # The published block drops twice: after the projection and again before the residual.
         x = x + self.dropout(self.dropout(out))
         return x + self.ffn(self.ffn_norm(x))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
         """Return the attention over heads, [B, heads, N, T / heads], all three of that shape."""
-        rate = self.attention_dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
 
 

@@ -85,12 +85,11 @@ class SlabDecoder(Decoder):
 class HeadByHead(TransformerBlock):
     """The transformer block with a dropout of attention weights that runs head by head."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
         """Return the attention of the block."""
-        rate = self.attention_dropout if self.training else 0.0
         if rate and _applies(query):
             return attention_with_dropout(query, key, value, rate)
-        return super().attend(query, key, value)
+        return super().attend(query, key, value, rate)
 
 
 _FASTER: dict[type, type] = {Decoder: SlabDecoder, TransformerBlock: HeadByHead}
