@@ -25,9 +25,7 @@ class ScenarioDropout:
     Args:
         scenarios: K scenarios of M modalities.
         sampler: A sampler, or the probabilities of the scenarios, [K].
-        seed: Random seed of the run; it, `stream` and `stage` are those of `draw_scenarios`.
-        stream: Purpose of the random numbers.
-        stage: Stage of the training.
+        seed: Random seed of the run; `stream` and `stage`, too, are those of `draw_scenarios`.
 
     Example:
         >>> dropout = ScenarioDropout(ScenarioSet.of(["A", "B"]), [0.5, 0.5, 0])
