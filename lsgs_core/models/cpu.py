@@ -206,15 +206,14 @@ class _Unit(torch.autograd.Function):
         slices = out.flatten(2)  # (B, D, H · W · outputs)
         for index in range(len(rule.modes)):
             inputs = _Slices(pairs[2 * index], pairs[2 * index + 1], rule, index)
-            centre = len(inputs.kernels) // 2
             for chunk, rows, shares in inputs.chunks():
                 images = inputs.read(chunk)
                 for tap, (kernel, share) in enumerate(zip(inputs.kernels, shares, strict=True)):
                     # The rows of the middle tap have a sum of 1, so that it adds the bias once.
-                    once = bias if index == 0 and tap == centre else None
+                    once = bias if index == 0 and tap == inputs.border else None
                     maps = F.conv2d(images, kernel, once).movedim(1, 3)
                     maps = maps.reshape(batch, share.shape[1], -1)
-                    if centre == 0:
+                    if inputs.border == 0:
                         slices[:, rows] = maps
                     else:
                         slices[:, rows].baddbmm_(share.expand(batch, -1, -1), maps)
