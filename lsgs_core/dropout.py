@@ -94,8 +94,7 @@ class ScenarioDropout:
         """Let the sampler learn; one that does not adapt ignores the losses.
 
         Args:
-            loss: Loss of each sample, [B]. NaN stands for a sample without a labelled pixel, which
-                is skipped.
+            loss: Loss of each sample, [B]; NaN, for a sample without a labelled pixel, is skipped.
             drawn: Scenario of each sample, int64 [B]; None takes those of the last draw, once.
         """
         scenario = self._drawn if drawn is None else array_of("drawn", drawn, "iu", [None])

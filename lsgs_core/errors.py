@@ -22,8 +22,7 @@ EXPECTED = {  # by the kinds of numpy's dtypes
 class InputError(ValueError):
     """One sentence that names a file, field or parameter, what was expected and what was found.
 
-    It is raised before any long computation starts, but for what only the computation shows, such
-    as a latent that is not finite.
+    It is raised before any long computation, but for what only that shows, such as a latent of NaN.
     """
 
     @classmethod

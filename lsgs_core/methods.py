@@ -1,7 +1,6 @@
 """The methods of the study by name: how scenarios are drawn, and which weights are trained.
 
-A new method is one function in this file, which turns the scoring of a pretrained network into a
-sampler.
+A new method is one function here, which turns the scoring of a pretrained network into a sampler.
 """
 
 import re
@@ -133,18 +132,14 @@ def without_evidence(scenarios: ScenarioSet) -> Evidence:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of fine-tuning.
-
-    All methods share one stream, so that their draws agree where their probabilities do; the second
-    uniform arm differs.
-    """
+    """A method of fine-tuning; `lsgs_core.sampling` says why methods share their random numbers."""
 
     title: str  # in tables and figures
     about: str  # one line for the table of methods
     family: str  # its role in this study, one of `FAMILIES`; it decides the colour in figures
     sampler: Callable[[Evidence], ScenarioSampler]
     low_rank: bool = False  # True trains low-rank updates (LoRA) instead of all weights
-    stream: str = "scenario"  # purpose of the random numbers that scenarios are drawn with
+    stream: str = "scenario"  # of the random numbers; only the second uniform arm has another
     rate: float = 1.0  # multiple of the usual learning rate
 
 

@@ -13,8 +13,7 @@ Stage = Literal["pretraining", "finetuning"]
 # Pretraining and fine-tuning share no random number, whatever their seeds: fine-tuning that repeats
 # the order and the scenarios of its pretraining would see little that is new.
 STAGES: dict[Stage, int] = {"finetuning": 0, "pretraining": 1}
-# Each purpose has its own stream, so that the scenario of a sample is independent of its
-# augmentation.
+# By purpose, so that the scenario of a sample is independent of its augmentation.
 STREAMS = {
     "scenario": 0,
     "order": 1,

@@ -116,8 +116,7 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
     """Read our or the authors' scoring file for the methods that build on it.
 
     Args:
-        path: JSON file with `final_probs`, and with other fields of `published_scoring` where a
-            method needs them.
+        path: JSON file with `final_probs`, and the fields of `published_scoring` that methods need.
         scenarios: Scenarios that the file must have, in this order; None takes those of the file.
 
     Raises:

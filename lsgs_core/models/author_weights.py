@@ -73,8 +73,7 @@ _UNUSED = re.compile(r"fusion5\.|decoder_fuse\.seg_(d[1-4]|layer)\.|(RGB|NIR|SWI
 def load_author_weights(model: Backbone, weights: Mapping[str, Any] | str | Path) -> None:
     """Load a checkpoint of the published CBC-SLP, CBC or CMX into the same backbone.
 
-    Entries that the published models never use are dropped. Nothing is loaded unless all entries
-    fit.
+    Entries that the published models never use are dropped; unless all others fit, none is loaded.
 
     Args:
         model: Backbone of the "paper" preset for three modalities (RGB, NIR, SWIR) of three bands

@@ -75,8 +75,7 @@ class Backbone(nn.Module, ABC):
     def scenario_logits(self, images: Images, masks: Tensor) -> Iterator[Tensor]:
         """Yield the logits [B, classes, H, W] of head 0 under each of K scenarios.
 
-        Arguments and overriding are as in `scenario_latents`. Scenarios come one by one, because
-        logits are large.
+        They come one by one, because they are large; all else is as in `scenario_latents`.
         """
         patches = self.check(images, masks, scenarios=True)
         for mask in masks:
