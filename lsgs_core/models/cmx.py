@@ -221,8 +221,7 @@ class CMX(Backbone):
     def latent(self, images: Images, available: Tensor) -> Tensor:
         """Return the output of the fourth fusion, [B, C, H/32, W/32]."""
         patches = self.check(images, available)
-        levels = self._levels(patches, available)
-        return self.fusions[-1](*levels[-1])
+        return self.fusions[-1](*self._levels(patches, available)[-1])
 
     def scenario_latents(self, images: Images, masks: Tensor) -> Tensor:
         """Return the latents [K, B, C, H/32, W/32] of K scenarios, masks bool [K, M].
