@@ -3,8 +3,8 @@
 A draw depends on seed, epoch and sample index alone: a counter-based generator gives one number in
 [0, 1) for each sample, and the inverse of the cumulative probabilities turns it into a scenario.
 The batch size, the number of processes and an interruption of the run therefore change nothing.
-Two methods with the same seed share their random numbers, so that their draws agree as far as
-their probabilities do.
+Two methods with the same seed and stream share their random numbers, so that their draws agree as
+far as their probabilities do.
 """
 
 from collections.abc import Sequence
