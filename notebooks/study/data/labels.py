@@ -123,8 +123,12 @@ def _burned(labels: manifest.PolygonLabels | manifest.ScaledPolygonLabels, areas
     kind = np.uint16 if labels.overlapping else np.uint8
 
     def draw(window: Window) -> NDArray[Any]:
-        near, shape = tree.query(_box(window)), (window.height, window.width)
-        offset = rasterio.Affine.translation(window.col_off, window.row_off)
+        (top, bottom), (left, right) = window.toranges()
+        near, shape = (
+            tree.query(shapely.box(left, top, right, bottom)),
+            (bottom - top, right - left),
+        )
+        offset = rasterio.Affine.translation(left, top)
         codes = np.full(shape, outside, kind)
         for value in np.unique(values[near]):
             chosen = shapes[near[values[near] == value]]
@@ -133,11 +137,6 @@ def _burned(labels: manifest.PolygonLabels | manifest.ScaledPolygonLabels, areas
         return codes
 
     return draw
-
-
-def _box(window: Window) -> shapely.Polygon:
-    left, top = window.col_off, window.row_off
-    return shapely.box(left, top, left + window.width, top + window.height)
 
 
 def _value_numbers(labels: Labels) -> dict[str, int]:
@@ -197,8 +196,7 @@ def _polygons(labels: manifest.PolygonLabels, scene: Scene, grid: Grid) -> Areas
     listed &= ~(frame.geometry.isna() | frame.geometry.is_empty)
     in_pixels = frame.geometry[listed].affine_transform((~grid.transform).to_shapely())
     areas = _areas(in_pixels.to_numpy(), entries[listed], labels)
-    scene_box = _box(Window(0, 0, grid.width, grid.height))
-    if not shapely.intersects(areas[0], scene_box).any():
+    if not shapely.intersects(areas[0], shapely.box(0, 0, grid.width, grid.height)).any():
         raise InputError(f"{path}: no polygon of the listed values overlaps the scene")
     return areas
 
