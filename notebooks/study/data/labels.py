@@ -81,9 +81,8 @@ def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
 def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
     """Return a function that looks up the numbers, or colours, of a raster."""
     has_colours = isinstance(labels, ColourLabels)
-    table = {_packed(e) if has_colours else e: code for e, code in labels.entries()}
-    listed_numbers = np.array(sorted(table))
-    codes = np.array([table[number] for number in listed_numbers.tolist()], dtype=np.uint8)
+    entries = [(_packed(e) if has_colours else e, code) for e, code in labels.entries()]
+    listed_numbers, codes = np.array(sorted(entries)).T
 
     def draw(window: Window) -> NDArray[Any]:
         pixels, seen = raster.read(window)
@@ -105,7 +104,7 @@ def _looked_up(labels: IdLabels | ColourLabels, raster: AlignedRaster) -> Draw:
                 f"{raster.path}: holds {shown}, not listed in labels.values, labels.ignored or "
                 "labels.background; `unlisted: ignore` takes them for unknown"
             )
-        return np.where(listed & seen, codes[place], np.uint8(labels.ignore))
+        return np.where(listed & seen, codes[place], labels.ignore).astype(np.uint8)
 
     return draw
 
