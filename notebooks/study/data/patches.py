@@ -118,9 +118,10 @@ class Description(Strict):
         self, modality: str, pixels: NDArray[Any], seen: NDArray[np.bool_], out: NDArray[np.float32]
     ) -> None:
         """Write the normalised bands [D, H, W] of a modality to `out`, 0 where it is not `seen`."""
-        means = _column(self.means[modality])
+        moments = np.array([self.means[modality], self.deviations[modality]], dtype=np.float32)
+        means, deviations = moments[:, :, None, None]
         np.subtract(pixels, means, out=out, dtype=np.float32, casting="unsafe")
-        np.divide(out, _column(self.deviations[modality]), out=out)
+        np.divide(out, deviations, out=out)
         if not seen.all():
             out[:, ~seen] = 0
 
@@ -373,8 +374,3 @@ def _open(path: Path, sha256: str, process: int, thread: int) -> Any:
     """Open a raster once per content, process and thread; those used least are closed."""
     with naming(path):
         return rasterio.open(path)
-
-
-def _column(values: list[float]) -> np.ndarray:
-    """Return one number per band as [D, 1, 1] float32."""
-    return np.array(values, dtype=np.float32)[:, None, None]
