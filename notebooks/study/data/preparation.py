@@ -180,7 +180,7 @@ def write_record(record: Prepared, folder: Path) -> None:
 def check_scene(scene: Scene) -> set[str]:
     """Read all raw files of a scene once; return the label values that it has."""
     with open_scene(scene) as (grid, modalities, draw):
-        rasters = [raster for modality in modalities.values() for raster in modality.rasters]
+        rasters = [r for source in modalities.values() for r in (*source.rasters, source.mask) if r]
         for raster in {raster.path: raster for raster in rasters}.values():
             raster.check()
         member = membership(scene.labels)
@@ -213,13 +213,12 @@ def open_modalities(scene: Scene, grid: Grid) -> Iterator[dict[str, "AlignedModa
 class AlignedModality:
     """The bands of one modality on the grid of a scene, with derived bands and the mask.
 
-    The `stack` keeps the files open. `rasters` are those of the bands, and after them the mask's;
-    `bands` are names, `kind` is their data type.
+    The `stack` keeps the files open. `rasters` are those of the bands, `kind` is their data type;
+    `mask` is the raster of the mask, if there is one.
     """
 
     def __init__(self, modality: Modality, grid: Grid, resampling: str, stack: ExitStack) -> None:
-        self.grid, self.definitions, self.rasters = grid, modality.bands, list[AlignedRaster]()
-        self.bands = list(modality.bands)
+        self.grid, self.bands, self.rasters = grid, modality.bands, list[AlignedRaster]()
         self._sources = [name for file in modality.files for name in file.bands]
         for file in modality.files:
             bands = list(file.bands.values())
@@ -242,32 +241,29 @@ class AlignedModality:
         self._halo = int(any(isinstance(band, Slope) for band in derived))
         kinds = [raster.kind for raster in self.rasters]
         self.kind = np.result_type(*kinds, *[np.float32] * bool(derived))
-        self._unseen = modality.mask.unseen if modality.mask else []
+        self.mask: AlignedRaster | None = None
         if modality.mask and modality.mask_file:
-            path, channels = modality.mask_file, [modality.mask.channel]
-            self.rasters.append(AlignedRaster(path, modality.mask, grid, stack, channels))
+            path, self._unseen = modality.mask_file, modality.mask.unseen
+            self.mask = AlignedRaster(path, modality.mask, grid, stack, [modality.mask.channel])
 
     def hidden(self, window: Window) -> np.ndarray:
-        """Return which pixels the mask hides, bool [h, w]. Raises `InputError`."""
-        if not self._unseen:
+        """Return which pixels the mask hides or lacks, bool [h, w]. Raises `InputError`."""
+        if self.mask is None:
             return np.zeros((window.height, window.width), dtype=bool)
-        (mask,), with_data = self.rasters[-1].read(window)
+        (mask,), with_data = self.mask.read(window)
         if (mask != np.round(mask))[with_data].any():
-            raise InputError(f"{self.rasters[-1].path}: expected whole numbers as a mask")
-        return np.isin(mask, self._unseen)
+            raise InputError(f"{self.mask.path}: expected whole numbers as a mask")
+        return np.isin(mask, self._unseen) | ~with_data
 
     def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Return the bands [D, h, w], 0 where not seen, and where all are seen [h, w]."""
         wide, inner = _widened(window, self._halo, self.grid)
         parts = [raster.read(wide) for raster in self.rasters]
-        seen = np.logical_and.reduce([with_data for _, with_data in parts])
-        if self._unseen:
-            seen &= ~self.hidden(wide)
-            parts.pop()
+        seen = np.logical_and.reduce([~self.hidden(wide), *(with_data for _, with_data in parts)])
         channels = [channel for pixels, _ in parts for channel in pixels]
         pixels = dict(zip(self._sources, channels, strict=True))
         bands = []
-        for name, band in self.definitions.items():
+        for name, band in self.bands.items():
             if isinstance(band, Difference):
                 first, second = (pixels[source].astype(np.float32) for source in band.difference)
                 bands.append(first - second)
@@ -306,7 +302,7 @@ def _write_scene(
         enter = stack.enter_context
         paths = {name: enter(written_beside(folder / file)) for name, file in files.items()}
         outputs = {
-            name: enter(create_raster(paths[name], grid, source.bands, source.kind))
+            name: enter(create_raster(paths[name], grid, [*source.bands], source.kind))
             for name, source in modalities.items()
         }
         kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
