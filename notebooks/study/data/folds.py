@@ -7,6 +7,7 @@ one part. Shuffled patches (the paper's authors): patches that do not overlap, d
 Neighbours of test patches are trained on, so the scores are too good: `leaks` says so.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations, permutations, product
@@ -169,26 +170,24 @@ def check_separation(
     Raises `InputError` where two parts of a scene have fewer than `margin` pixels between them, or
     where parts of two prepared `scenes` that overlap on the ground show the same of it.
     """
-    boxes: dict[Any, NDArray[Any]] = {}
+    boxes: dict[Any, NDArray[Any]] = defaultdict(lambda: np.zeros((0, 4)))  # of scene and part
     for key, rows in table.groupby(["scene", f"fold_{fold}"]):
         corner = rows[["column", "row"]].to_numpy()
         boxes[key] = np.hstack([corner, corner + rows[["size"]].to_numpy()])
-    scenes, nothing = scenes or {}, np.zeros((0, 4))
     around = margin * np.array([-1, -1, 1, 1])
     for scene in table["scene"].unique():
         for first, second in combinations(PARTS, 2):
-            beside = boxes.get((scene, second), nothing) + around
-            close = _meeting(_polygons(boxes.get((scene, first), nothing)), _polygons(beside))
-            if close:
+            beside = _polygons(boxes[scene, second] + around)
+            if close := _meeting(_polygons(boxes[scene, first]), beside):
                 raise InputError(
                     f"fold {fold}: {close} {first} patches of scene {scene} lie within {margin} "
                     f"pixels of a {second} patch"
                 )
+    scenes = scenes or {}
     for one, other in _overlapping(scenes):
         for first, second in permutations(PARTS, 2):
-            ground = _polygons(boxes.get((one, first), nothing), scenes[one])
-            same = _meeting(ground, _polygons(boxes.get((other, second), nothing), scenes[other]))
-            if same:
+            ground = _polygons(boxes[other, second], scenes[other])
+            if same := _meeting(_polygons(boxes[one, first], scenes[one]), ground):
                 raise InputError(
                     f"fold {fold}: {same} {first} patches of scene {one} show ground that "
                     f"{second} patches of scene {other} show too"
