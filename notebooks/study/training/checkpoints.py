@@ -132,14 +132,13 @@ def load_checkpoint(
         load_author_weights(model, path)
         return None
     weights, record = load_weights(path, expected)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    targets = model.state_dict()
+    wanted, found = ({n: tuple(t.shape) for n, t in of.items()} for of in (targets, weights))
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
         raise InputError(
             f"{path}: a checkpoint of another model: {len(wrong)} entries differ, the first is "
             f"{wrong[0]}: expected {wanted.get(wrong[0])}, found {found.get(wrong[0])}"
         )
-    targets = model.state_dict()
     if bad := [name for name, value in weights.items() if not _fits(value, targets[name])]:
         raise InputError(
             f"{path}: {len(bad)} entries are not finite or of another kind, the first is {bad[0]}"
