@@ -63,7 +63,7 @@ def class_membership(dataset: manifest.Dataset, task: str) -> NDArray[np.bool_]:
 @contextmanager
 def open_labels(scene: Scene, grid: Grid) -> Iterator[Draw]:
     """Open the labels of a scene, as a function from a window to its codes."""
-    labels, path = scene.labels, scene.label_files[0]
+    labels, path = scene.dataset.labels, scene.label_files[0]
     if isinstance(labels, manifest.PolygonLabels):
         yield _burned(labels, _polygons(labels, scene, grid))
     elif isinstance(labels, manifest.ScaledPolygonLabels):

@@ -485,15 +485,15 @@ class Dataset(Strict):
             raise ValueError(f"labels.values: the name {BACKGROUND!r} is reserved")
         if "labels" in self.modalities:
             raise ValueError("modalities: the name 'labels' is reserved for the label raster")
-        file_bands = [name for name, band in self.bands.items() if isinstance(band, FileBand)]
-        _expect_names("reference_band", "band of a file", [self.reference_band], file_bands)
+        _expect_names("reference_band", "band of a file", [self.reference_band], self.file_bands)
         for name, bands in self.modalities.items():
             _expect_names(f"modalities.{name}", "band", bands, self.bands)
         for field, modalities in (("may_be_absent", self.may_be_absent), ("masks", self.masks)):
             _expect_names(field, "modality", modalities, self.modalities)
         for name, band in self.bands.items():
             if not isinstance(band, FileBand):
-                _expect_names(f"bands.{name}", "band of a file", self.sources([name]), file_bands)
+                sources = self.sources([name])
+                _expect_names(f"bands.{name}", "band of a file", sources, self.file_bands)
             elif band.channel == 0:
                 raise ValueError(f"bands.{name}.channel: channels count from 1, or back from -1")
         for name, task in self.tasks.items():
@@ -515,8 +515,7 @@ class Dataset(Strict):
     def _paths_can_be_filled(self) -> Self:
         if bool(self.scenes) == bool(self.find_scenes):
             raise ValueError("scenes: expected either scenes or find_scenes")
-        file_bands = [band for band in self.bands.values() if isinstance(band, FileBand)]
-        paths = [placed.file for placed in (*file_bands, *self.masks.values())]
+        paths = [placed.file for placed in (*self.file_bands.values(), *self.masks.values())]
         paths += self.label_files.values()
         scenes = dict(self.scenes)
         members = {member.path for member in getattr(self.source, "members", [])}
@@ -534,6 +533,11 @@ class Dataset(Strict):
                 if members and not files & members:
                     raise ValueError(f"source.members: does not list {min(files)} of {scene}")
         return self
+
+    @property
+    def file_bands(self) -> dict[str, FileBand]:
+        """Return the bands that are in a file, by name."""
+        return {name: band for name, band in self.bands.items() if isinstance(band, FileBand)}
 
     @property
     def label_files(self) -> dict[str, list[str]]:

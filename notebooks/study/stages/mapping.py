@@ -151,12 +151,12 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
         if chosen not in scenes:
             raise InputError(f"scenes: expected some of {[*scenes]}, found {chosen!r}")
         there = scenes[chosen].modalities
-        kept = {m: there[m] for m in bands if m in there and m not in gone}
+        kept = [modality for modality in bands if modality in there and modality not in gone]
         scene = replace(scenes[chosen], modalities=kept)
         grid = _grid(network, scene, size, parameters["resample"])
         inputs = {file.relative_to(folder).as_posix(): file_sha256(file) for file in scene.files}
         inputs |= {"weights": network.sha256, "code": fingerprint("mapping")}
-        made_with = {"scene": chosen, "modalities": [*kept], "patch_size": size, "stride": stride}
+        made_with = {"scene": chosen, "modalities": kept, "patch_size": size, "stride": stride}
         made_with |= {"pixel_size": grid.pixel_size, "threads": parameters["threads"]}
         parts = name, f"{chosen}-without-{without}" if without else chosen
         target = Path(parameters["work"]).joinpath("maps", *parts)
@@ -178,7 +178,8 @@ def _grid(network: TrainedNetwork, scene: Scene, size: int, resample: bool) -> G
                 f"{path}: expected pixels of {wanted:.4g} m, on which the network was trained, "
                 f"found {found:.4g} m; set `resample` to bring the scene to them"
             )
-        if any(isinstance(b, Slope) for m in scene.modalities.values() for b in m.bands.values()):
+        used = (band for m in scene.modalities for band in scene.dataset.modalities[m])
+        if any(isinstance(scene.dataset.bands[band], Slope) for band in used):
             raise InputError(f"resample: {scene.name} has slopes, defined at its own pixel size")
         height, width = (round(side * found / wanted) for side in (grid.height, grid.width))
         scale = Affine.scale(grid.width / width, grid.height / height)
