@@ -167,13 +167,12 @@ class RawFolder:
         self.paths: dict[str, Path] = {}  # by path inside the folder
         self._by_end: dict[str, list[str]] = {}
         for path in sorted(_files_below(self.folder)):
-            inside = path.relative_to(self.folder)
-            if not any(part.startswith((".", "__MACOSX")) for part in inside.parts):
-                self.paths[inside.as_posix()] = path
-                parts = _plain(inside.as_posix()).split("/")
+            inside = path.relative_to(self.folder).as_posix()
+            if not any(part.startswith((".", "__MACOSX")) for part in inside.split("/")):
+                self.paths[inside] = path
+                parts = _plain(inside).split("/")
                 for start in range(len(parts)):
-                    end = "/".join(parts[start:])
-                    self._by_end.setdefault(end, []).append(inside.as_posix())
+                    self._by_end.setdefault("/".join(parts[start:]), []).append(inside)
 
     def find(self, file: str) -> Path | None:
         """Return the file of a path of the manifest, None when it does not exist.
