@@ -236,10 +236,10 @@ class PatchDataset:
         folds = range(table.filter(regex="^fold_").shape[1])
         if fold not in folds:
             raise InputError(f"fold: expected one of {[*folds]}, found {fold!r}")
-        self._hashes = _hashes(self.folder, record)
+        hashes, self._scenes = _hashes(self.folder, record), record.scenes
         assignment = table.filter(regex="^(scene|row|column|size|fold_.*)$").to_csv(index=False)
         self.patches_sha256 = hashlib.sha256(assignment.encode()).hexdigest()
-        all_hashes = json.dumps(self._hashes, sort_keys=True)
+        all_hashes = json.dumps(hashes, sort_keys=True)
         self.data_sha256 = hashlib.sha256(all_hashes.encode()).hexdigest()
         chosen = table[table[f"fold_{fold}"] == split]
         if chosen.empty:
@@ -265,7 +265,6 @@ class PatchDataset:
         self._member = member.astype(np.float32)
         self._class_of = np.where(member.any(axis=0), member.argmax(axis=0), -1)
         self._ignore = dataset.labels.ignore
-        self._present = {name: set(scene.modalities) for name, scene in record.scenes.items()}
         means = {m: [0.0] * len(bands) for m, bands in dataset.modalities.items()}
         deviations = {m: [1.0] * len(bands) for m, bands in dataset.modalities.items()}
         if normalisation != "none":
@@ -339,12 +338,12 @@ class PatchDataset:
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a patch of a raster [D, H, W], and where it has data [H, W] bool."""
         scene, row, column = self._places[index]
-        shape = self.size, self.size
-        if name != LABELS and name not in self._present[scene]:
+        shape, made = (self.size, self.size), self._scenes[scene]
+        if name != LABELS and name not in made.modalities:
             bands = self.bands[self.modalities.index(name)]
             return np.zeros((bands, *shape), np.uint8), np.zeros(shape, dtype=bool)
         file = f"{scene}/{name}.tif"
-        raster = _open(self.folder / file, self._hashes[file], os.getpid(), threading.get_ident())
+        raster = _open(self.folder / file, made.outputs[file], os.getpid(), threading.get_ident())
         window = Window(column, row, self.size, self.size)
         with naming(self.folder / file):
             pixels, masks = raster.read(window=window), raster.read_masks(1, window=window)
