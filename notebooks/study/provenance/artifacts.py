@@ -146,8 +146,8 @@ def is_made(path: Path, record: Record) -> bool:
         found = check(path)
     except InputError:
         return False
-    same = _same(found["parameters"], dict(record.parameters))
-    return same and _same(found["inputs"], dict(record.inputs))
+    made_with = [dict(record.parameters), dict(record.inputs)]
+    return _same([found["parameters"], found["inputs"]], made_with)
 
 
 def load_weights(
