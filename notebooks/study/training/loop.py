@@ -83,8 +83,8 @@ def train(
     # backward pass of PyTorch 2.13 reads memory that was never written.
     if device.type == "cpu" and settings.precision == "bfloat16":
         raise InputError("precision: expected 'float32' on a CPU, found 'bfloat16', for GPUs alone")
-    processes = Processes(device)
-    if (last := min(settings.batch_sizes(len(dataset)))) < processes.count:
+    processes, sizes = Processes(device), settings.batch_sizes(len(dataset))
+    if (last := min(sizes)) < processes.count:
         raise InputError(
             f"batch_size: {settings.batch_size} of {len(dataset)} patches leave a batch of {last} "
             f"for {processes.count} processes; expected at least a patch for each"
@@ -96,8 +96,7 @@ def train(
     text = json.dumps(complete, sort_keys=True)
     run = _Run(model, dataset, dropout, settings, processes, folder / STATE, text)
     run.restore()
-    steps = len(settings.batch_sizes(len(dataset)))
-    done, total = len(run.history) * steps + run.step, settings.epochs * steps
+    done, total = len(run.history) * len(sizes) + run.step, settings.epochs * len(sizes)
     bar = tqdm(initial=done, total=total, unit="step", desc="training", disable=processes.rank > 0)
     with bar:
         while len(run.history) < settings.epochs:
