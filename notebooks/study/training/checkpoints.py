@@ -185,14 +185,13 @@ def load_network(weights: Path | str, device: torch.device | str = "cpu") -> Tra
     check_type(f"{sidecar_path(path)}: model", made_with.get("model", {}), dict)
     description = validated(Description, made_with["description"], where)
     bands, classes = [*map(len, description.bands.values())], len(description.classes)
-    sizes = {"bands": bands, "classes": classes}
-    settings, expected = {"name": "", **made_with.get("model", {}), **sizes}, None
+    settings = {"name": "", **made_with.get("model", {}), "bands": bands, "classes": classes}
     if is_own(str(settings["name"])):
         model = build_own(settings["name"], bands, classes)
-        expected = {"model": model.configuration}
+        load_checkpoint(model, path, {"model": model.configuration})
     else:
         model = accelerate_on_cpu(build_backbone(**settings))
-    load_checkpoint(model, path, expected)
+        load_checkpoint(model, path)
     scenarios = ScenarioSet.of(description.bands)
     return TrainedNetwork(model.to(device).eval(), scenarios, description, path, record["sha256"])
 
