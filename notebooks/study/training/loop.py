@@ -9,7 +9,7 @@ one that was never killed (CPU, same number of threads).
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,24 +128,23 @@ def turned(batch: Batch, numbers: NDArray[np.float64]) -> Batch:
     return replace(batch, images=tuple(turn(image) for image in batch.images), **others)
 
 
+@dataclass
 class _Run:
     """A training run, with what it needs to go on, and where it stands."""
 
-    def __init__(
-        self,
-        model: Backbone,
-        dataset: PatchDataset,
-        dropout: ScenarioDropout,
-        settings: TrainingSettings,
-        processes: Processes,
-        path: Path,
-        identity: str,
-    ) -> None:
-        self.model, self.dataset, self.dropout, self.settings = model, dataset, dropout, settings
-        self.processes, self.path, self.identity = processes, path, identity
-        objective = _Objective(model, settings, dataset.task_kind)
-        self.objective = processes.wrap(objective)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model: Backbone
+    dataset: PatchDataset
+    dropout: ScenarioDropout
+    settings: TrainingSettings
+    processes: Processes
+    path: Path
+    identity: str
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        objective = _Objective(self.model, settings, self.dataset.task_kind)
+        self.objective = self.processes.wrap(objective)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimiser: torch.optim.Optimizer = (
             torch.optim.SGD(trained, rate, momentum=0.9, weight_decay=decay)
@@ -155,7 +154,7 @@ class _Run:
         self.history: list[dict[str, float]] = []  # a row for every complete epoch
         self.step = 0  # steps of the next epoch that are done
         self.loss = 0.0  # sum of the losses of their samples
-        self.drawn = np.zeros(len(dropout.scenarios))  # how often they drew each scenario, [K]
+        self.drawn = np.zeros(len(self.dropout.scenarios))  # how often they drew each scenario, [K]
         self.random: list[Tensor] = []  # PyTorch's generators after them
 
     def restore(self) -> None:
