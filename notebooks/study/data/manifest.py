@@ -364,7 +364,7 @@ class DiagonalBlocks(Strict):
 
     def check_fit(self, size: int, where: str = "") -> None:
         """Raise `InputError` when blocks, margins and patches of a size do not fit each other."""
-        if self.block_size < size or self.block_size % size:
+        if self.block_size % size:
             raise InputError(
                 f"{where}block_size: expected a multiple of the patch size {size}, "
                 f"found {self.block_size}"
