@@ -30,13 +30,13 @@ STAGES: dict[NotebookStage, tuple[str, ...]] = {
     ),
     "finetuning": ("study.stages.finetuning", *NETWORK),
     "evaluation": (
-        *(
-            "study.metrics.evaluation",
-            "study.metrics.statistics",
-            "study.stages.agreement",
-            "study.comparison.collection",
-        ),
-        *("study.comparison.predictions", "study.comparison.robustness", "study.figures.study"),
+        "study.metrics.evaluation",
+        "study.metrics.statistics",
+        "study.stages.agreement",
+        "study.comparison.collection",
+        "study.comparison.predictions",
+        "study.comparison.robustness",
+        "study.figures.study",
     ),
     "mapping": ("study.stages.mapping",),
 }
