@@ -34,29 +34,17 @@ MAP = "map/"  # prefix of the predictions in a file
 
 @dataclass(frozen=True)
 class Predictions:
-    """P patches with their pictures, their truth, and the predictions of several networks.
+    """P patches with their pictures, their truth, and the predictions of several networks."""
 
-    Attributes:
-        modalities: Names of the M modalities.
-        bands: What their pictures show, such as "B04, B03, B02".
-        classes: Names of the C classes, at most 254.
-        colours: Their colours, "#RRGGBB".
-        pixel_size: Side of a pixel in metres; NaN where that is not known.
-        patch_ids: int64 [P].
-        pictures: Colour picture of every modality, uint8 [P, M, H, W, 3].
-        truth: Class of every pixel, `NOTHING` or `UNKNOWN`, uint8 [P, H, W].
-        maps: Predicted classes in each of the K scenarios, uint8 [P, K, H, W], by
-            "backbone/method".
-    """
-
-    modalities: tuple[str, ...]
-    bands: tuple[str, ...]
-    classes: tuple[str, ...]
-    colours: tuple[str, ...]
-    pixel_size: float
-    patch_ids: NDArray[np.int64]
-    pictures: NDArray[np.uint8]
-    truth: NDArray[np.uint8]
+    modalities: tuple[str, ...]  # names of the M modalities
+    bands: tuple[str, ...]  # what their pictures show, such as "B04, B03, B02"
+    classes: tuple[str, ...]  # names of the C classes, at most 254
+    colours: tuple[str, ...]  # their colours, "#RRGGBB"
+    pixel_size: float  # side of a pixel in metres; NaN where that is not known
+    patch_ids: NDArray[np.int64]  # [P]
+    pictures: NDArray[np.uint8]  # colour picture of every modality, [P, M, H, W, 3]
+    truth: NDArray[np.uint8]  # class of every pixel, `NOTHING` or `UNKNOWN`, [P, H, W]
+    # predicted classes in each of the K scenarios, [P, K, H, W], by "backbone/method"
     maps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
