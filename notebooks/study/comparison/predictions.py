@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.models import Backbone
 from lsgs_core.scenarios import ScenarioSet
+from study.comparison.collection import Collected
 from study.data.colours import class_colours
 from study.data.patches import PatchDataset
 from study.metrics.evaluation import class_map, scenario_logits
 from study.provenance.artifacts import Record, save
 from study.stages.tiers import network_seed
 from study.training.checkpoints import build_network, load_checkpoint
-
-if TYPE_CHECKING:
-    from study.comparison.collection import Collected
 
 NOTHING, UNKNOWN = 254, 255  # none of the classes; no label, or nothing to predict from
 NAMES = ("modalities", "bands", "classes", "colours")
@@ -169,7 +167,7 @@ def predict_patches(
 
 
 def networks_of(
-    grid: "Collected", most: int | None = None
+    grid: Collected, most: int | None = None
 ) -> Iterator[tuple[str, str, PatchDataset, Backbone]]:
     """Yield the networks of the first fold and seed of every data set, of at most so many methods.
 
@@ -195,7 +193,7 @@ def networks_of(
             yield dataset, f"{backbone}/{method}", test, model.eval()
 
 
-def predictions_of_runs(grid: "Collected") -> dict[str, Predictions]:
+def predictions_of_runs(grid: Collected) -> dict[str, Predictions]:
     """Predict the richest patches of every data set with the networks of `networks_of`."""
     by_dataset: dict[str, Predictions] = {}
     for dataset, name, test, model in networks_of(grid):

@@ -9,7 +9,6 @@ standardised.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,11 +17,9 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.distributions import deployment_prior
+from study.comparison.collection import Collected
 from study.comparison.predictions import networks_of
 from study.metrics.evaluation import calibration_errors, evaluate, expected, scenario_scores
-
-if TYPE_CHECKING:
-    from study.comparison.collection import Collected
 
 SQUARE = 8  # pixels; side of the squares that are lost as a whole
 RATES = 0.05, 0.1, 0.2  # at which every sensor fails by itself
@@ -86,7 +83,7 @@ class Damaged(nn.Module):
         return self.network(shown, torch.stack(there, dim=1))
 
 
-def robustness(grid: "Collected") -> pd.DataFrame:
+def robustness(grid: Collected) -> pd.DataFrame:
     """Measure networks by every protocol, on some patches of all blocks.
 
     They are those of `networks_of` before fine-tuning and with the first method after it.
