@@ -135,17 +135,14 @@ def check_network(
             absent.append(_difference(outputs(images, present), outputs(others, present)))
     values = *model.state_dict().values(), *together
     not_finite = sum(not bool(torch.isfinite(value).all()) for value in values)
-    differences = {
-        "entries that are not finite": (float(not_finite), 0.0),
-        "D of the full scenario": (_difference([shared[scenarios.full]], together[:1]), TOLERANCE),
-        "a patch alone and in a batch": (_difference(alone, together), TOLERANCE),
-        "pixels of an absent modality": (float(np.max(absent)), 0.0),
-    }
     rows = [
-        {"check": name, "found": found, "allowed": allowed, "passed": found <= allowed}
-        for name, (found, allowed) in differences.items()
+        ("entries that are not finite", float(not_finite), 0.0),
+        ("D of the full scenario", _difference([shared[scenarios.full]], together[:1]), TOLERANCE),
+        ("a patch alone and in a batch", _difference(alone, together), TOLERANCE),
+        ("pixels of an absent modality", float(np.max(absent)), 0.0),
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["check", "found", "allowed"])
+    return table.assign(passed=table["found"] <= table["allowed"])
 
 
 def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
