@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,16 +148,15 @@ def check_network(
 
 def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
     """Images of the first complete patches, one tensor per modality."""
-    parts: list[list[torch.Tensor]] = []
-    count = 0
-    for batch in batches:
-        parts.append([image[batch.complete] for image in batch.images])
-        count += int(batch.complete.sum())
-        if count >= CHECKED_PATCHES:
-            break
-    if not count:
+    complete = (
+        [image[place] for image in batch.images]
+        for batch in batches
+        for place in batch.complete.nonzero()[:, 0]
+    )
+    first = [*islice(complete, CHECKED_PATCHES)]
+    if not first:
         raise InputError("expected a patch that every modality sees, found none")
-    return [torch.cat(images)[:CHECKED_PATCHES] for images in zip(*parts, strict=True)]
+    return [torch.stack(images) for images in zip(*first, strict=True)]
 
 
 def _difference(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> float:
