@@ -8,7 +8,7 @@ as the number of folds, is checked with it, long before a notebook comes to use 
 import ast
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, create_model
@@ -33,17 +33,7 @@ FIVE = ScenarioSet.of(["A", "B", "C", "D", "E"])  # for settings whose data set 
 Index = Annotated[int, Field(ge=0, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=10**6)]
 OrDefault = Annotated[int, Field(ge=-1, le=10**6)]  # -1 is the manifest's value
-
-
-def _one_of(names: Collection[str]) -> Any:
-    """Return the type of a text that is one of some names."""
-
-    def check(name: str) -> str:
-        if name not in names:
-            raise ValueError(f"expected one of {sorted(names)}")
-        return name
-
-    return Annotated[str, AfterValidator(check)]
+PRESETS = sorted({name for _, presets in BACKBONES.values() for name in presets})
 
 
 def _methods(text: str) -> str:
@@ -113,12 +103,9 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("scenes", "missing"), Text),
     **dict.fromkeys(("split", "index_file", "probabilities", "failure_rates", "tier"), Text),
     **dict.fromkeys(("dataset", "task"), Name),
-    "normalisation": _one_of(get_args(Normalisation)),
+    "normalisation": Normalisation,
     "backbone": Backbone,
-    **dict.fromkeys(
-        ("preset", "growth_preset"),
-        _one_of({p for _, presets in BACKBONES.values() for p in presets}),
-    ),
+    **dict.fromkeys(("preset", "growth_preset"), Literal[*PRESETS]),
     **dict.fromkeys(("fold", "shown_fold", "seed"), Index),
     "pretraining_seed": Annotated[int, Field(ge=-1, le=2**31)],  # -1 is the run's own seed
     "drawn_by": Method,
@@ -134,7 +121,7 @@ TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("lengthscale", "inverse_temperature", "tolerance"), Tuning),
     "ridge": Annotated[float, Field(gt=0, le=10**6)],
     "mixing": Annotated[float, Field(ge=0, le=1)],
-    "primary_metric": _one_of(METRICS),
+    "primary_metric": Literal[*METRICS],
     "contrasts": Annotated[Text, AfterValidator(lambda text: planned_pairs(text) and text)],
     "resamples": Annotated[int, Field(ge=1, le=10**6)],
     **dict.fromkeys(("repeats", "orders", "scored"), Positive),
