@@ -133,28 +133,23 @@ def scene_pictures(scene: Scene, grid: Grid) -> dict[str, NDArray[np.float64]]:
         return {name: composite(*modality.read(whole)) for name, modality in modalities.items()}
 
 
-def class_maps(
-    paths: Mapping[str, Path], pictures: Mapping[str, NDArray[np.float64]] | None = None
-) -> Figure:
-    """Draw maps of one scene beside each other, in the colours that they carry.
+def class_maps(paths: Mapping[str, Path], pictures: Mapping[str, NDArray[np.float64]]) -> Figure:
+    """Draw colour pictures of a scene, and beside them maps of it in the colours that they carry.
 
-    Args:
-        paths: GeoTIFFs of classes with a colour table and tags `id_<value>` (see
-            `study.stages.mapping`), by the titles of their panels.
-        pictures: Colour pictures of the scene, drawn first.
+    Maps, by the titles of their panels, are GeoTIFFs of classes with a colour table and tags
+    `id_<value>` (see `study.stages.mapping`).
     """
     shown: dict[int, Patch] = {}
-    images = dict(pictures or {})
-    count = len(images) + len(paths)
+    count = len(pictures) + len(paths)
     columns = min(3, count)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(13, 0.6), squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
-    for panel, (title, image) in zip(axes.flat, images.items(), strict=False):
+    for panel, (title, image) in zip(axes.flat, pictures.items(), strict=False):
         panel.imshow(image)
         panel.set_title(title)
-    for panel, (title, path) in zip(axes.flat[len(images) :], paths.items(), strict=False):
+    for panel, (title, path) in zip(axes.flat[len(pictures) :], paths.items(), strict=False):
         with rasterio.open(path) as raster:
             values = raster.read(1, out_shape=_reduction(raster)[1])
             names, colours, nodata = raster.tags(), raster.colormap(1), raster.nodata
