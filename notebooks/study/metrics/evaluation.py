@@ -157,11 +157,9 @@ def _measure(
     truth, strict = _truth(batch, classes, kind), protocol == "strict"
     shape = len(truth), len(scenarios), classes, len(COUNTS if strict else SOFT)
     values = np.full(shape, 0.0 if strict else np.nan)
+    measure = _counts if strict else _soft_scores
     for index, served, logits, counted in scenario_logits(model, batch, scenarios):
-        if strict:
-            measured = _counts(predict(logits, kind), truth[served], counted[:, None])
-        else:
-            measured = _soft_scores(logits, truth[served], counted[:, None], kind)
+        measured = measure(logits, truth[served], counted[:, None], kind)
         values[served.numpy(force=True), index] = measured.numpy(force=True)
     return values
 
@@ -304,10 +302,11 @@ def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:
     return batch.target > 0.5
 
 
-def _counts(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+def _counts(logits: Tensor, truth: Tensor, counted: Tensor, kind: TaskKind) -> Tensor:
     """Count true positives, false positives and false negatives, [B, C, 3]."""
+    predicted = predict(logits, kind)
     pairs = (predicted & truth, predicted & ~truth, ~predicted & truth)
-    return torch.stack([(pair & valid).sum(dim=(2, 3)) for pair in pairs], dim=2)
+    return torch.stack([(pair & counted).sum(dim=(2, 3)) for pair in pairs], dim=2)
 
 
 def _soft_scores(logits: Tensor, truth: Tensor, counted: Tensor, kind: TaskKind) -> Tensor:
