@@ -57,11 +57,9 @@ class Collected:
 
     def scores(self) -> pd.DataFrame:
         """Return distortions and probabilities of every network and scenario."""
-        tables, seed = {}, self.parameters["pretraining_seed"]
-        for dataset, backbone, fold, own in self.points:
-            network = dataset, backbone, fold, network_seed(seed, own)
-            if network not in tables:
-                tables[network] = load_table(self.study.scores(*network) / "distortion.csv")
+        seed = self.parameters["pretraining_seed"]
+        networks = dict.fromkeys((*run[:3], network_seed(seed, run[3])) for run in self.points)
+        tables = {one: load_table(self.study.scores(*one) / "distortion.csv") for one in networks}
         return pd.concat(tables, names=NETWORK).reset_index(NETWORK).reset_index(drop=True)
 
     def lost(self, scores: pd.DataFrame) -> pd.DataFrame:
