@@ -166,10 +166,9 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
         axes.set(xlabel="" if readable else "scenarios, from one modality to all", ylabel="")
         plt.setp(axes.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
 
-    pairs = len(scores[["dataset", "backbone"]].drop_duplicates())
     height = 1.6 + 0.27 * (scores["method"].nunique() + 1)
-    title, columns = "What each method adds to uniform sampling, by scenario", min(pairs, 2)
-    return _panels(scores, draw, title, width=5.6, height=height, columns=columns)
+    title = "What each method adds to uniform sampling, by scenario"
+    return _panels(scores, draw, title, width=5.6, height=height, columns=2)
 
 
 def method_curves(histories: pd.DataFrame) -> Figure:
