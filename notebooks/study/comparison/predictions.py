@@ -113,10 +113,9 @@ def richest_patches(dataset: PatchDataset, count: int) -> list[int]:
     """
     pixels = dataset.table.filter(like="pixels_")
     order = pd.DataFrame({"values": (pixels > 0).sum(axis=1), "labelled": pixels.sum(axis=1)})
-    order["block"] = dataset.block_ids
     order = order.sort_values(["values", "labelled"], ascending=False, kind="stable")
     # The best of every block first, then the second best of every block, and so on.
-    order["turn"] = order.groupby("block").cumcount()
+    order["turn"] = order.groupby(dataset.table["block"]).cumcount()
     return order.sort_values("turn", kind="stable").index[:count].tolist()
 
 
