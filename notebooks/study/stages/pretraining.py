@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError
@@ -81,7 +82,7 @@ def expect_fit(name: str, run: "NetworkRun") -> None:
         )
 
 
-def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Train a network, in every process that shares it, or go on with what the record names.
 
     Returns the history, as `train` returns it, and the weights on the CPU.
@@ -117,9 +118,7 @@ def check_network(
     masks = torch.tensor(scenarios.masks, device=device)
     full = torch.ones(len(images[0]), len(images), dtype=torch.bool, device=device)
 
-    def outputs(
-        images: Sequence[torch.Tensor], present: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(images: Sequence[Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
         return model.latent([*images], present), model([*images], present)
 
     absent = []
@@ -146,7 +145,7 @@ def check_network(
     return table.assign(passed=table["found"] <= table["allowed"])
 
 
-def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
+def _complete_images(batches: Iterable[Batch]) -> list[Tensor]:
     """Images of the first complete patches, one tensor per modality."""
     complete = (
         [image[place] for image in batch.images]
@@ -159,7 +158,7 @@ def _complete_images(batches: Iterable[Batch]) -> list[torch.Tensor]:
     return [torch.stack(images) for images in zip(*first, strict=True)]
 
 
-def _difference(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]) -> float:
+def _difference(first: Iterable[Tensor], second: Iterable[Tensor]) -> float:
     """Largest difference relative to the root mean square of the second; NaN where there is one."""
     pairs = zip(first, second, strict=True)
     scaled = [(a - b).abs().max() / b.square().mean().sqrt().clamp(min=1e-12) for a, b in pairs]
