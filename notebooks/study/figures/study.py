@@ -204,7 +204,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     keys = ["dataset", "backbone", "seed"]
     base = arms.groupby(keys)[columns].mean()
     table = summary[~summary["method"].isin(["pretrained", *UNIFORM_ARMS[:1]])]
-    paired = table.join(base, on=keys, rsuffix="_of_uniform", how="inner")
+    paired = table.merge(base, on=keys, suffixes=("", "_of_uniform"))
     for column in columns:
         paired[column] -= paired[f"{column}_of_uniform"]
     looks = _looks(paired)
