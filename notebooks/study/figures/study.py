@@ -39,10 +39,7 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
             face = colour if row["p_holm"] < 0.05 else "white"
             axes.hlines(position, row["low"], row["high"], color=colour, linewidth=2)
             axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
-            axes.text(
-                1.02, position, f"{row['replicates']:.0f}", fontsize=8, color="#666666",
-                va="center", transform=axes.get_yaxis_transform(),
-            )  # fmt: skip
+            _note(axes, position, f"{row['replicates']:.0f}")
         axes.set_yticks(range(len(order)), [method_title(name) for name in order])
         axes.set_xlabel("IoU minus uniform")
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -51,7 +48,8 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
         f"{METRICS[metric]}: difference to uniform, 95 % over replicates and blocks\n"
         "filled: Holm-corrected p < 0.05; on the right: replicates; second arm: the noise floor"
     )
-    figure = _panels(table, draw, title, width=3.6, height=0.6 + 0.27 * len(order), sharey=True)
+    height = 0.6 + 0.27 * len(order)
+    figure = _panels(table, draw, title, width=3.6, height=height, sharex=True, sharey=True)
     # The numbers of replicates stand between the panels.
     figure.set_layout_engine("constrained", wspace=0.08)
     return figure
@@ -82,13 +80,13 @@ def forest_of_cases(differences: pd.DataFrame, pooled: pd.DataFrame) -> Figure:
             panel.plot(row["mean"], position, "D", color=colour, markeredgecolor="white")
             places = [position - 0.25] * len(cases)  # beside the interval, which would hide them
             panel.plot(cases["difference"], places, ".", color="#777777", markersize=5)
+            _note(panel, position, f"{row['cases']:.0f}")
         panel.set(title=METRICS[metric], xlabel="IoU minus uniform")
         panel.xaxis.set_major_locator(MaxNLocator(4))
     axes[0, 0].set_yticks(range(len(order)), [method_title(name) for name in order])
-    cases = int(pooled["cases"].max())
     figure.suptitle(
-        f"What a sampler brings over {cases} scenes and backbones: mean (thick: 95 % interval), "
-        "a new case (thin), cases (grey)"
+        "What a sampler brings over scenes and backbones: mean (thick: 95 % interval), "
+        "a new case (thin), cases (grey; on the right: how many)"
     )
     return figure
 
@@ -129,7 +127,7 @@ def sensor_bars(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("Shapley value, IoU")
         axes.xaxis.set_major_locator(MaxNLocator(4))
 
-    return _panels(table, draw, "What each sensor is worth", width=3, height=2.4)
+    return _panels(table, draw, "What each sensor is worth", width=3, height=2.4, sharex=True)
 
 
 def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
@@ -150,6 +148,7 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
         arms = [name for name in UNIFORM_ARMS if name in table.index]
         base = table.loc[arms].mean() if arms else 0 * table.iloc[0]
         shown = table.drop(index=arms[:1]) - base if arms else table
+        shown.loc[shown.index.isin(arms)] *= 2  # from the first arm, not from the mean of both
         text = shown.map("{:+.3f}".format if arms else "{:.2f}".format)
         if arms:
             shown.loc["uniform, IoU"] = 0.0  # white: its numbers are of another kind
@@ -194,7 +193,8 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     """Draw what each method adds to uniform sampling: in the worst scenario, and in the mean.
 
     A point is the mean over replicates of the paired differences, and its bars are their standard
-    errors; uniform is the mean of its arms. A line joins the settings of a method: its front.
+    errors; uniform is the mean of its arms, and the second arm is compared with the first. A line
+    joins the settings of a method: its front.
 
     Args:
         summary: The columns dataset, backbone, method, seed, mean_iou and worst_iou.
@@ -207,6 +207,8 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
     paired = table.merge(base, on=keys, suffixes=("", "_of_uniform"))
     for column in columns:
         paired[column] -= paired[f"{column}_of_uniform"]
+    # The second arm is shown from the first, not from the mean of both, half as far away.
+    paired.loc[paired["method"] == UNIFORM_ARMS[1], columns] *= 2
     looks = _looks(paired)
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
@@ -228,7 +230,7 @@ def worst_against_mean(summary: pd.DataFrame) -> Figure:
 
     height = max(3.6, 0.2 * _legend_lines(paired))
     title = "What each method adds to uniform sampling"
-    title += ", ± one standard error" if len(paired["seed"].unique()) > 1 else ""
+    title += ", ± one standard error over replicates" if len(paired["seed"].unique()) > 1 else ""
     return _panels(paired, draw, title, width=4, height=height, legend=True)
 
 
@@ -258,6 +260,14 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
 
     title = "Does D order the scenarios as the loss does, better than counting?"
     return _panels(table, draw, title, width=4, height=3.5, legend=True)
+
+
+def _note(axes: Axes, position: int, text: str) -> None:
+    """Write a small text on the right of a row."""
+    axes.text(
+        1.02, position, text, fontsize=8, color="#666666", va="center",
+        transform=axes.get_yaxis_transform(),
+    )  # fmt: skip
 
 
 def _legend_lines(table: pd.DataFrame) -> int:
@@ -295,6 +305,7 @@ def _panels(
     width: float,
     height: float,
     columns: int = 3,
+    sharex: bool = False,
     sharey: bool = False,
     legend: bool = False,
 ) -> Figure:
@@ -307,6 +318,9 @@ def _panels(
     rows = -(-len(groups) // columns)
     size = max(7, width * columns + 1), height * rows + 0.6
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+    if sharex:
+        for panel in axes.flat[1:]:  # all with the numbers of their axis, also above an empty place
+            panel.sharex(axes.flat[0])
     for panel in axes.flat[len(groups) :]:
         panel.axis("off")
     for panel, ((dataset, backbone), group) in zip(axes.flat, groups, strict=False):
