@@ -136,7 +136,9 @@ def sensitivity_panels(
             line = lines[position]
             colour = PALETTE[position if few else (sensors[position] - 1) % len(PALETTE)]
             label = names[position] if few else f"{sensors[position]} available"
-            panel.plot(line["value"], line["probability"], color=colour, label=label)
+            # Scenarios that are drawn alike lie on one another: every other line has gaps.
+            look = {"linestyle": "--", "zorder": 3} if few and position % 2 else {}
+            panel.plot(line["value"], line["probability"], color=colour, label=label, **look)
         value = settings.get(str(setting))
         if setting != "lengthscale" and isinstance(value, float):
             panel.axvline(value, color="#333333", linestyle=":", linewidth=1)
