@@ -43,8 +43,8 @@ class Evidence:
         settings: Settings of the scoring, by the names in `SETTINGS`.
         descriptor: What the kernel compared; see `scenario_descriptors`.
         seed: Random seed of the run, for methods that draw their distribution.
-        epochs: Number of epochs of the run.
-        steps: Number of optimiser steps of the whole run.
+        epochs: Number of epochs of the run, for methods that anneal.
+        steps: Number of optimiser steps of the whole run, for group DRO.
         measure: Scores the network in training and returns p, [K], for methods that measure again.
         prediction_distortion: D measured at the prediction instead of the latent, [K]; None where
             it was not measured (`lsgs_core.models.adapter.PredictionModel`).
@@ -58,8 +58,8 @@ class Evidence:
     settings: Mapping[str, Any] = field(default_factory=dict)
     descriptor: str = "distortion"
     seed: int = 0
-    epochs: int = 1
-    steps: int = 1
+    epochs: int | None = None
+    steps: int | None = None
     measure: Callable[[], Floats] | None = None
     prediction_distortion: Floats | None = None
 
@@ -79,8 +79,10 @@ class Evidence:
             if name != "smooth" and (name, value) != ("lengthscale", "median"):
                 check_number(f"settings.{name}", value, lambda x: True, "a number")
         check_type("descriptor", self.descriptor, str)
-        for name in ("seed", "epochs", "steps"):
-            check_count(name, getattr(self, name), int(name == "steps"), 2**64 - 1)
+        check_count("seed", self.seed, 0, 2**64 - 1)
+        for name in ("epochs", "steps"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), int(name == "steps"), 2**64 - 1)
         if self.measure is not None:
             check_type("measure", self.measure, Callable)
 
@@ -89,7 +91,8 @@ class Evidence:
         check_choice("name", name, vars(self))
         value = getattr(self, name)
         if value is None:
-            raise InputError(f"scoring: expected one with {name}, which this method needs")
+            expected = "a value from the scoring or the run, which this method needs"
+            raise InputError(f"evidence.{name}: expected {expected}, found None")
         return value
 
     @property
@@ -379,7 +382,7 @@ def group_dro(evidence: Evidence, step: float = 100.0, mixing: float = 0.9) -> S
 
     Their step size of 0.01 is for runs of ten thousand steps; the product of both is kept.
     """
-    return adaptive.GroupDRO(evidence.base, step / evidence.steps, mixing)
+    return adaptive.GroupDRO(evidence.base, step / evidence.required("steps"), mixing)
 
 
 @method("kernel group DRO", "successor")
@@ -391,8 +394,8 @@ def kernel_group_dro(
     The kernel compares availability masks at their median distance.
     """
     kernel, _ = rbf_kernel(evidence.scenarios.masks.astype(np.float64), "median")
-    start = evidence.probabilities
-    return adaptive.KernelGroupDRO(evidence.base, start, kernel, step / evidence.steps, mixing)
+    start, step = evidence.probabilities, step / evidence.required("steps")
+    return adaptive.KernelGroupDRO(evidence.base, start, kernel, step, mixing)
 
 
 @method("Exp3.S", "adaptive")
@@ -404,7 +407,8 @@ def exp3s(evidence: Evidence) -> ScenarioSampler:
 @method("curriculum", "adaptive")
 def curriculum(evidence: Evidence) -> ScenarioSampler:
     """Scenarios of low distortion first, annealed to the prior (after Bengio et al. 2009)."""
-    return adaptive.Curriculum(evidence.required("distortion"), evidence.base, evidence.epochs)
+    distortion, epochs = evidence.required("distortion"), evidence.required("epochs")
+    return adaptive.Curriculum(distortion, evidence.base, epochs)
 
 
 @method("online LSGS", "LSGS")

@@ -99,10 +99,18 @@ def test_low_rank_methods_and_the_second_arm():
     assert own == ["uniform_again"]
 
 
-@pytest.mark.parametrize("name", ["lsgs_strong", "coverage", "curriculum", "lsgs_latent_shift"])
-def test_what_a_method_needs_is_said(name):
-    with pytest.raises(InputError, match="which this method needs"):
-        p(name, Evidence(THREE, SCORED))
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        *(("lsgs_strong", "distortion"), ("lsgs_latent_shift", "distortion")),
+        *(("coverage", "latent_shift"), ("curriculum", "distortion"), ("curriculum", "epochs")),
+        *(("group_dro", "steps"), ("kernel_group_dro", "steps")),
+    ],
+)
+def test_what_a_method_needs_is_said(name, needed):
+    known = {} if needed == "distortion" else {"distortion": DISTORTION}
+    with pytest.raises(InputError, match=f"evidence.{needed}: .* which this method needs"):
+        p(name, Evidence(THREE, SCORED, **known))
 
 
 def test_a_method_says_what_it_is():

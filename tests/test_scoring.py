@@ -331,7 +331,7 @@ def test_the_authors_file_needs_only_the_probabilities(published):
     evidence = read_evidence(path, SCENARIOS)
     drawn = find_method("lsgs").sampler(evidence).probabilities(0)
     np.testing.assert_allclose(drawn, result.probabilities)
-    with pytest.raises(InputError, match="distortion, which this method needs"):
+    with pytest.raises(InputError, match="distortion: expected a value from the scoring"):
         find_method("lsgs_strong").sampler(evidence)
 
 

@@ -7,6 +7,7 @@ as the number of folds, is checked with it, long before a notebook comes to use 
 
 import ast
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,8 +51,8 @@ def check_settings(method: str, scenarios: ScenarioSet) -> None:
     p = np.full(len(scenarios), 1 / len(scenarios))
     distortion = np.linspace(1, 0, len(scenarios))
     scoring = Evidence(
-        scenarios, p, distortion, distortion[:, None], steps=1, measure=lambda: p,
-        prediction_distortion=distortion,
+        scenarios, p, distortion, distortion[:, None], epochs=1, steps=1,
+        measure=lambda: p, prediction_distortion=distortion,
     )  # fmt: skip
     find_method(method).sampler(scoring)  # which looks at the settings
 
@@ -166,7 +167,7 @@ def check_against(dataset: Dataset, parameters: Mapping[str, Any]) -> None:
     measured_scenarios(scenarios, get("scenario_budget", 0))
     if "drawn_by" in parameters:
         method = find_method(parameters["drawn_by"])
-        method.sampler(without_evidence(scenarios))
+        method.sampler(replace(without_evidence(scenarios), steps=1))
         if method.low_rank or method.rate != 1:
             expected = "a method that trains all weights, without a rate"
             raise InputError(f"drawn_by: expected {expected}, found {parameters['drawn_by']!r}")

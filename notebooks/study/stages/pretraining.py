@@ -1,7 +1,7 @@
 """Pretraining with random modality dropout, and what scoring takes for granted of a network."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,7 +91,9 @@ def pretrain(run: "NetworkRun", record: Record) -> tuple[pd.DataFrame, dict[str,
     patches, scenarios = run.validation, run.scenarios
     seed_weights(seed, "pretraining")
     model, tested = run.build(), (scenarios, patches.classes, patches.task_kind)
-    sampler = find_method(run.parameters["drawn_by"]).sampler(without_evidence(scenarios))
+    steps = run.settings.epochs * len(run.settings.batch_sizes(len(run.training)))
+    evidence = replace(without_evidence(scenarios), steps=steps)
+    sampler = find_method(run.parameters["drawn_by"]).sampler(evidence)
     history = train(
         model, run.training, scenarios, sampler, run.settings, seed, run.weights.parent,
         {**record.parameters, "device": record.device},
