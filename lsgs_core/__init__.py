@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lsgs_core.distortion import score_scenarios as score_scenarios
     from lsgs_core.dropout import ScenarioDropout as ScenarioDropout
     from lsgs_core.errors import InputError as InputError
+    from lsgs_core.methods import Evidence as Evidence
+    from lsgs_core.methods import find_method as find_method
     from lsgs_core.models import build_backbone as build_backbone
     from lsgs_core.models import load_author_weights as load_author_weights
     from lsgs_core.models.adapter import AdaptedBackbone as AdaptedBackbone
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "AdaptedBackbone": "models.adapter",
     "Batch": "batch",
+    "Evidence": "methods",
     "HookedModel": "models.adapter",
     "InputError": "errors",
     "ScenarioDropout": "dropout",
@@ -35,6 +38,7 @@ _MODULE_OF = {
     "ScenarioSet": "scenarios",
     "build_backbone": "models",
     "draw_scenarios": "sampling",
+    "find_method": "methods",
     "load_author_weights": "models",
     "scenario_probabilities": "probabilities",
     "score_scenarios": "distortion",

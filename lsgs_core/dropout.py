@@ -24,7 +24,7 @@ class ScenarioDropout:
 
     Args:
         scenarios: K scenarios of M modalities.
-        sampler: A sampler, or the probabilities of the scenarios, [K].
+        sampler: Probabilities, [K], or a sampler, such as `find_method(name).sampler(evidence)`.
         seed: Random seed of the run; `stream` and `stage`, too, are those of `draw_scenarios`.
 
     Example:

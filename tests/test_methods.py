@@ -9,8 +9,8 @@ import pytest
 from study.figures import FAMILY_COLOURS
 from study.figures.study import method_curves
 
-from lsgs_core import InputError, ScenarioSet
-from lsgs_core.methods import FAMILIES, METHODS, Evidence, find_method, method
+from lsgs_core import Evidence, InputError, ScenarioSet, find_method
+from lsgs_core.methods import FAMILIES, METHODS, method
 from lsgs_core.probabilities import scenario_probabilities
 from lsgs_core.sampling import draw_scenarios
 
