@@ -102,8 +102,7 @@ def score_scenarios(
             finite (the message names the patches), the budget is too small, or another thread is
             scoring the network.
     """
-    if until is not None:
-        check_type("until", until, Callable)
+    check_type("until", until, Callable, type(None))
     parts: list[BatchScores] = []
     batch_scores = score_batches(model, batches, scenarios, device, progress, scenario_budget)
     with closing(batch_scores) as scored:

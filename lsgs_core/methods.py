@@ -79,12 +79,10 @@ class Evidence:
             if name != "smooth" and (name, value) != ("lengthscale", "median"):
                 check_number(f"settings.{name}", value, lambda x: True, "a number")
         check_type("descriptor", self.descriptor, str)
-        check_count("seed", self.seed, 0, 2**64 - 1)
-        for name in ("epochs", "steps"):
-            if getattr(self, name) is not None:
+        for name in ("seed", "epochs", "steps"):
+            if name == "seed" or getattr(self, name) is not None:
                 check_count(name, getattr(self, name), int(name == "steps"), 2**64 - 1)
-        if self.measure is not None:
-            check_type("measure", self.measure, Callable)
+        check_type("measure", self.measure, Callable, type(None))
 
     def required(self, name: str) -> Any:
         """Return an attribute that a method needs; raise `InputError` where it is None."""

@@ -124,8 +124,7 @@ def read_evidence(path: Path, scenarios: ScenarioSet | None = None) -> Evidence:
             scenarios.
     """
     check_type("path", path, str, Path)
-    if scenarios is not None:
-        check_type("scenarios", scenarios, ScenarioSet)
+    check_type("scenarios", scenarios, ScenarioSet, type(None))
     try:
         if not Path(path).is_file():  # reading a device may never end
             raise OSError("there is no such file")

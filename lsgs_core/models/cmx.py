@@ -28,9 +28,8 @@ class CMXSettings:
     def __post_init__(self) -> None:
         widths, heads = self.stage_widths, self.attention_heads
         if len(widths) != 4 or any(width % heads for width in widths):
-            raise InputError.of(
-                "stage_widths", f"four multiples of attention_heads ({heads})", widths
-            )
+            expected = f"four multiples of attention_heads ({heads})"
+            raise InputError.of("stage_widths", expected, widths)
 
 
 CMX_PRESETS = {
