@@ -53,9 +53,10 @@ class Batch:
                 continue
             check_type(name, value, torch.Tensor)
             check_shape(name, value, shape)
-            whole = not (value.is_floating_point() or value.is_complex())
-            if (value.dtype == torch.bool) == name.endswith("ids") or not whole:
-                raise InputError(f"{name}: expected booleans, or whole numbers for identifiers")
+            whole, ids = not (value.is_floating_point() or value.is_complex()), name.endswith("ids")
+            if (value.dtype == torch.bool) == ids or not whole:
+                expected = "integers" if ids else "torch.bool"
+                raise InputError(f"{name}: expected {expected}, found {value.dtype}")
         if self.target is not None:
             check_type("target", self.target, torch.Tensor)
             classes = [None] if self.target.ndim == 4 else []

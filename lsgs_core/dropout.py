@@ -8,7 +8,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lsgs_core.batch import Batch
 from lsgs_core.errors import InputError, array_of, check_shape, check_type
 from lsgs_core.randomness import Stage, generator
 from lsgs_core.sampling import FixedSampler, ScenarioSampler, check_probabilities, draw_scenarios
@@ -45,28 +44,28 @@ class ScenarioDropout:
         stage: Stage = "finetuning",
     ) -> None:
         check_type("scenarios", scenarios, ScenarioSet)
-        self.sampler = sampler if isinstance(sampler, ScenarioSampler) else FixedSampler(sampler)
-        check_probabilities(self.sampler.probabilities(0), len(scenarios))
+        if not isinstance(sampler, ScenarioSampler):
+            sampler = FixedSampler(check_probabilities(sampler, name="sampler"))
+        check_probabilities(sampler.probabilities(0), len(scenarios), "sampler")
         generator(stream, seed, stage=stage)  # checks them before the first draw
-        self.scenarios, self.seed, self.stream, self.stage = scenarios, seed, stream, stage
-        self._drawn = np.empty(0, np.int64)  # the last draw, until its losses are there
+        self.scenarios, self.sampler = scenarios, sampler
+        self.seed, self.stream, self.stage = seed, stream, stage
+        self._drawn: NDArray[np.int64] | None = None  # the last draw, until its losses are there
 
     def draw(
         self, indices: Sequence[int] | Tensor, epoch: int, available: Tensor | None = None
     ) -> NDArray[np.int64]:
         """Return the index of each sample's scenario, int64 [B]; arguments as in a call."""
-        servable: Any = None
+        own = indices.cpu() if isinstance(indices, Tensor) else indices
+        samples, servable = array_of("indices", own, "iu", [None]), None
         if available is not None:
             check_type("available", available, Tensor)
-            shape = [None, self.scenarios.masks.shape[1]]
+            shape = [len(samples), self.scenarios.masks.shape[1]]
             absent = ~array_of("available", available.cpu(), "b", shape)
             servable = ~(self.scenarios.masks & absent[:, None]).any(axis=2)  # [B, K]
-        samples: Any = indices.cpu().numpy() if isinstance(indices, Tensor) else indices
-        p = self.sampler.probabilities(epoch)
-        self._drawn = draw_scenarios(
-            p, self.seed, epoch, samples, servable, self.stream, self.stage
-        )
-        return self._drawn
+        p, own_numbers = self.sampler.probabilities(epoch), (self.stream, self.stage)
+        self._drawn = drawn = draw_scenarios(p, self.seed, epoch, samples, servable, *own_numbers)
+        return drawn
 
     def __call__(
         self,
@@ -85,24 +84,32 @@ class ScenarioDropout:
         """
         check_type("images", images, Sequence)
         present = torch.from_numpy(self.scenarios.masks[self.draw(indices, epoch, available)])
-        images = Batch(tuple(images), present).images  # checks the shapes
+        if len(images) != present.shape[1]:
+            raise InputError(f"images: expected {present.shape[1]} tensors, found {len(images)}")
+        for image in images:
+            check_type("images", image, Tensor)
+            check_shape("images", image, [len(present), None, None, None])  # as many as indices
         present = present.to(images[0].device)
         absent = ~present[:, :, None, None, None]
-        return [image.masked_fill(absent[:, m], 0) for m, image in enumerate(images)], present
+        # A clone keeps the memory order, such as channels last.
+        return [x.clone().masked_fill_(absent[:, m], 0) for m, x in enumerate(images)], present
 
     def observe(self, loss: Tensor, drawn: NDArray[np.int64] | None = None) -> None:
         """Let the sampler learn; one that does not adapt ignores the losses.
 
         Args:
             loss: Loss of each sample, [B]; NaN, for a sample without a labelled pixel, is skipped.
-            drawn: Scenario of each sample, int64 [B]; None takes those of the last draw, once.
+            drawn: Scenario of each sample, int64 [B]; None is the last draw's, which serves once.
         """
         scenario = self._drawn if drawn is None else array_of("drawn", drawn, "iu", [None])
-        self._drawn = self._drawn[:0]
+        if scenario is None:
+            expected = "one draw before each observe, or its scenarios as `drawn`"
+            raise InputError(f"loss: expected {expected}, found neither")
         check_type("loss", loss, Tensor)
         check_shape("loss", loss, [len(scenario)])
         if not loss.is_floating_point():
             raise InputError(f"loss: expected floating-point numbers, found {loss.dtype}")
+        self._drawn = None
         if type(self.sampler).observe is ScenarioSampler.observe:
             return  # processes need not wait for each other
         everyone: list[Any] = [(scenario, loss.detach().cpu().double().numpy())]

@@ -1,6 +1,7 @@
 """The drop-in of other people's loops; test_devices.py trains in two processes with it."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -107,6 +108,10 @@ def test_draws_are_those_of_the_method_and_absent_pixels_are_gone():
         assert torch.equal(image.isnan().flatten(1).all(dim=1), available[:, m])
         assert (image[~available[:, m]] == 0).all()
         assert images[m].isnan().all()  # the caller's stay as they are
+    ordered = [image.to(memory_format=torch.channels_last) for image in images]
+    for image, same in zip(dropout(ordered, indices, 2)[0], blanked, strict=True):
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(image, same, equal_nan=True)
     has = torch.tensor([[True, False, True]] * 5)
     _, available = dropout(images, [7, 0, 2, 9, 4], 2, has)
     assert not available[:, 1].any()
@@ -118,13 +123,37 @@ def test_losses_belong_to_the_last_draw_and_the_state_is_kept():
     drawn = dropout.draw([1, 2], 0)
     dropout.observe(torch.tensor([1.0, float("nan")]))
     assert dropout.sampler.count.tolist() == [float(k == drawn[0]) for k in range(7)]
-    with pytest.raises(InputError, match=r"loss: expected shape \[0\], found \[2\]"):
+    with pytest.raises(InputError, match="loss: expected one draw before each observe"):
         dropout.observe(torch.ones(2))
+    dropout.draw([3], 0)
+    with pytest.raises(InputError, match=r"loss: expected shape \[1\], found \[\]"):
+        dropout.observe(torch.tensor(1.0))
+    dropout.observe(torch.tensor([float("nan")]))  # the draw is still there after an error
     dropout.observe(torch.ones(3), np.array([0, 0, 6]))  # several draws together
     again = adaptive()
     again.load_state_dict(json.loads(json.dumps(dropout.state_dict())))
     assert again.draw(range(50), 1).tolist() == dropout.draw(range(50), 1).tolist()
     with pytest.raises(InputError, match="the same scenario probabilities"):
         ScenarioDropout(SCENARIOS, UNIFORM).load_state_dict(dropout.state_dict())
-    with pytest.raises(InputError, match=r"one per scenario \(7\), found 2"):
-        ScenarioDropout(SCENARIOS, [0.5, 0.5])
+
+
+IMAGES = [torch.ones(2, 1, 4, 4)] * 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "answer"),
+    [
+        ({"sampler": [0.5, 0.5]}, "sampler: expected one per scenario (7), found 2"),
+        ({"sampler": "lsgs"}, "sampler: expected finite real numbers, found 'lsgs'"),
+        ({"images": IMAGES[:2]}, "images: expected 3 tensors, found 2"),
+        ({"images": [0, 1, 2]}, "images: expected a Tensor, found 0"),
+        ({"indices": [4, 5, 6]}, "images: expected shape [3, any, any, any], found [2, 1, 4, 4]"),
+        ({"indices": torch.ones(2)}, "indices: expected an array of integers"),
+        ({"available": torch.ones(1, 3) > 0}, "available: expected shape [2, 3], found [1, 3]"),
+    ],
+)
+def test_what_is_wrong_is_named(changed, answer):
+    right = {"sampler": UNIFORM, "images": IMAGES, "indices": [4, 5], "available": None}
+    sampler, images, indices, available = (right | changed).values()
+    with pytest.raises(InputError, match=re.escape(answer)):
+        ScenarioDropout(SCENARIOS, sampler)(images, indices, 0, available)

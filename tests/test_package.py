@@ -12,7 +12,7 @@ import torch
 from checkout import ROOT, copy_checkout
 from torch import nn
 
-from lsgs_core import HookedModel, InputError, ScenarioSet, score_scenarios
+from lsgs_core import AdaptedBackbone, HookedModel, InputError, ScenarioSet, score_scenarios
 
 # What the core asks for itself, and what PyTorch brings along on a CPU.
 ASKED = {"torch", "numpy", "scipy", "safetensors", "tqdm"}
@@ -129,10 +129,14 @@ def test_mistakes():
     recurrent = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 2))
     of_the_encoder = HookedModel(Foreign(), "decoder", lambda net, i: net.encoder(torch.cat(i, 1)))
     of_one = HookedModel(Foreign(), "encoder", absent=[torch.ones(3)])
+    of_bands = Foreign()
+    of_bands.latent = of_bands.encoder
     for model, message in (
         (of_the_encoder, "1 times .*found 0"),
         (HookedModel(recurrent, "1", concatenated), "found tuple"),
         (of_one, "absent: .* 3 tensors, found 1"),
+        (HookedModel(Foreign(), "encoder"), r"^call: .* a list of tensors.*: conv2d\(\)"),
+        (AdaptedBackbone(of_bands, [3, 3, 3], 1), "one for images and availability: .*forward"),
     ):
         with pytest.raises(InputError, match=message):
             model.latent(images, available)

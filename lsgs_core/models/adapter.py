@@ -1,6 +1,7 @@
 """Any network: scored at its latent or its prediction, and as a backbone of the study."""
 
 from collections.abc import Callable, Iterator, Sequence
+from textwrap import shorten
 from typing import Any, Self
 
 import torch
@@ -117,7 +118,11 @@ class HookedModel(nn.Module):
             check_shape(f"absent modality {index}", value, [image.shape[1]])
             there = available[:, index, None, None, None]
             blanked.append(torch.where(there, image, value[:, None, None]))
-        return self.call(self.model, blanked)
+        try:
+            return self.call(self.model, blanked)
+        except (TypeError, AttributeError) as error:
+            expected = "a function that calls the network with a list of tensors, one per modality"
+            raise InputError(f"call: expected {expected}: {shorten(str(error), 200)}") from error
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return the layers that low-rank adaptation changes, by their name in the network."""
@@ -215,8 +220,12 @@ class AdaptedBackbone(Backbone):
         columns = available.chunk(len(seen), dim=1)
         parts: list[Tensor] = []
         for network, images, there in zip(self.networks, seen, columns, strict=True):
-            found = getattr(network, method)(images, there)
             field = f"result of the network's {method.replace('__call__', 'forward')}"
+            try:
+                found = getattr(network, method)(images, there)
+            except TypeError as error:
+                expected = f"one for images and availability: {shorten(str(error), 200)}"
+                raise InputError(f"{field}: expected {expected}") from error
             check_type(field, found, Tensor)
             if not found.is_floating_point() or found.ndim < 2:
                 expected = "floating-point numbers [B, C, ...]"
