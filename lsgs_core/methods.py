@@ -76,7 +76,9 @@ class Evidence:
         check_type("settings", self.settings, Mapping)
         for name, value in self.settings.items():
             check_choice("settings", name, SETTINGS)
-            if name != "smooth" and (name, value) != ("lengthscale", "median"):
+            if name == "smooth":
+                check_type("settings.smooth", value, bool)
+            elif name != "lengthscale" or not isinstance(value, str) or value != "median":
                 check_number(f"settings.{name}", value, lambda x: True, "a number")
         check_type("descriptor", self.descriptor, str)
         for name in ("seed", "epochs", "steps"):

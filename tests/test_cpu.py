@@ -155,3 +155,6 @@ def test_training_uses_it(monkeypatch):
     assert calls == [0.3] * 4
     model.eval().heads(images, available)
     assert calls == [0.3] * 4
+    query = torch.randn(1, 2, 16, 4)
+    for rate in (1 - 1e-9, 1.0):  # as PyTorch: all weights are dropped
+        assert not model.get_submodule("multimodal").attend(query, query, query, rate).any()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from checkout import ROOT, printed
+from study.provenance import artifacts
 from study.provenance.artifacts import Record, save_weights, sidecar_path
 from study.stages.parameters import checked_parameters, notebook_parameters
 from study.stages.pretraining import expect_fit
@@ -200,14 +201,17 @@ def test_a_file_that_is_no_python_is_named(own):
         own_code(NAME)
 
 
-def test_its_code_takes_part_in_freshness(own, tmp_path):
+def test_its_code_takes_part_in_freshness(own, tmp_path, monkeypatch):
     own.name(own.path)
     before, model = own_code(NAME), build_own(NAME, [1, 1, 1], 1)
     weights = saved(tmp_path, model)
     assert json.loads(sidecar_path(weights).read_text())["parameters"]["model"]["code"] == before
     own.path.write_text("# Why.\n" + OWN)
     assert own_code(NAME) == before
+    hashed, sha256 = [], artifacts.file_sha256
+    monkeypatch.setattr(artifacts, "file_sha256", lambda path: hashed.append(path) or sha256(path))
     assert load_network(weights).model.networks[0].model[0].out_channels == 4
+    assert hashed == [weights]  # once
     own.path.write_text(OWN.replace("nn.ReLU()", "nn.GELU()"))
     assert own_code(NAME) != before
     assert isinstance(build_own(NAME, [1, 1, 1], 1).networks[0].model[1], torch.nn.GELU)

@@ -170,8 +170,7 @@ class PredictionModel(nn.Module):
 
     def for_scoring(self) -> "PredictionModel":
         """Return a copy around the faster copy of a backbone; any other network is taken itself."""
-        model: Any = self.model
-        faster = model.for_scoring() if hasattr(model, "for_scoring") else model
+        faster = getattr(self.model, "for_scoring", lambda: self.model)()
         return PredictionModel(faster, self.exclusive)
 
 
@@ -243,7 +242,5 @@ class AdaptedBackbone(Backbone):
 
     def low_rank_layers(self) -> dict[str, nn.Module]:
         """Return the layers that the networks name, by their name in this model."""
-        layers: list[nn.Module] = []
-        for network in self.networks:
-            layers += getattr(network, "low_rank_layers", dict)().values()
+        layers = [x for n in self.networks for x in getattr(n, "low_rank_layers", dict)().values()]
         return {name: module for name, module in self.named_modules() if module in layers}

@@ -87,7 +87,7 @@ class HeadByHead(TransformerBlock):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
         """Return the attention of the block."""
-        if rate and _applies(query):
+        if 0 < rate <= 1 - 2**-16 and _applies(query):  # a larger rate is rounded to 1
             return attention_with_dropout(query, key, value, rate)
         return super().attend(query, key, value, rate)
 
@@ -318,7 +318,7 @@ def attention_with_dropout(query: Tensor, key: Tensor, value: Tensor, rate: floa
     """Return softmax(Q Kᵀ / √width) V with dropout on the weights of the softmax.
 
     All tensors are [B, heads, N, width], on the CPU. A weight is set to 0 with a probability of
-    `rate`, and the others are divided by 1 - rate.
+    `rate`, at most 1 - 2^-16, and the others are divided by 1 - rate.
     """
     seed = int(torch.randint(2**62, ()))  # from the global generator, as in other dropout
     batch = query.shape[:2]

@@ -128,16 +128,23 @@ def check(
         )
     if file_sha256(path) != described:
         raise InputError(f"{path}: not the file that {sidecar.name} describes; make it again")
-    for name, value in (expected or {}).items():
+    check_parameters(path, parameters, expected or {})
+    for name, sha256 in (made_from or {}).items():
+        if inputs.get(name) != sha256:
+            raise InputError(f"{path}: made from another {name} than the one here; make it again")
+    return record
+
+
+def check_parameters(
+    path: Path, parameters: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raise `InputError` where an output was made with other parameters than expected."""
+    for name, value in expected.items():
         if name not in parameters or not _same(parameters[name], value):
             raise InputError(
                 f"{path}: made with {name} = {parameters.get(name)!r}, expected {value!r}; "
                 "make it again, or use other parameters"
             )
-    for name, sha256 in (made_from or {}).items():
-        if inputs.get(name) != sha256:
-            raise InputError(f"{path}: made from another {name} than the one here; make it again")
-    return record
 
 
 def is_made(path: Path, record: Record) -> bool:

@@ -28,7 +28,13 @@ from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
 from study.data.manifest import load_manifest
 from study.data.patches import Description, PatchDataset
-from study.provenance.artifacts import check, load_table, load_weights, sidecar_path
+from study.provenance.artifacts import (
+    check,
+    check_parameters,
+    load_table,
+    load_weights,
+    sidecar_path,
+)
 from study.provenance.files import file_sha256
 from study.provenance.freshness import code_without_prose
 from study.provenance.schema import validated
@@ -132,6 +138,12 @@ def load_checkpoint(
         load_author_weights(model, path)
         return None
     weights, record = load_weights(path, expected)
+    _fill(model, weights, path)
+    return record
+
+
+def _fill(model: Backbone, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Give a model the weights of a file, after making sure that they are whole and fit."""
     targets = model.state_dict()
     wanted, found = ({n: tuple(t.shape) for n, t in of.items()} for of in (targets, weights))
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
@@ -144,7 +156,6 @@ def load_checkpoint(
             f"{path}: {len(bad)} entries are not finite or of another kind, the first is {bad[0]}"
         )
     model.load_state_dict(weights)
-    return record
 
 
 def _fits(value: torch.Tensor, target: torch.Tensor) -> bool:
@@ -177,7 +188,7 @@ def load_network(weights: Path | str, device: torch.device | str = "cpu") -> Tra
     Raises `InputError` where weights or record are missing, damaged, or of another network.
     """
     path = Path(weights) / WEIGHTS if Path(weights).is_dir() else Path(weights)
-    record = check(path)
+    values, record = load_weights(path)
     made_with = record["parameters"]
     if "description" not in made_with:
         raise InputError(f"{path}: its record has no normalisation; run notebook 02 with it")
@@ -188,10 +199,10 @@ def load_network(weights: Path | str, device: torch.device | str = "cpu") -> Tra
     settings = {"name": "", **made_with.get("model", {}), "bands": bands, "classes": classes}
     if is_own(str(settings["name"])):
         model = build_own(settings["name"], bands, classes)
-        load_checkpoint(model, path, {"model": model.configuration})
+        check_parameters(path, made_with, {"model": model.configuration})
     else:
         model = accelerate_on_cpu(build_backbone(**settings))
-        load_checkpoint(model, path)
+    _fill(model, values, path)
     scenarios = ScenarioSet.of(description.bands)
     return TrainedNetwork(model.to(device).eval(), scenarios, description, path, record["sha256"])
 
