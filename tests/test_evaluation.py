@@ -170,11 +170,13 @@ def test_expected_iou_weighs_scenarios_by_the_prior():
     assert alike == pytest.approx(found["mean_iou"])
 
 
-def test_the_trivial_predictor_scores_the_share_of_the_class():
-    batch = random_batch("multilabel", 3)
+@pytest.mark.parametrize("kind", ["multilabel", "multiclass"])
+def test_the_trivial_predictor_scores_the_share_of_the_class(kind):
+    batch = random_batch(kind, 3)
     names = ("x", "y", "z")
     records = evaluate(AlwaysPositive(3), [batch], SCENARIOS, names, "multilabel")
-    share = (batch.target * batch.valid[:, None]).sum(dim=(0, 2, 3)) / batch.valid.sum()
+    truth = F.one_hot(batch.target).movedim(-1, 1) if kind == "multiclass" else batch.target
+    share = (truth * batch.valid[:, None]).sum(dim=(0, 2, 3)) / batch.valid.sum()
     ours = class_scores(records.query("scenario == 'A'").assign(method="m"), ["method"])
     np.testing.assert_allclose(ours["iou"], share.numpy(), atol=1e-6)
 
@@ -340,3 +342,8 @@ def test_runs_are_compared_on_the_blocks_that_they_were_tested_on(
     methods = list(grid.records["method"].unique())
     assert methods == ["pretrained", "uniform", "lsgs"][tested_on != "test" :]
     Counts.of(grid.records, methods, grid.scenarios)  # raises where blocks differ
+    task = dataset.task("land_cover").model_copy(update={"kind": "multiclass"})
+    exclusive = dataset.model_copy(update={"tasks": {"land_cover": task}})
+    tests = {("demo", 0): PatchDataset(prepared, exclusive, "land_cover", 0, tested_on)}
+    iou = grid.trivial()["iou"]  # some pixels have no class, which a multiclass task leaves out
+    np.testing.assert_allclose(replace(grid, tests=tests).trivial()["iou"], iou / iou.sum())

@@ -78,7 +78,7 @@ def evaluate(
         batches: Batches with targets; without any, or without a target, `InputError` is raised.
         scenarios: The scenarios, each evaluated separately.
         classes: Names of the C classes.
-        kind: Kind of the target.
+        kind: What `predict` makes of logits. "multilabel" judges each class of any target alone.
         protocol: Decides the rows.
 
     Returns:
@@ -154,7 +154,7 @@ def _measure(
     protocol: Protocol,
 ) -> NDArray[np.float64]:
     """Return the counts or soft scores of every patch, scenario and class, [B, K, C, 3 or 2]."""
-    truth, strict = _truth(batch, classes, kind), protocol == "strict"
+    truth, strict = _truth(batch, classes), protocol == "strict"
     shape = len(truth), len(scenarios), classes, len(COUNTS if strict else SOFT)
     values = np.full(shape, 0.0 if strict else np.nan)
     measure = _counts if strict else _soft_scores
@@ -292,11 +292,11 @@ SUMMARIES: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArra
 }
 
 
-def _truth(batch: Batch, classes: int, kind: TaskKind) -> Tensor:
-    """Return the truth as bool [B, C, H, W]; False where there is no label."""
+def _truth(batch: Batch, classes: int) -> Tensor:
+    """Return the truth as bool [B, C, H, W], of class indices too."""
     assert batch.target is not None
     assert batch.valid is not None
-    if kind == "multiclass":
+    if batch.target.ndim == 3:
         target = torch.where(batch.valid, batch.target, 0)
         return nn.functional.one_hot(target, classes).movedim(-1, 1).bool()
     return batch.target > 0.5
