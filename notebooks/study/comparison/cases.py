@@ -82,7 +82,8 @@ def worth_of_sensors(cases: Sequence[Case], resamples: int) -> pd.DataFrame:
 def worth_to_network(network: TrainedNetwork) -> pd.DataFrame:
     """Return `sensor_values` of one network from its records, with an IoU of 0 for no map at all.
 
-    Without records beside the weights, the table is empty.
+    Records hold no true negatives, so that the IoU of the trivial predictor, from which
+    `worth_of_sensors` starts, is not known. Without records beside the weights, the table is empty.
     """
     path = network.weights.with_name("records.csv")
     if not sidecar_path(path).is_file():
