@@ -467,7 +467,19 @@ def test_keys_that_are_merged_may_be_there_twice(tmp_path):
         (lambda _: None, "ready", ""),
         (on("radar.tif", Path.unlink), "missing", "radar.tif"),
         (on("optical.tif", lambda path: os.truncate(path, 9000)), "damaged", "optical.tif"),
-        (rewrite("labels.tif", np.ones_like), "damaged", "labels.values: ['high']"),
+        (rewrite("labels.tif", np.ones_like), "damaged", "labels.values.high: has no pixel"),
+        (rewrite("radar.tif", lambda p: p * np.nan), "damaged", "modalities.radar: has no pixel"),
+        (
+            rewrite("clouds.tif", np.zeros_like),
+            "ready",
+            "clouds.tif: masks.optical.unseen: has no pixel",
+        ),
+        (rewrite("radar.tif", np.ones_like), "ready", "radar.tif: VV: every pixel is 1"),
+        (
+            rewrite("radar.tif", lambda pixels: np.nan_to_num(pixels, nan=-9999)),
+            "ready",
+            "radar.tif: VV: many pixels are -9999, far from all others",
+        ),
         (shutil.rmtree, "absent", ""),
     ],
 )
@@ -475,7 +487,8 @@ def test_data_check(copied, tmp_path, monkeypatch, capsys, damage, state, proble
     damage(copied("pair"))
     report = check_data(PAIR, tmp_path / "raw")
     assert report.state == state
-    assert [problem in text for text in report.problems] == [True] * bool(problem)
+    said = report.notes if state == "ready" else report.problems
+    assert [problem in text for text in said] == [True] * bool(problem)
     entries = {"datasets": dict.fromkeys(["pair", "other"], raw.ENTRIES["pair"])}
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(entries))
     monkeypatch.chdir(tmp_path)

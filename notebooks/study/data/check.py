@@ -2,18 +2,23 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import rasterio
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
-from study.data.alignment import ENVIRONMENT
+from study.data.alignment import ENVIRONMENT, grid_of, open_raster, windows
 from study.data.manifest import Dataset, ManualSource, load_manifest
-from study.data.preparation import check_scene
-from study.data.raw_files import MissingFileError, find_scenes, member_problem
+from study.data.preparation import check_scene, open_modalities
+from study.data.raw_files import MissingFileError, Scene, find_scenes, member_problem
+
+SAMPLED = 512  # pixels along a side of a file, of which a doubt is raised
+FILLED = 1e-3  # share of pixels that are no outliers
 
 
 @dataclass
@@ -35,7 +40,8 @@ class Report:
 def check_data(dataset: Dataset, folder: Path) -> Report:
     """Read all raw files of a data set once, and write nothing.
 
-    Checked are hashes, the place of every file on the grid, its channels, and the labels' values.
+    Checked are hashes, the place of every file on the grid, its channels, and what occurs in no
+    scene. A note says what may be a mistake, by a part of the pixels.
     """
     source = dataset.source
     if isinstance(source, ManualSource):
@@ -54,16 +60,23 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
     except InputError as error:
         missing = isinstance(error, MissingFileError)
         return Report("missing" if missing else "damaged", problems=[str(error)])
-    report, occurring = Report("ready", len(scenes)), set[str]()
+    report, occurring, doubts = Report("ready", len(scenes)), set[str](), dict[str, Path]()
+    needed = {f"labels.values.{name}" for name in dataset.labels.values}
+    needed |= {f"modalities.{name}" for scene in scenes for name in scene.modalities}
+    masks = {f"masks.{n}.unseen": file for scene in scenes for n, file in scene.mask_files.items()}
     with rasterio.Env(**ENVIRONMENT):
         for scene in tqdm(scenes, desc="check", unit="scene"):
             try:
-                occurring |= check_scene(scene)
+                occurring |= {f"labels.values.{name}" for name in check_scene(scene)}
+                occurring.update(_occurring(scene))
+                doubts = dict(_doubts(scene)) | doubts  # with the first file of each
             except InputError as error:
                 report.problems.append(str(error))
-    unused = [value for value in dataset.labels.values if value not in occurring]
-    if unused and not report.problems:
-        report.problems.append(f"labels.values: {unused} occur in no scene")
+    if not report.problems:
+        none = "has no pixel in any scene"
+        report.problems += [f"{name}: {none}" for name in sorted(needed - occurring)]
+        doubts |= {f"{name}: {none}": masks[name] for name in masks.keys() - occurring}
+        report.notes += [f"{path}: {doubt}" for doubt, path in doubts.items()]
     if report.problems:
         report.state = "damaged"
     expected = getattr(source, "scene_count", None)
@@ -73,6 +86,39 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
         if absent := [name for name in dataset.modalities if name not in scene.modalities]:
             report.notes.append(f"scene {scene.name}: {', '.join(absent)} absent")
     return report
+
+
+def _occurring(scene: Scene) -> Iterator[str]:
+    """Yield the modalities that see a pixel of a scene, and the masks that hide one."""
+    grid = grid_of(scene.reference_file, scene.reference)
+    steps = windows(grid.height, grid.width)
+    with open_modalities(scene, grid) as modalities:
+        for name, source in modalities.items():
+            if any(source.read(step)[1].any() for step in steps):
+                yield f"modalities.{name}"
+            if source.mask:
+                masks = (source.mask.read(step)[0] for step in steps)
+                if any(np.isin(mask, scene.dataset.masks[name].unseen).any() for mask in masks):
+                    yield f"masks.{name}.unseen"
+
+
+def _doubts(scene: Scene) -> Iterator[tuple[str, Path]]:
+    """Yield what may be a mistake in a band, and in which file."""
+    for name, path in scene.band_files.items():
+        band = scene.dataset.file_bands[name]
+        with open_raster(path) as raster:
+            channel = raster.indexes[band.channel - (band.channel > 0)]
+            shape = tuple(min(side, SAMPLED) for side in raster.shape)
+            pixels = raster.read(channel, out_shape=shape, masked=True).compressed()
+        pixels = pixels[np.isfinite(pixels) & (pixels != band.nodata)].astype(float)
+        values, counts = np.unique(pixels, return_counts=True)
+        if len(values) == 1:
+            yield f"{name}: every pixel is {values[0]:g}", path
+        for end, next_to, far in ((0, 1, -1), (-1, -2, 0)) if len(values) > 1 else ():
+            gap, range_of_others = abs(values[[end, far]] - values[next_to])
+            if gap > range_of_others > 0 and counts[end] > FILLED * len(pixels):
+                text = f"many pixels are {values[end]:g}, far from all others; is that `nodata`?"
+                yield f"{name}: {text}", path
 
 
 def main() -> int:
