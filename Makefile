@@ -78,10 +78,10 @@ MAPPED := $(or $(DATASET),demo)
 WEIGHTS ?= results/networks/demo/cmx/fold0/seed0
 map: $(VENV)/installed
 	mkdir -p work/maps
-	$(RUN_NOTEBOOK) --log-output notebooks/06_mapping.ipynb work/maps/$(MAPPED).ipynb -p work ../work \
+	$(RUN_NOTEBOOK) --log-output --stdout-file - notebooks/06_mapping.ipynb work/maps/$(MAPPED).ipynb \
+		-p work '$(CURDIR)/work' \
 		-p dataset $(MAPPED) -p weights '$(abspath $(WEIGHTS))' $(if $(RAW),-p raw '$(abspath $(RAW))') \
 		$(if $(MISSING),-p missing '$(MISSING)')
-	cat work/maps/$(MAPPED)/*/served.txt
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed

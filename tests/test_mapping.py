@@ -56,7 +56,9 @@ def test_a_map_carries_what_a_reader_needs(parameters):
     [plan] = plan_maps(parameters)
     table = make_map(plan)
     assert table[["scenario", "share"]].to_numpy().tolist() == [["RGB+NIR+SWIR", 1.0]]
-    assert "100.0% from RGB+NIR+SWIR" in sentence(table)
+    assert sentence(plan, table).startswith(
+        f"{plan.folder.name}: 73,728 pixels were mapped: 100.0%"
+    )
     assert worth_to_network(plan.network).empty  # there are no records
     for layer in plan.layers:
         assert cog_validate(plan.path(layer), strict=True, quiet=True)[0], layer.name
@@ -83,7 +85,10 @@ def test_a_missing_file_is_a_missing_sensor(parameters, raw, tmp_path):
     poorer = shutil.copytree(raw, tmp_path / "poorer")
     (poorer / scene.band_path("B11")).unlink()
     (poorer / scene.POLYGONS).unlink()  # a map needs no labels
-    [forced] = plan_maps(parameters | {"raw": str(poorer), "work": str(tmp_path / "other")})
+    [forced] = plan_maps(parameters | {"raw": str(poorer)})
+    assert [plan.folder.name.count(plan.scene.name) for plan in (chosen, forced)] == [1, 1]
+    [whole] = plan_maps(parameters)
+    assert len({plan.folder for plan in (chosen, forced, whole)}) == 3  # none overwrites another
     assert make_map(forced)["scenario"].tolist() == ["RGB+NIR"]
     for layer in chosen.layers:
         np.testing.assert_array_equal(read(chosen.path(layer)), read(forced.path(layer)))
@@ -201,10 +206,12 @@ def test_mistakes_are_named_before_long_work(parameters, changed, without, messa
 def test_another_pixel_size_is_said_and_resampled_when_asked(parameters, weights, tmp_path):
     state, record = load_weights(weights)
     record["parameters"]["description"]["pixel_size"] = 20.0
+    state = {name: torch.zeros_like(values) for name, values in state.items()}
     path = save_weights(tmp_path / "weights.safetensors", state, Record(record["parameters"]))
     with pytest.raises(InputError, match="expected pixels of 20 m"):
         plan_maps(parameters | {"weights": str(path)})
     [plan] = plan_maps(parameters | {"weights": str(path), "resample": True})
+    assert plan.folder != plan_maps(parameters)[0].folder
     assert (plan.grid.height, plan.grid.width) == (scene.HEIGHT // 2, scene.WIDTH // 2)
 
 

@@ -12,7 +12,7 @@ from study.stages.tiers import NOTEBOOKS, load_tier
 RUN_HERE = {
     "make data-check": ("demo", None),
     "make study TIER=smoke": ("results/smoke", "results/smoke/evaluation/summary.csv"),
-    "make map": ("100.0% from RGB+NIR+SWIR", "work/maps/demo/T33UUU_20170216T102101/classes.tif"),
+    "make map": ("100.0% from RGB+NIR+SWIR", "work/maps/demo/*/classes.tif"),
     "make study TIER=<name>": ("results/mine", "results/mine/evaluation/summary.csv"),
     "make study": ("pretrained IoU: equal", "results/demo/evaluation/summary.csv"),
 }
@@ -74,9 +74,9 @@ def test_commands_do_what_the_readme_says(clone, command):
         text = re.sub(r"folds: \[.*?\]", "folds: [0]", text)
         (clone / "notebooks" / "tiers" / "mine.yaml").write_text(text)
         command = command.replace("<name>", "mine")
-    if made:
-        (clone / made).unlink(missing_ok=True)
+    for path in clone.glob(made or "none"):
+        path.unlink()
     make = "make", "--old-file=.venv/installed", *command.split()[1:]
     assert expected in printed(*make, folder=clone)
     if made:
-        assert (clone / made).is_file()
+        assert [*clone.glob(made)]

@@ -6,6 +6,8 @@ the edge of a window. A scene is mapped in blocks of `STEP` pixels, each with al
 touch it; windows on the edge between blocks are predicted for each of them.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import struct
@@ -155,12 +157,14 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
         scene = replace(scenes[chosen], modalities=kept)
         grid = _grid(network, scene, size, parameters["resample"])
         inputs = {file.relative_to(folder).as_posix(): file_sha256(file) for file in scene.files}
-        inputs |= {"weights": network.sha256, "code": fingerprint("mapping")}
+        inputs |= {"weights": network.sha256}
+        # Maps of other files or by other weights lie beside each other.
+        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
         made_with = {"scene": chosen, "modalities": kept, "patch_size": size, "stride": stride}
         made_with |= {"pixel_size": grid.pixel_size, "threads": parameters["threads"]}
-        parts = name, f"{chosen}-without-{without}" if without else chosen
-        target = Path(parameters["work"]).joinpath("maps", *parts)
-        record = Record(made_with, inputs, str(device))
+        own = f"{chosen}-{key}" + f"-without-{without}" * bool(without)
+        target = Path(parameters["work"]) / "maps" / name / own
+        record = Record(made_with, inputs | {"code": fingerprint("mapping")}, str(device))
         how = size, stride, parameters["batch_size"], dataset.colours, record
         plans.append(MapPlan(network, scene, grid, target, *how))
     return plans
@@ -220,16 +224,16 @@ def make_map(plan: MapPlan) -> pd.DataFrame:
             path.unlink()
     table = _served(plan)
     save_table(plan.folder / "served.csv", table, plan.record)
-    save(plan.folder / "served.txt", lambda to: to.write_text(sentence(table) + "\n"), plan.record)
     return table
 
 
-def sentence(table: pd.DataFrame) -> str:
-    """Return the table of `make_map` as a sentence."""
+def sentence(plan: MapPlan, table: pd.DataFrame) -> str:
+    """Return the table of `make_map` as a sentence that begins with the name of the folder."""
     scores = [f" (IoU {iou:.3f} in evaluation)" if iou == iou else "" for iou in table["iou"]]
     rows = zip(table["share"], table["scenario"], scores, strict=True)
     parts = [f"{share:.1%} from {scenario}{score}" for share, scenario, score in rows]
-    return f"{table['pixels'].sum():,} pixels were mapped: {', '.join(parts)}."
+    pixels = f"{table['pixels'].sum():,} pixels were mapped"
+    return f"{plan.folder.name}: {pixels}: {', '.join(parts)}."
 
 
 def _predict_scene(plan: MapPlan) -> None:
