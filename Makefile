@@ -72,8 +72,10 @@ bench: $(VENV)/installed
 		-p patch_size 224 -p repeats 2 -p modalities 10 -p patches 5000 -p orders 20 \
 		-p threads $(CORES)
 
-# A scene mapped by a network, whatever sensors it has; RAW is the folder of its files, and MISSING
-# names sensors to do without: make map DATASET=demo WEIGHTS=results/networks/demo/cmx/fold0/seed0
+# A scene mapped by a network, whatever sensors it has; DATASET is the entry of the manifest that the
+# network learnt from, RAW the folder of the scene's files, named as there, MISSING names sensors to do
+# without, RESAMPLE=1 brings other pixel sizes to that of the training:
+# make map DATASET=demo RAW=other/folder WEIGHTS=results/networks/demo/cmx/fold0/seed0
 MAPPED := $(or $(DATASET),demo)
 WEIGHTS ?= results/networks/demo/cmx/fold0/seed0
 map: $(VENV)/installed
@@ -81,11 +83,13 @@ map: $(VENV)/installed
 	$(RUN_NOTEBOOK) --log-output --stdout-file - notebooks/06_mapping.ipynb work/maps/$(MAPPED).ipynb \
 		-p work '$(CURDIR)/work' \
 		-p dataset $(MAPPED) -p weights '$(abspath $(WEIGHTS))' $(if $(RAW),-p raw '$(abspath $(RAW))') \
-		$(if $(MISSING),-p missing '$(MISSING)')
+		$(if $(MISSING),-p missing '$(MISSING)') $(if $(RESAMPLE),-p resample True) \
+		$(if $(MANIFEST),-p manifest '$(abspath $(MANIFEST))')
 
 # What is there of every data set, or of one: make data-check DATASET=potsdam RAW=where/it/is
 data-check: $(VENV)/installed
-	$(BIN)/python -m study.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)')
+	$(BIN)/python -m study.data.check $(if $(DATASET),--dataset $(DATASET)) $(if $(RAW),--raw '$(RAW)') \
+		$(if $(MANIFEST),--manifest '$(MANIFEST)')
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab notebooks

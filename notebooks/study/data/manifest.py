@@ -455,6 +455,11 @@ class Dataset(Strict):
             return content
         if not isinstance(content.get("bands") or {}, dict):
             return content
+        if "labels" not in content:
+            raise ValueError(
+                "labels: expected them for training; a new scene is mapped without them by `make "
+                "map DATASET=... RAW=... WEIGHTS=...`, with the entry that its network learnt from"
+            )
         bands, modalities = dict(content.get("bands") or {}), dict(content["modalities"])
         for name, entry in modalities.items():
             if isinstance(entry, dict):
