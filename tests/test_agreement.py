@@ -82,7 +82,8 @@ def published(folder: Path, tier, seeds: int = 10, draw: int = 0) -> pd.DataFram
     (folder / PLACE).parent.mkdir(parents=True)
     (folder / PLACE).write_text(json.dumps(scoring(D)))
     sections = {name: dict(section) for name, section in tier.sections.items()}
-    (folder / "provenance.json").write_text(json.dumps({"parameters": sections}))
+    provenance = {"parameters": sections, "grid": [{"datasets": ["demo"]}]}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
     rows = [
         {"dataset": "demo", "backbone": "cmx", "method": method, "seed": seed}
         | {metric: random.normal(0.4, 0.02) for metric in METRICS}
@@ -141,9 +142,11 @@ def test_what_cannot_be_compared_says_why(tmp_path, tier):
     assert "epochs is 7" in compared_with_committed(*arguments, str(tmp_path))[1]
     assert "no published results" in compared_with_committed(*arguments, "nowhere")[1]
     assert "no reference" in compared_with_committed(*arguments, "")[1]
-    others = whole.assign(dataset="another"), by_scenario().assign(dataset="another")
-    arguments = *others, replace(tier, grid=[]), tmp_path
-    assert "no run of these" in compared_with_committed(*arguments, str(tmp_path))[1]
+    for name, said in (("dataset", "no run of another"), ("backbone", "no run of these")):
+        grid = [tier.grid[0].model_copy(update={f"{name}s": ["another"]})]
+        others = whole.assign(**{name: "another"}), by_scenario().assign(**{name: "another"})
+        arguments = *others, replace(other if name == "dataset" else tier, grid=grid), tmp_path
+        assert said in compared_with_committed(*arguments, str(tmp_path))[1]
 
 
 @pytest.fixture

@@ -194,8 +194,8 @@ def test_a_disk_that_fills_in_the_middle_loses_nothing(parameters, monkeypatch, 
         ({"patch_size": 512}, "", "expected at least the 512 × 512 pixels"),
         ({"patch_stride": 65}, "", "patch_stride: expected at most"),
         ({"scenes": "elsewhere"}, "", "scenes: expected some of"),
-        ({}, "radar", "without: expected some of"),
-        ({}, "RGB+NIR+SWIR", "expected files of a modality"),
+        ({}, "radar", "missing: expected some of"),
+        ({}, "RGB+NIR+SWIR", "a sensor with its files that is not in `missing`"),
     ],
 )
 def test_mistakes_are_named_before_long_work(parameters, changed, without, message):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import sys
 import tomllib
 from graphlib import TopologicalSorter
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from checkout import ROOT, printed, tracked_files
@@ -53,6 +55,14 @@ def test_what_is_installed_is_what_the_extras_say():
 def test_pages_of_results_are_those_of_their_tables(tier):
     folder = ROOT / "results" / tier
     assert (folder / "README.md").read_text("utf-8") == tier_page(folder)
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_a_rank_among_two_scenarios_that_miss_as_many_is_left_out(tmp_path):
+    folder = shutil.copytree(ROOT / "results" / "demo", tmp_path / "demo")
+    path = folder / "evaluation" / "distortion_against_loss.csv"
+    pd.read_csv(path).query("missing < 2").to_csv(path, index=False)
+    assert "+nan" not in tier_page(folder)
 
 
 README = ROOT / "README.md"

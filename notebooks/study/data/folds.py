@@ -331,7 +331,10 @@ def _block_parts(
     totals = table.loc[kind == "tile", pixels].sum()
     rest = table[(kind == "inner") & ~test].groupby("block")[pixels].sum()
     if len(rest) < validation_blocks:
-        raise InputError(f"validation_blocks: fold {fold} has {len(rest)} blocks to choose from")
+        raise InputError(
+            f"validation_blocks: expected at most {len(rest)}, the blocks with labels that fold "
+            f"{fold} does not test, found {validation_blocks}; smaller blocks are more"
+        )
     chosen: list[int] = []
     held = totals * 0
     for _ in range(validation_blocks):

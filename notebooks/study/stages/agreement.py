@@ -78,9 +78,12 @@ def scoring_sentence(here: Path, committed: Path) -> str:
 def why_not_compared(tier: Tier, reference: Path) -> str:
     """Say why a tier cannot be compared with the folder of a published one; "" if it can."""
     try:
-        made_with = read_json(reference / "provenance.json")["parameters"]
+        provenance = read_json(reference / "provenance.json")
+        made_with, grid = provenance["parameters"], provenance["grid"]
     except (InputError, KeyError, TypeError) as error:
         return f"{reference}: no published results: {error}"
+    if not {name for part in grid for name in part["datasets"]} & {*tier.datasets}:
+        return f"they have no run of {', '.join(tier.datasets)}"
     for notebook in NOTEBOOKS.values():
         for name, value in tier.sections[notebook].items():
             committed = made_with.get(notebook, {}).get(name, BEFORE.get(name))

@@ -144,7 +144,7 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
         raise InputError(f"patch_stride: expected at most the patch size {size}, found {stride}")
     gone = set(filter(None, without.split("+")))
     if gone - bands.keys():
-        raise InputError(f"without: expected some of {[*bands]}, found {without!r}")
+        raise InputError(f"missing: expected some of {[*bands]}, found {without!r}")
     download = Path(parameters["downloads"]) / name
     folder = Path(raw) if raw else fetch(dataset.source, download)
     scenes = {scene.name: scene for scene in find_scenes(dataset, folder, complete=False)}
@@ -154,6 +154,9 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
             raise InputError(f"scenes: expected some of {[*scenes]}, found {chosen!r}")
         there = scenes[chosen].modalities
         kept = [modality for modality in bands if modality in there and modality not in gone]
+        if not kept:
+            expected = "expected a sensor with its files that is not in `missing`"
+            raise InputError(f"scene {chosen}: {expected}, found {there} without {without!r}")
         scene = replace(scenes[chosen], modalities=kept)
         grid = _grid(network, scene, size, parameters["resample"])
         inputs = {file.relative_to(folder).as_posix(): file_sha256(file) for file in scene.files}
@@ -172,8 +175,6 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
 
 def _grid(network: TrainedNetwork, scene: Scene, size: int, resample: bool) -> Grid:
     """Return the grid of a map, after checking the scene."""
-    if not scene.modalities:
-        raise InputError(f"scene {scene.name}: expected files of a modality, found none")
     path, grid = scene.reference_file, grid_of(scene.reference_file, scene.reference)
     wanted, found = network.description.pixel_size, grid.pixel_size
     if wanted and found and abs(found / wanted - 1) > SCALE_TOLERANCE:

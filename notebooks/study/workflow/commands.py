@@ -20,11 +20,14 @@ import pandas as pd
 import psutil
 
 from lsgs_core.errors import InputError
+from study.data.manifest import ManualSource
+from study.data.preparation import PATCH_TABLE
+from study.data.raw_files import find_scenes
 from study.metrics.evaluation import COUNTS, class_scores
 from study.provenance.artifacts import check, sidecar_path
 from study.provenance.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.stages.agreement import AGREEMENT
-from study.stages.tiers import Tier, load_tier
+from study.stages.tiers import NOTEBOOKS, Tier, load_tier
 from study.workflow.durations import durations, estimate, executed, read_executed
 from study.workflow.pages import tier_page
 
@@ -47,6 +50,8 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
     _expect_folders(tier)
+    if not dry_run:
+        _expect_raw_files(tier)
     print(estimate(tier, cores, ROOT), flush=True)
     if dry_run:
         return _snakemake(tier, ["--cores", str(cores), "--dry-run"])
@@ -152,6 +157,16 @@ def _expect_folders(tier: Tier) -> None:
             raise InputError(f"{path}: expected a folder that can be written to")
     if (ROOT / "results" / tier.name).is_file():
         raise InputError(f"results/{tier.name}: expected a folder, found a file")
+
+
+def _expect_raw_files(tier: Tier) -> None:
+    """Raise `InputError` where files are missing that nobody downloads, and nothing is prepared."""
+    settings = tier.sections[NOTEBOOKS["data"]]
+    for name in tier.datasets:
+        dataset, prepared = tier.manifest.dataset(name), ROOT / tier.folder.prepared(name)
+        if isinstance(dataset.source, ManualSource) and not (prepared / PATCH_TABLE).is_file():
+            raw = settings["raw"] or f"{settings['downloads']}/{name}"
+            find_scenes(dataset, (ROOT / "notebooks" / raw).resolve())
 
 
 def _make(
