@@ -442,17 +442,28 @@ def test_a_hole_in_one_channel_is_a_hole(copied, tmp_path, pixel):
     assert set(raw.read_raster(tmp_path / "scene/optical.tif")[:, seen].flat) == {50}
 
 
-def test_nodata_and_an_alpha_channel_both_hide_pixels(copied, tmp_path):
+@pytest.mark.parametrize(
+    ("others", "hidden"),
+    [
+        ({}, np.s_[:30]),
+        # A band that a modality takes from the file, however that is spelt, is no mask.
+        ({"nir": {"file": "optical.tif", "channels": [3]}}, np.s_[24:30]),
+        ({"nir": {"file": ["nir.tif", "optical.tif"], "channels": [-1]}}, np.s_[24:30]),
+    ],
+)
+def test_nodata_and_an_alpha_channel_both_hide_pixels(copied, tmp_path, others, hidden):
     bands = np.full((3, 96, 96), 50, np.uint8)
     bands[2, :24], bands[0, 24:30] = 0, 9
     raw.write_raster((folder := copied("pair")) / "optical.tif", bands, nodata=9, **raw.ground())
     with rasterio.open(folder / "optical.tif", "r+") as raster:
         raster.colorinterp = [ColorInterp.gray, ColorInterp.undefined, ColorInterp.alpha]
     optical = {"file": "optical.tif", "channels": [1, 2]}
-    changes = {"modalities": {"optical": optical, "radar": ["VV"]}, "masks": {}}
+    changes = {"modalities": {"optical": optical, "radar": ["VV"], **others}, "masks": {}}
     prepare(raw.dataset("pair", **changes), folder, tmp_path)
     seen = raw.read_mask(tmp_path / "scene/optical.tif")
-    assert seen.all(axis=1).tolist() == [False] * 30 + [True] * 66
+    right = np.ones_like(seen)
+    right[hidden] = False
+    np.testing.assert_array_equal(seen, right)
 
 
 def test_keys_that_are_merged_may_be_there_twice(tmp_path):

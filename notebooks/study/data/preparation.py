@@ -230,7 +230,9 @@ class AlignedModality:
             bands = [file_bands[source] for source in together]
             placed, channels = bands[0], [band.channel for band in bands]
             # What any band of the manifest takes from the file is data, whatever its tags say.
-            used = [band.channel for band in file_bands.values() if band.file == placed.file]
+            same = {n for n, band in file_bands.items() if band.file == placed.file}
+            same |= {n for n, file in scene.band_files.items() if file == path}
+            used = [file_bands[name].channel for name in same]
             more = dataset.resampling, placed.nodata, used
             raster = AlignedRaster(path, placed, grid, stack, channels, *more)
             self.rasters.append(raster)
