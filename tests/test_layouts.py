@@ -483,7 +483,7 @@ def test_keys_that_are_merged_may_be_there_twice(tmp_path):
         (
             rewrite("clouds.tif", np.zeros_like),
             "ready",
-            "clouds.tif: masks.optical.unseen: has no pixel",
+            "clouds.tif: masks.optical: has no pixel",
         ),
         (rewrite("radar.tif", np.ones_like), "ready", "radar.tif: VV: every pixel is 1"),
         (

@@ -12,9 +12,9 @@ import rasterio
 from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
-from study.data.alignment import ENVIRONMENT, grid_of, open_raster, windows
+from study.data.alignment import ENVIRONMENT, open_raster
 from study.data.manifest import Dataset, ManualSource, load_manifest
-from study.data.preparation import check_scene, open_modalities
+from study.data.preparation import check_scene
 from study.data.raw_files import MissingFileError, Scene, find_scenes, member_problem
 
 SAMPLED = 512  # pixels along a side of a file, of which a doubt is raised
@@ -63,12 +63,12 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
     report, occurring, doubts = Report("ready", len(scenes)), set[str](), dict[str, Path]()
     needed = {f"labels.values.{name}" for name in dataset.labels.values}
     needed |= {f"modalities.{name}" for scene in scenes for name in scene.modalities}
-    masks = {f"masks.{n}.unseen": file for scene in scenes for n, file in scene.mask_files.items()}
+    masks = {f"masks.{n}": file for scene in scenes for n, file in scene.mask_files.items()}
     with rasterio.Env(**ENVIRONMENT):
         for scene in tqdm(scenes, desc="check", unit="scene"):
             try:
-                occurring |= {f"labels.values.{name}" for name in check_scene(scene)}
-                occurring.update(_occurring(scene))
+                values, others = check_scene(scene)
+                occurring |= others | {f"labels.values.{name}" for name in values}
                 doubts = dict(_doubts(scene)) | doubts  # with the first file of each
             except InputError as error:
                 report.problems.append(str(error))
@@ -86,20 +86,6 @@ def check_data(dataset: Dataset, folder: Path) -> Report:
         if absent := [name for name in dataset.modalities if name not in scene.modalities]:
             report.notes.append(f"scene {scene.name}: {', '.join(absent)} absent")
     return report
-
-
-def _occurring(scene: Scene) -> Iterator[str]:
-    """Yield the modalities that see a pixel of a scene, and the masks that hide one."""
-    grid = grid_of(scene.reference_file, scene.reference)
-    steps = windows(grid.height, grid.width)
-    with open_modalities(scene, grid) as modalities:
-        for name, source in modalities.items():
-            if any(source.read(step)[1].any() for step in steps):
-                yield f"modalities.{name}"
-            if source.mask:
-                masks = (source.mask.read(step)[0] for step in steps)
-                if any(np.isin(mask, scene.dataset.masks[name].unseen).any() for mask in masks):
-                    yield f"masks.{name}.unseen"
 
 
 def _doubts(scene: Scene) -> Iterator[tuple[str, Path]]:

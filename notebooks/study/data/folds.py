@@ -331,10 +331,8 @@ def _block_parts(
     totals = table.loc[kind == "tile", pixels].sum()
     rest = table[(kind == "inner") & ~test].groupby("block")[pixels].sum()
     if len(rest) < validation_blocks:
-        raise InputError(
-            f"validation_blocks: expected at most {len(rest)}, the blocks with labels that fold "
-            f"{fold} does not test, found {validation_blocks}; smaller blocks are more"
-        )
+        most = f"{len(rest)}, the blocks with labels that fold {fold} does not test"
+        raise InputError(f"validation_blocks: expected at most {most}, found {validation_blocks}")
     chosen: list[int] = []
     held = totals * 0
     for _ in range(validation_blocks):

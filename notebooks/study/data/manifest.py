@@ -456,10 +456,8 @@ class Dataset(Strict):
         if not isinstance(content.get("bands") or {}, dict):
             return content
         if "labels" not in content:
-            raise ValueError(
-                "labels: expected them for training; a new scene is mapped without them by `make "
-                "map DATASET=... RAW=... WEIGHTS=...`, with the entry that its network learnt from"
-            )
+            how = "make map RAW=... WEIGHTS=... DATASET=<the entry that its network learnt from>"
+            raise ValueError(f"labels: expected them for training; without any, map by {how}")
         bands, modalities = dict(content.get("bands") or {}), dict(content["modalities"])
         for name, entry in modalities.items():
             if isinstance(entry, dict):

@@ -146,7 +146,7 @@ def prepare(dataset: Dataset, raw_folder: Path, prepared_folder: Path) -> Prepar
     with rasterio.Env(**ENVIRONMENT):
         values = {name: set(scene.label_values) for name, scene in done.items()}
         for scene in tqdm(pending, desc="check", unit="scene"):
-            values[scene.name] = check_scene(scene)
+            values[scene.name], _ = check_scene(scene)
         missing = set(dataset.labels.values) - set().union(*values.values())
         if pending and missing:
             raise InputError(f"labels.values: {sorted(missing)} occur in no scene of {raw_folder}")
@@ -177,19 +177,25 @@ def write_record(record: Prepared, folder: Path) -> None:
         path.write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def check_scene(scene: Scene) -> set[str]:
-    """Read all raw files of a scene once; return the label values that it has."""
+def check_scene(scene: Scene) -> tuple[set[str], set[str]]:
+    """Read all raw files of a scene once; return its label values, and what else it has pixels of.
+
+    That are `modalities.<name>` with data, and `masks.<name>` that hide some.
+    """
     with open_scene(scene) as (grid, modalities, draw):
         rasters = [r for source in modalities.values() for r in (*source.rasters, source.mask) if r]
         for raster in {raster.path: raster for raster in rasters}.values():
             raster.check()
         member = membership(scene.dataset.labels)
         occurs = np.zeros(member.shape[1], dtype=bool)
-        for window in windows(grid.height, grid.width):
+        others, steps = set[str](), windows(grid.height, grid.width)
+        for window in steps:
             occurs |= member[np.unique(draw(window))].any(axis=0)
-            for modality in modalities.values():
-                modality.hidden(window)
-    return set(np.array(scene.dataset.labels.names)[occurs].tolist())
+            others |= {f"masks.{n}" for n, m in modalities.items() if m.hidden(window).any()}
+        for name, modality in modalities.items():
+            if any(modality.read(window)[1].any() for window in steps):
+                others.add(f"modalities.{name}")
+    return set(np.array(scene.dataset.labels.names)[occurs].tolist()), others
 
 
 @contextmanager

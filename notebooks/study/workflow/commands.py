@@ -27,7 +27,7 @@ from study.metrics.evaluation import COUNTS, class_scores
 from study.provenance.artifacts import check, sidecar_path
 from study.provenance.files import TEMPORARY, file_sha256, make_folder, written_beside
 from study.stages.agreement import AGREEMENT
-from study.stages.tiers import NOTEBOOKS, Tier, load_tier
+from study.stages.tiers import Tier, load_tier
 from study.workflow.durations import durations, estimate, executed, read_executed
 from study.workflow.pages import tier_page
 
@@ -49,9 +49,7 @@ def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
-    _expect_folders(tier)
-    if not dry_run:
-        _expect_raw_files(tier)
+    _expect_files(tier, dry_run)
     print(estimate(tier, cores, ROOT), flush=True)
     if dry_run:
         return _snakemake(tier, ["--cores", str(cores), "--dry-run"])
@@ -150,22 +148,17 @@ def make_networks(tier: Tier, cores: int) -> int:
     return 0
 
 
-def _expect_folders(tier: Tier) -> None:
-    """Raise `InputError` where a run could not write its last files, hours later."""
+def _expect_files(tier: Tier, dry_run: bool) -> None:
+    """Raise `InputError` where a run could not write its last files, or read its first."""
     for path in (tier.folder.root / "parameters", tier.folder.root / "notebooks", Path("results")):
         if not os.access(make_folder(ROOT / path), os.W_OK):
             raise InputError(f"{path}: expected a folder that can be written to")
     if (ROOT / "results" / tier.name).is_file():
         raise InputError(f"results/{tier.name}: expected a folder, found a file")
-
-
-def _expect_raw_files(tier: Tier) -> None:
-    """Raise `InputError` where files are missing that nobody downloads, and nothing is prepared."""
-    settings = tier.sections[NOTEBOOKS["data"]]
-    for name in tier.datasets:
+    for name in () if dry_run else tier.datasets:
         dataset, prepared = tier.manifest.dataset(name), ROOT / tier.folder.prepared(name)
         if isinstance(dataset.source, ManualSource) and not (prepared / PATCH_TABLE).is_file():
-            raw = settings["raw"] or f"{settings['downloads']}/{name}"
+            raw = tier.setting("data", "raw") or f"{tier.setting('data', 'downloads')}/{name}"
             find_scenes(dataset, (ROOT / "notebooks" / raw).resolve())
 
 
