@@ -165,8 +165,8 @@ def plan_maps(parameters: Mapping[str, Any], without: str = "") -> list[MapPlan]
         key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
         made_with = {"scene": chosen, "modalities": kept, "patch_size": size, "stride": stride}
         made_with |= {"pixel_size": grid.pixel_size, "threads": parameters["threads"]}
-        own = f"{chosen}-{key}" + f"-without-{without}" * bool(without)
-        target = Path(parameters["work"]) / "maps" / name / own
+        own = f"{chosen}-{key}-without-{without}" if without else f"{chosen}-{key}"
+        target = Path(parameters["work"], "maps", name, own)
         record = Record(made_with, inputs | {"code": fingerprint("mapping")}, str(device))
         how = size, stride, parameters["batch_size"], dataset.colours, record
         plans.append(MapPlan(network, scene, grid, target, *how))
@@ -233,8 +233,7 @@ def sentence(plan: MapPlan, table: pd.DataFrame) -> str:
     scores = [f" (IoU {iou:.3f} in evaluation)" if iou == iou else "" for iou in table["iou"]]
     rows = zip(table["share"], table["scenario"], scores, strict=True)
     parts = [f"{share:.1%} from {scenario}{score}" for share, scenario, score in rows]
-    pixels = f"{table['pixels'].sum():,} pixels were mapped"
-    return f"{plan.folder.name}: {pixels}: {', '.join(parts)}."
+    return f"{plan.folder.name}: {table['pixels'].sum():,} pixels were mapped: {', '.join(parts)}."
 
 
 def _predict_scene(plan: MapPlan) -> None:

@@ -21,7 +21,6 @@ import psutil
 
 from lsgs_core.errors import InputError
 from study.data.manifest import ManualSource
-from study.data.preparation import PATCH_TABLE
 from study.data.raw_files import find_scenes
 from study.metrics.evaluation import COUNTS, class_scores
 from study.provenance.artifacts import check, sidecar_path
@@ -156,8 +155,8 @@ def _expect_files(tier: Tier, dry_run: bool) -> None:
     if (ROOT / "results" / tier.name).is_file():
         raise InputError(f"results/{tier.name}: expected a folder, found a file")
     for name in () if dry_run else tier.datasets:
-        dataset, prepared = tier.manifest.dataset(name), ROOT / tier.folder.prepared(name)
-        if isinstance(dataset.source, ManualSource) and not (prepared / PATCH_TABLE).is_file():
+        dataset, made = tier.manifest.dataset(name), tier.folder.prepared(name) / "patches.csv"
+        if isinstance(dataset.source, ManualSource) and not (ROOT / made).is_file():
             raw = tier.setting("data", "raw") or f"{tier.setting('data', 'downloads')}/{name}"
             find_scenes(dataset, (ROOT / "notebooks" / raw).resolve())
 

@@ -126,7 +126,7 @@ def _rank_table(table: pd.DataFrame) -> list[str]:
     rows = []
     for place, part in table.query("missing > 0").groupby(["dataset", "backbone"], sort=False):
         ranks = [rank_correlation(part, column) for column in ("distortion", "missing")]
-        # Undefined where all scenarios miss as many: two sensors.
+        # With two sensors, all scenarios miss as many.
         rows.append([*place, *("" if pd.isna(rank) else f"{rank:+.2f}" for rank in ranks)])
     return _table(["data set", "backbone", "with D", "with the number missing"], rows)
 
