@@ -151,12 +151,16 @@ def class_maps(paths: Mapping[str, Path], pictures: Mapping[str, NDArray[np.floa
         panel.set_title(title)
     for panel, (title, path) in zip(axes.flat[len(pictures) :], paths.items(), strict=False):
         with rasterio.open(path) as raster:
-            values = raster.read(1, out_shape=_reduction(raster)[1])
+            factor, shape = _reduction(raster)
+            values = raster.read(1, out_shape=shape)
             names, colours, nodata = raster.tags(), raster.colormap(1), raster.nodata
+            grid = Grid(raster.crs, raster.transform, raster.width, raster.height)
             figure.set_figheight(rows * (13 / columns * raster.height / raster.width + 0.4) + 0.5)
         there = set(np.unique(values).tolist()) - {nodata}
         found = {v: tuple(part / 255 for part in colours[v]) for v in sorted(there)}
         category_map(panel, values, found, title)
+        if panel is axes.flat[count - 1]:
+            _scale_bar(panel, values.shape[1], factor * (grid.pixel_size or np.nan))
         shown |= {v: Patch(color=of, label=names[f"id_{v}"]) for v, of in found.items()}
     handles = [shown[value] for value in sorted(shown)]
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
@@ -182,7 +186,7 @@ def prediction_maps(predictions: Predictions, patch: int) -> Figure:
         panel.imshow(picture)
         panel.set_title(name)
     _draw_classes(axes[0, len(predictions.modalities)], truth, predictions, "truth")
-    _scale_bar(axes[0, 0], predictions)
+    _scale_bar(axes[0, 0], truth.shape[-1], predictions.pixel_size)
     for row, method in zip(axes[1:], methods, strict=True):
         row[0].set_ylabel(method_title(method), rotation=0, ha="right", va="center")
         for column, (backbone, index) in enumerate(product(backbones, shown)):
@@ -218,7 +222,7 @@ def prediction_view(
         panel.set(box_aspect=1, title=f"{name}: {bands if is_available else 'missing'}")
         panel.patch.set(hatch="" if is_available else "//", edgecolor=GREY)
     _draw_classes(axes[0, len(names)], truth, predictions, "truth (white: no label)")
-    _scale_bar(axes[0, len(names)], predictions)
+    _scale_bar(axes[0, len(names)], truth.shape[-1], predictions.pixel_size)
     verdicts = {0: PALETTE[5], 1: PALETTE[4]}
     for panels, shown in ((axes[1, :2], scenarios.full), (axes[1, 2:4], scenario)):
         title = f"from {scenarios.names[shown]}"
@@ -233,13 +237,13 @@ def prediction_view(
     return figure
 
 
-def _scale_bar(panel: Axes, predictions: Predictions) -> None:
-    """Draw a bar of a round number of metres below a patch, if the size of its pixels is known."""
-    width = predictions.truth.shape[-1] * predictions.pixel_size
+def _scale_bar(panel: Axes, columns: int, pixel_size: float) -> None:
+    """Draw a bar of a round number of metres below a map, if the size of its pixels is known."""
+    width = columns * pixel_size
     if np.isfinite(width):
         decade = 10 ** np.floor(np.log10(width / 2))
         metres = decade * max(n for n in (1, 2, 5) if n * decade <= width / 2)
-        length, below = metres / predictions.pixel_size, {"bbox_transform": panel.transAxes}
+        length, below = metres / pixel_size, {"bbox_transform": panel.transAxes}
         bar = AnchoredSizeBar(
             panel.transData, length, f"{metres:g} m", "upper left", frameon=False, pad=0,
             bbox_to_anchor=(0, -0.03), size_vertical=length / 20, **below,
