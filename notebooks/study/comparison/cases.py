@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from lsgs_core.errors import InputError
 from lsgs_core.probabilities import scenario_probabilities, total_variation
 from lsgs_core.scenarios import ScenarioSet
-from study.metrics.statistics import UNIFORM_ARMS, pooled, sensor_values
+from study.metrics.statistics import UNIFORM_ARMS, correlation, pooled, sensor_values
 from study.provenance.artifacts import load_table, sidecar_path
 from study.training.checkpoints import TrainedNetwork
 
@@ -135,11 +134,11 @@ def _of_fold(rows: pd.DataFrame, score: str) -> dict[str, float]:
     numbers: dict[str, Iterable[float]] = {
         "between": (total_variation(p[i], p[j]) for i, j in pairs),
         "to_uniform": (total_variation(values, uniform) for values in p),
-        "within": (_correlation(inner[i], inner[j]) for i, j in pairs),
+        "within": (correlation(inner[i], inner[j]) for i, j in pairs),
         "common": [p.mean(axis=0).var() / p.var(axis=1).mean()],
-        "rank": (_correlation(*pair, "spearman") for pair in zip(scores, lost, strict=True)),
-        "rank_others": (_correlation(scores[i], lost[j], "spearman") for i, j in pairs),
-        "within_others": (_correlation(inner_scores[i], inner_lost[j]) for i, j in pairs),
+        "rank": (correlation(*pair, "spearman") for pair in zip(scores, lost, strict=True)),
+        "rank_others": (correlation(scores[i], lost[j], "spearman") for i, j in pairs),
+        "within_others": (correlation(inner_scores[i], inner_lost[j]) for i, j in pairs),
     }
     return {name: float(pd.Series([*values]).mean()) for name, values in numbers.items()}
 
@@ -148,14 +147,3 @@ def _within(values: NDArray[np.float64], groups: NDArray[np.float64]) -> NDArray
     """Take off the mean of every group of scenarios, in each row."""
     by_scenario = pd.DataFrame(values.T)
     return (by_scenario - by_scenario.groupby(groups).transform("mean")).to_numpy().T
-
-
-def _correlation(
-    first: NDArray[np.float64],
-    second: NDArray[np.float64],
-    method: Literal["pearson", "spearman"] = "pearson",
-) -> float:
-    """Return a correlation, NaN where one of both is constant but for rounding."""
-    if min(np.ptp(first), np.ptp(second)) < 1e-12:
-        return float("nan")
-    return float(pd.Series(first).corr(pd.Series(second), method=method))

@@ -255,7 +255,9 @@ def distortion_against_loss(table: pd.DataFrame) -> Figure:
         axes.set(xlabel="distortion D", ylabel="IoU lost against all modalities")
         axes.axhline(0, color="#333333", linewidth=1, zorder=0)
         ranks = [rank_correlation(rows, column) for column in ("distortion", "missing")]
-        label = f"rank correlation {ranks[0]:+.2f}, of counting {ranks[1]:+.2f}"
+        label = f"rank correlation {ranks[0]:+.2f}"
+        if np.isfinite(ranks[1]):  # with two sensors, all scenarios miss as many
+            label += f", of counting {ranks[1]:+.2f}"
         axes.text(0, 1, label, transform=axes.transAxes, fontsize="small", va="bottom")
 
     title = "Does D order the scenarios as the loss does, better than counting?"

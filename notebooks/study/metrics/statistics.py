@@ -11,7 +11,7 @@ numbers. The bootstrap resamples seeds and blocks; a resampled block is the same
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -341,8 +341,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def rank_correlation(table: pd.DataFrame, column: str) -> float:
     """Return Spearman's correlation of a column with the column lost, as a mean over networks."""
-    networks = [rows for _, rows in table.groupby(["fold", "network"])]
-    return float(np.mean([rows[column].corr(rows["lost"], method="spearman") for rows in networks]))
+    networks = [
+        rows[[column, "lost"]].to_numpy().T for _, rows in table.groupby(["fold", "network"])
+    ]
+    return float(np.mean([correlation(*of_network, method="spearman") for of_network in networks]))
+
+
+def correlation(
+    first: Array, second: Array, method: Literal["pearson", "spearman"] = "pearson"
+) -> float:
+    """Return a correlation, NaN where one of both is constant but for rounding."""
+    if min(np.ptp(first), np.ptp(second)) < 1e-12:
+        return float("nan")
+    return float(pd.Series(first).corr(pd.Series(second), method=method))
 
 
 def _frequencies(drawn: NDArray[np.int64], count: int) -> Array:
