@@ -341,10 +341,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def rank_correlation(table: pd.DataFrame, column: str) -> float:
     """Return Spearman's correlation of a column with the column lost, as a mean over networks."""
-    networks = [
-        rows[[column, "lost"]].to_numpy().T for _, rows in table.groupby(["fold", "network"])
-    ]
-    return float(np.mean([correlation(*of_network, method="spearman") for of_network in networks]))
+    networks = [rows for _, rows in table.groupby(["fold", "network"])]
+    found = (correlation(r[column].to_numpy(), r["lost"].to_numpy(), "spearman") for r in networks)
+    return float(np.mean([*found]))
 
 
 def correlation(
