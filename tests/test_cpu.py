@@ -8,7 +8,7 @@ from study.benchmark.published_form import as_published
 from torch import Tensor, nn
 
 from lsgs_core.models import Backbone, build_backbone, cpu
-from lsgs_core.models.cpu import _weights, accelerate_on_cpu, attention_with_dropout
+from lsgs_core.models.cpu import accelerate_on_cpu, attention_with_dropout
 from lsgs_core.models.lora import add_lora
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -101,16 +101,15 @@ def test_one_sample_has_the_gradients_of_two_equal_ones(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [7, 16])  # 49 numbers do not fill 64-bit words
 def test_attention_with_dropout(tokens):
-    inputs = torch.randn(3, 2, 3, tokens, 4, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(3, 2, 3, tokens, tokens, dtype=torch.float64, requires_grad=True)
     query, key, value = inputs
     torch.manual_seed(5)
     found = attention_with_dropout(query, key, value, 0.25)
-    torch.manual_seed(5)
-    seed = int(torch.randint(2**62, ()))
-    heads = [x.detach().flatten(0, 1) for x in (query, key)]
-    keep = torch.stack([keep.clone() for _, keep in _weights(*heads, 2**14, seed)])
-    logits = query @ key.transpose(2, 3) / 4**0.5
-    expected = logits.softmax(dim=3) * keep.view_as(logits) / 0.75 @ value
+    torch.manual_seed(5)  # with values that show the weights, those that are kept are not 0
+    shown = torch.eye(tokens, dtype=torch.float64).expand_as(value)
+    keep = attention_with_dropout(query, key, shown, 0.25) != 0
+    logits = query @ key.transpose(2, 3) / tokens**0.5
+    expected = logits.softmax(dim=3) * keep / 0.75 @ value
     torch.testing.assert_close(found, expected)
     gradient = torch.randn_like(found)
     ours, definition = (torch.autograd.grad(r, inputs, gradient) for r in (found, expected))

@@ -23,7 +23,7 @@ from study.provenance.artifacts import Record, save_table
 from study.provenance.files import TEMPORARY, file_sha256
 from study.stages.tiers import load_tier
 from study.workflow import commands
-from study.workflow.commands import MARK, _only_one, compare, end_orphans, publish, sweep
+from study.workflow.commands import MARK, compare, end_orphans, publish, sweep
 from study.workflow.durations import durations, estimate, executed
 
 from lsgs_core import InputError
@@ -47,13 +47,6 @@ def test_orphans_are_ended_and_others_are_not(tmp_path):
         assert end_orphans(tmp_path) == 0
     finally:
         ours.kill(), others.kill()
-
-
-def test_one_study_per_folder(tmp_path):
-    with _only_one(tmp_path), pytest.raises(InputError, match="already"), _only_one(tmp_path):
-        pass
-    with _only_one(tmp_path):  # given up when the first one ended
-        pass
 
 
 def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
@@ -157,8 +150,13 @@ def test_the_reason_of_a_failure_comes_last(tmp_path, monkeypatch, capsys, cells
     tier, job = load_tier("smoke", ROOT), "04_finetuning-demo-cmx-fold0-seed0"
     path = tmp_path / tier.folder.executed_notebook(job)
 
-    def fails(*_):
+    def fails(tier, options, *_):
         """In place of Snakemake: a notebook fails."""
+        if "--dry-run" in options:
+            return 0
+        with pytest.raises(InputError, match="already"):  # one study per folder
+            commands.run(tier, 1)
+        assert commands.run(tier, 1, dry_run=True) == 0  # which may stand beside a run
         path.parent.mkdir(parents=True, exist_ok=True)
         if cells is not None:
             text = json.dumps({"cells": cells, "metadata": {}})
@@ -168,11 +166,9 @@ def test_the_reason_of_a_failure_comes_last(tmp_path, monkeypatch, capsys, cells
 
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     monkeypatch.setattr(commands, "_snakemake", fails)
-    assert commands.run(tier, 1) == 1
-    assert capsys.readouterr().err == f"error: {job}: {sentence}\n"
-    with commands._only_one(tmp_path):  # a dry run may stand beside a run
-        assert commands.run(tier, 1, dry_run=True) == 1
-        assert capsys.readouterr().err == ""
+    for _ in range(2):  # the folder is given up when a run has ended
+        assert commands.run(tier, 1) == 1
+        assert capsys.readouterr().err == f"error: {job}: {sentence}\n"
 
 
 def test_how_long_it_takes_is_said(tmp_path):
@@ -394,13 +390,3 @@ def test_the_smoke_grid_on_slurm(clone, slurm):
     assert "submitted with SLURM jobid" in printed(*study, folder=clone)
     assert len(outputs(clone)) >= 10
     assert (clone / "results" / "smoke" / "evaluation" / "summary.csv").is_file()
-
-
-def test_the_page_has_the_jobs_of_the_tier():
-    text = (ROOT / "profiles" / "slurm" / "README.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| `cluster` |"))
-    written = [int(cell.replace(",", "")) for cell in line.split("|")[2:-1]]
-    tier = load_tier("cluster", ROOT)
-    runs = sum(len(methods) for methods in tier.points().values())
-    starts, points = len(tier.networks()), len(tier.points())
-    assert written == [len(tier.datasets), starts, starts, points, runs]
