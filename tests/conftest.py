@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import scene
 import torch
+import yaml
 from checkout import ROOT, copy_checkout
-from study.data.manifest import Dataset, Manifest, load_manifest
+from study.data.manifest import Dataset, load_manifest
 from study.data.patches import make_patches
 from study.data.preparation import prepare
 from study.data.raw_files import fetch
@@ -45,8 +46,16 @@ def wheel(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dataset(raw: Path, wheel: Path) -> Dataset:
-    return Manifest.model_validate(scene.manifest_content(raw, wheel)).dataset("demo")
+def manifest(raw: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of the tiny scene, a file."""
+    path = tmp_path_factory.mktemp("manifest") / "data_manifest.yaml"
+    path.write_text(yaml.safe_dump(scene.manifest_content(raw, wheel), sort_keys=False), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(manifest: Path) -> Dataset:
+    return load_manifest(manifest).dataset("demo")
 
 
 @pytest.fixture(scope="session")

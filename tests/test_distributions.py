@@ -76,10 +76,14 @@ def test_dirichlet():
 
 def test_coverage_without_relations_is_proportional_to_utility():
     utility = np.array([3.0, 1.0, 0.0, 2.0])
-    for mixing, expected in ((1, utility / 6), (0.5, 0.125 + utility / 12)):
-        p = distributions.coverage(utility, np.eye(4), mixing)
+    never = [0.0, 0.5, 0.25, 0.25]  # what never happens does not count
+    for mixing, prior, expected in (
+        (1, None, utility / 6),
+        (0.5, None, 0.125 + utility / 12),
+        (1, never, [0, 1 / 3, 0, 2 / 3]),
+    ):
+        p = distributions.coverage(utility, np.eye(4), mixing, prior)
         np.testing.assert_allclose(p, expected, atol=2e-4 * mixing)
-    np.testing.assert_allclose(distributions.coverage(np.zeros(4), np.eye(4), 1), 0.25)
 
 
 @settings(deadline=None, max_examples=60)
@@ -219,12 +223,6 @@ def test_adapting_samplers_start_at_the_prior_and_never_leave_it(name):
         p = sampler.probabilities(0)
         assert p.sum() == pytest.approx(1)
         np.testing.assert_array_equal(np.sign(p), np.sign(prior))
-
-
-def test_coverage_gives_nothing_to_what_never_happens():
-    utility, prior = np.array([3.0, 1.0, 2.0]), np.array([0.0, 0.5, 0.5])
-    p = distributions.coverage(utility, np.eye(3), mixing=1, prior=prior)
-    np.testing.assert_allclose(p, [0, 1 / 3, 2 / 3], atol=1e-4)
 
 
 def test_a_fixed_sampler_takes_its_own_state_alone():

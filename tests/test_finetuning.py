@@ -86,7 +86,7 @@ def test_every_method_runs(given, tmp_path):
 
 def test_a_rate_multiplies_the_learning_rate(given, tmp_path):
     start = opened(epochs=1, learning_rate=2e-3, keep_weights=False)
-    expected = {"uniform": 2e-3, "uniform@rate=3": 6e-3, "lora@rate=0.5": 5e-3}
+    expected = {"uniform": 2e-3, "uniform@rate=3": 6e-3, "lora": 1e-2, "lora_lsgs@rate=0.5": 5e-3}
     for name, rate in expected.items():
         run = finetune(start, *given, name, tmp_path / name)
         assert run.history["learning_rate"].tolist() == [pytest.approx(rate)]

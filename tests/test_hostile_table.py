@@ -32,6 +32,7 @@ import raw_layouts as raw
 import scipy.io
 import torch
 import yaml
+from checkout import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from study.data import alignment, raw_files
@@ -53,7 +54,6 @@ from lsgs_core import InputError, build_backbone, load_author_weights
 from lsgs_core.methods import METHODS
 from lsgs_core.scoring_file import read_evidence
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "results" / "hostile" / "README.md"
 AREAS = yaml.safe_load(Path(__file__).with_name("hostile.yaml").read_text("utf-8"))
 ROWS = [(area, row) for area in AREAS for row in area["rows"]]

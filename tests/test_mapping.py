@@ -9,7 +9,6 @@ import pytest
 import rasterio
 import scene
 import torch
-import yaml
 from checkout import ROOT
 from raw_layouts import read_raster as read
 from rio_cogeo.cogeo import cog_validate
@@ -36,13 +35,6 @@ def weights(prepared, dataset, tmp_path_factory):
     made_with = {"model": model.configuration, "description": patches.description.model_dump()}
     path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     return save_weights(path, model.state_dict(), Record(made_with))
-
-
-@pytest.fixture(scope="module")
-def manifest(raw, wheel, tmp_path_factory):
-    path = tmp_path_factory.mktemp("manifest") / "data_manifest.yaml"
-    path.write_text(yaml.safe_dump(scene.manifest_content(raw, wheel)))
-    return path
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import papermill
 import pytest
 import torch
 import yaml
 from checkout import ROOT, printed
 from study.data.manifest import load_manifest
-from study.provenance.artifacts import Record, save_weights, sidecar_path
+from study.provenance.artifacts import Record, check, save_weights
 from study.provenance.files import file_sha256
 from study.stages.agreement import DISTORTION, PROBABILITY
 from study.training.checkpoints import load_pretrained
@@ -28,10 +27,6 @@ ROUNDINGS = {
     "a processor without AVX": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "a processor with AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
-
-
-def record_of(path: Path) -> dict:
-    return json.loads(sidecar_path(path).read_text())
 
 
 def made_with(network) -> dict:
@@ -48,7 +43,7 @@ def made_with(network) -> dict:
         "modalities": definition.modalities,
         "classes": classes,
         "pretraining_seed": network.seed,
-        "patches_sha256": record_of(ROOT / network.weights)["parameters"]["patches_sha256"],
+        "patches_sha256": check(ROOT / network.weights)["parameters"]["patches_sha256"],
     }
 
 
@@ -155,29 +150,19 @@ def test_the_same_probabilities_under_any_rounding(prepared_demo, rounding):
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_where_it_is_asked_to(prepared_demo):
-    """And its network comes back in by the door for the user's own weights."""
-    work = prepared_demo.parents[1]
-    notebook = ROOT / "notebooks" / "02_pretraining_check.ipynb"
-
-    def run(weights: str, name: str) -> tuple[Path, str]:
-        executed = work / f"{name}.ipynb"
-        parameters = {"work": str(work), "weights": weights, "backbone": "cmx", "fold": 1}
-        papermill.execute_notebook(
-            notebook, executed, parameters, cwd=notebook.parent, progress_bar=False
-        )
-        folder = work / "pretrained" / "demo" / "cmx" / "fold1" / "seed0"
-        return folder, executed.read_text("utf-8")
-
-    folder, _ = run("train", "trained")
-    record = record_of(folder / "weights.safetensors")["parameters"]
-    assert record["weights"] == "train"
-    assert record["trained_with"]["settings"]["epochs"] == 1
-    assert len(pd.read_csv(folder / "history.csv")) == 1
-    own = shutil.copytree(folder, work / "own") / "weights.safetensors"
-    folder, said = run(str(own), "own")
-    assert "a checkpoint of this study" in said
-    assert file_sha256(folder / "weights.safetensors") == file_sha256(own)
-    again = record_of(folder / "weights.safetensors")
-    assert again["inputs"]["weights"] == file_sha256(own)
-    assert again["parameters"]["trained_with"] == record["trained_with"]
+def test_the_notebook_takes_ones_own_weights(prepared_demo):
+    work, notebook = prepared_demo.parents[1], ROOT / "notebooks" / "02_pretraining_check.ipynb"
+    own = shutil.copytree((ROOT / NETWORKS[-1].weights).parent, work / "own")
+    own /= "weights.safetensors"
+    parameters = {"work": str(work), "weights": str(own), "backbone": NETWORKS[-1].backbone}
+    executed = work / "own.ipynb"
+    papermill.execute_notebook(
+        notebook, executed, parameters, cwd=notebook.parent, progress_bar=False
+    )
+    assert "a checkpoint of this study" in executed.read_text("utf-8")
+    [taken] = (work / "pretrained").rglob("weights.safetensors")
+    assert file_sha256(taken) == file_sha256(own)
+    record = check(taken)
+    assert record["inputs"]["weights"] == file_sha256(own)
+    trained_with = record["parameters"]["trained_with"]
+    assert trained_with == check(own)["parameters"]["trained_with"]

@@ -1,6 +1,5 @@
 """A network of one's own in the whole study, where the command line names its file alone."""
 
-import json
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ import torch
 import yaml
 from checkout import ROOT, printed
 from study.provenance import artifacts
-from study.provenance.artifacts import Record, save_weights, sidecar_path
+from study.provenance.artifacts import Record, save_weights
 from study.stages.parameters import checked_parameters, notebook_parameters
 from study.stages.pretraining import expect_fit
 from study.stages.tiers import load_tier
@@ -205,7 +204,7 @@ def test_its_code_takes_part_in_freshness(own, tmp_path, monkeypatch):
     own.name(own.path)
     before, model = own_code(NAME), build_own(NAME, [1, 1, 1], 1)
     weights = saved(tmp_path, model)
-    assert json.loads(sidecar_path(weights).read_text())["parameters"]["model"]["code"] == before
+    assert artifacts.check(weights)["parameters"]["model"]["code"] == before
     own.path.write_text("# Why.\n" + OWN)
     assert own_code(NAME) == before
     hashed, sha256 = [], artifacts.file_sha256

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lsgs_core.errors import InputError
-from lsgs_core.probabilities import rbf_kernel, scenario_probabilities, total_variation
-from lsgs_core.randomness import generator, uniform_numbers
+from lsgs_core.probabilities import rbf_kernel, scenario_probabilities
+from lsgs_core.randomness import generator
 from lsgs_core.sampling import draw_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
@@ -75,14 +75,6 @@ def test_equal_distortions_give_the_prior():
     assert scenario_probabilities([0.3] * 7).probabilities.tolist() == pytest.approx([1 / 7] * 7)
     prior = np.array([0.5, 0.3, 0.2])
     np.testing.assert_allclose(scenario_probabilities([0.0] * 3, prior=prior).probabilities, prior)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e-6])
-def test_small_distortions_still_count(scale):
-    """The published absolute cutoff makes p uniform here; ours is relative."""
-    p = scenario_probabilities(scale * DISTORTION).probabilities
-    assert (p.argmax(), p.argmin()) == (2, 6)
-    assert total_variation(p, np.full(7, 1 / 7)) > 0.05
 
 
 def test_prior_weighs_both_parts():
@@ -174,13 +166,6 @@ def test_a_draw_depends_on_seed_epoch_and_sample_alone():
     # The numbers themselves are part of the promise: runs of other versions stay comparable.
     assert whole[:8].tolist() == [6, 3, 0, 4, 6, 5, 0, 2]
     assert draw_scenarios(p, 0, 0, []).tolist() == []
-
-
-def test_streams_are_independent():
-    numbers = [uniform_numbers(name, 0, 0, range(500)) for name in ("scenario", "augmentation")]
-    assert abs(np.corrcoef(numbers)[0, 1]) < 0.15
-    assert abs(np.corrcoef(numbers[0][:-1], numbers[0][1:])[0, 1]) < 0.15
-    assert generator("order", 0, 1).permutation(9).tolist() != list(range(9))
 
 
 def test_a_fine_tuning_never_replays_a_pretraining_of_any_seed():

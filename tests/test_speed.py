@@ -66,9 +66,7 @@ def test_ratios_are_of_medians():
     ]
     table = speed.ratios(pd.DataFrame(rows))
     assert table[["plain", "ours", "ratio"]].to_numpy().tolist() == [[12, 3, 4]]
-    figure = speed_figures.parts_figure(pd.DataFrame(rows))
-    axes = figure.axes[0]
-    assert any("ours: 3 s, 4.0 times as fast" in text.get_text() for text in axes.texts)
+    axes = speed_figures.parts_figure(pd.DataFrame(rows)).axes[0]
     assert sum(bar.get_width() for bar in axes.patches) == pytest.approx(100 + 25)
 
 

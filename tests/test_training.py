@@ -186,19 +186,6 @@ def test_history_says_what_the_sampler_reports(tmp_path):
     assert history["degrees_of_freedom"].iloc[1] == 7 / (1 + sampler.ridge)
 
 
-def test_samples_without_a_label_tell_a_sampler_nothing(tmp_path):
-    class Unlabelled(Blobs):
-        def batches_of(self, parts):
-            for batch in super().batches_of(parts):
-                known = (batch.patch_ids != 3)[:, None, None]
-                yield replace(batch, valid=batch.valid & known)
-
-    sampler = LossProportional([1 / 7] * 7, 0.5, 0.5)
-    run(tmp_path, settings=replace(SETTINGS, epochs=2), patches=Unlabelled(), sampler=sampler)
-    assert sampler.count.sum() == 2 * 9
-    assert np.isfinite(sampler.probabilities(0)).all()
-
-
 def test_paper_loss_and_sgd_run(tmp_path):
     settings = replace(SETTINGS, protocol="paper", optimiser="sgd", epochs=1)
     _, history = run(tmp_path, small("cbc_slp"), settings)
@@ -253,26 +240,14 @@ def test_low_rank_updates(tmp_path, name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_sampler_may_score_the_network_before_an_epoch(tmp_path):
-    """What it does to the mode of the network is undone before the first step."""
-    model = small()
+def test_every_epoch_trains_also_after_a_validation(tmp_path):
+    model, modes = small(), []
     norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    modes: list[bool] = []
-
-    class Scoring(FixedSampler):
-        scored = -1
-
-        def probabilities(self, epoch):
-            if self.scored < epoch:
-                model.eval()
-                self.scored = epoch
-            return super().probabilities(epoch)
-
-        def observe(self, scenario, loss):
-            modes.append(norm.training)
-
-    run(tmp_path, model, replace(SETTINGS, epochs=2), sampler=Scoring(np.full(7, 1 / 7)))
-    assert modes == [True] * 6
+    norm.register_forward_hook(lambda *_: modes.append(norm.training))
+    settings = replace(SETTINGS, epochs=2)
+    run(tmp_path, model, settings, validate=lambda network: network.eval() and {})
+    assert len(modes) >= 6
+    assert all(modes)
 
 
 def test_draws_depend_on_seed_stream_and_stage(tmp_path):
