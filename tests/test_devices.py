@@ -75,16 +75,6 @@ def test_bfloat16_trains_on_a_gpu_alone(tmp_path):
     assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
-def test_accumulation_needs_no_other_draws(tmp_path):
-    """A step in parts is near the whole step: the loss is the mean of the parts' losses."""
-    settings = replace(SETTINGS, epochs=1, learning_rate=1e-6)
-    _, whole = run(tmp_path / "a", small("cbc_slp"), settings)
-    _, parts = run(tmp_path / "b", small("cbc_slp"), replace(settings, accumulation=2))
-    assert drawn(whole).equals(drawn(parts))
-    assert parts["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.05)
-    assert parts["loss"].item() != whole["loss"].item()
-
-
 def test_too_many_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("study.training.loop.Processes", lambda *_: SimpleNamespace(count=3))
     with pytest.raises(InputError, match="a batch of 2 for 3 processes"):
