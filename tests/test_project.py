@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 
 import nbformat
 import pandas as pd
@@ -85,6 +86,18 @@ def test_the_methods_that_are_listed_are_those_there_are():
     ]
     text = (ROOT / "notebooks" / "README.md").read_text()
     assert [line for line in text.splitlines() if line in rows] == rows
+
+
+def test_the_core_imports_in_no_circle_and_nothing_of_the_study():
+    files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "lsgs_core").rglob("*.py"))
+    names = {".".join(file.parts).removesuffix(".__init__"): file for file in files}
+    del names["lsgs_core"]  # imports what is asked for, when it is
+    graph = {}
+    for name, file in names.items():
+        text = (ROOT / file).with_suffix(".py").read_text("utf-8")
+        graph[name] = set(re.findall(r"^ *from ([\w.]+) import", text, re.MULTILINE))
+        assert not any(other.startswith("study") for other in graph[name])
+    TopologicalSorter({name: used & names.keys() for name, used in graph.items()}).prepare()
 
 
 def test_folders_of_the_study_import_from_those_above_them():
