@@ -112,7 +112,7 @@ class GroupDRO(ScenarioSampler):
     weighted by q; here it is drawn from p, so that an observed loss is divided by K p_k.
     """
 
-    _kept: tuple[str, ...] = ("log_weights",)
+    _kept = ("log_weights",)
 
     def __init__(self, prior: ArrayLike, step: float = 0.01, mixing: float = 0.9) -> None:
         self.prior = check_probabilities(prior)
@@ -135,7 +135,7 @@ class GroupDRO(ScenarioSampler):
         self.log_weights -= self.log_weights.max()  # the softmax stays the same
 
 
-class KernelGroupDRO(GroupDRO, LossProportional):
+class KernelGroupDRO(LossProportional):
     """Group DRO on losses that are denoised over the scenarios, exponentiated from a given start.
 
     With many scenarios each is drawn seldom, and its loss is known badly. The running means of the
@@ -156,15 +156,20 @@ class KernelGroupDRO(GroupDRO, LossProportional):
         mixing: float = 0.9,
         memory: float = 0.98,
     ) -> None:
-        LossProportional.__init__(self, prior, 1.0, mixing, memory, ridge=1.0)
+        super().__init__(prior, 1.0, mixing, memory, ridge=1.0)
         self.log_weights = _logarithm(check_probabilities(start, len(self.prior), "start"))
         self.step = _range("step", step, 0, LARGEST_STEP)
         self.smoother = real_numbers("kernel", kernel, [len(self.prior)] * 2)
         self.eigen = np.linalg.eigh(self.smoother)
 
+    def probabilities(self, epoch: int) -> Probabilities:
+        """Return the present p, float64 [K]."""
+        q = scipy.special.softmax(self.log_weights)
+        return (1 - self.mixing) * self.prior + self.mixing * q
+
     def observe(self, scenario: NDArray[np.int64], loss: Floats) -> None:
         """Update the running means, and increase the weights where the smoothed loss is high."""
-        LossProportional.observe(self, scenario, loss)
+        super().observe(scenario, loss)
         losses = self.losses
         self.ridge = likeliest_ridge(*self.eigen, losses - losses.mean())
         smoothed = smooth_scores(self.smoother, losses - losses.mean(), self.ridge)
