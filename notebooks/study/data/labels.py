@@ -123,10 +123,8 @@ def _burned(labels: manifest.PolygonLabels | manifest.ScaledPolygonLabels, areas
 
     def draw(window: Window) -> NDArray[Any]:
         (top, bottom), (left, right) = window.toranges()
-        near, shape = (
-            tree.query(shapely.box(left, top, right, bottom)),
-            (bottom - top, right - left),
-        )
+        near = tree.query(shapely.box(left, top, right, bottom))
+        shape = bottom - top, right - left
         offset = rasterio.Affine.translation(left, top)
         codes = np.full(shape, outside, kind)
         for value in np.unique(values[near]):
