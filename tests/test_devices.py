@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from checkout import printed
-from study.provenance.devices import choose_device, in_processes
+from score_committed import committed_network
+from study.data.patches import PatchDataset
+from study.provenance.devices import choose_device, in_processes, make_deterministic
+from study.stages.agreement import DISTORTION
 from test_training import SETTINGS, run, small
 
-from lsgs_core import InputError
+from lsgs_core import InputError, ScenarioSet, score_scenarios
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,18 @@ def test_bfloat16_trains_on_a_gpu_alone(tmp_path):
     model, history = run(tmp_path, small("cbc_slp").cuda(), settings)
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def test_float32_is_float32_on_a_gpu(prepared, dataset):
+    """Where there is one, D is that of the CPU, as on another processor."""
+    torch.backends.cudnn.allow_tf32 = True
+    make_deterministic(threads=1)
+    assert not torch.backends.cudnn.allow_tf32
+    patches = PatchDataset(prepared, dataset, "land_cover", 0, "training", limit=8)
+    model, scenarios = committed_network("cmx"), ScenarioSet.of(patches.modalities)
+    one, two = (score_scenarios(model.to(choose_device(device)), patches.batches(8), scenarios)
+                for device in ("cpu", "auto"))  # fmt: skip
+    np.testing.assert_allclose(two.distortion, one.distortion, rtol=DISTORTION)
 
 
 def test_too_many_processes(tmp_path, monkeypatch):

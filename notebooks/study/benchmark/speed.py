@@ -295,8 +295,10 @@ def in_bfloat16(
                   "error of p": np.abs(q - p).max()}  # fmt: skip
 
 
-def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
-    """Measure the largest resident memory of two runs, each in a fresh process on the CPU.
+def peak_memory(cases: Sequence[Case], threads: int, device: str = "cpu") -> pd.DataFrame:
+    """Measure the largest memory of two runs, each in a fresh process.
+
+    It is the resident memory of the process, or on a GPU what PyTorch took of the GPU's memory.
 
     Returns the cases with the columns `plain` and `ours`, GB (10^9 bytes), and their `ratio`.
     """
@@ -306,7 +308,7 @@ def peak_memory(cases: Sequence[Case], threads: int) -> pd.DataFrame:
     jobs = [(row, case, form) for row, case in zip(rows, cases, strict=True) for form in FORMS]
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
         for row, case, form in tqdm(jobs, unit="process", desc="memory"):
-            row[form] = processes.submit(_peak_of_runs, case, form, threads).result()
+            row[form] = processes.submit(_peak_of_runs, case, form, threads, device).result()
     table = pd.DataFrame(rows)
     return table.assign(ratio=table["ours"] / table["plain"])
 
@@ -365,11 +367,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _peak_of_runs(case: Case, form: str, threads: int) -> float:
+def _peak_of_runs(case: Case, form: str, threads: int, device: str) -> float:
     """Run a case twice in this process, and return its peak memory in GB."""
     torch.set_num_threads(threads)
-    run = _Workload(case, "cpu").run(form)
+    run = _Workload(case, device).run(form)
     for _ in range(2):  # the second with the optimiser's state
         run()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -30,6 +30,10 @@ def make_deterministic(threads: int) -> None:
     One and two threads differ after some steps, so the number is a parameter that is recorded.
     """
     torch.set_num_threads(threads)
+    # On a GPU, cuDNN would round the factors of convolutions to ten bits (TF32), which changes D by
+    # more than another processor may, and cuBLAS repeats its sums with this workspace alone.
+    torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Only a warning, since some CUDA backward passes (3-D resizing) have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would also fill every new tensor with NaN first, to show who reads memory before writing.

@@ -85,12 +85,14 @@ def benchmark_page(folder: Path) -> str:
     """Return the page of the benchmark in Markdown, from three tables of A2."""
     record = read_json(folder / "ratios.csv.record.json")
     environment = record["environment"]
+    on_gpu = environment["device"] != "cpu"
+    measured = environment["device"] if on_gpu else record["parameters"]["processor"]
     ratios = pd.read_csv(folder / "ratios.csv").itertuples(index=False)
     memory = pd.read_csv(folder / "memory.csv").itertuples(index=False)
     times = pd.read_csv(folder / "time_to_probabilities.csv").round(3)
     case = ["task", "backbone", "preset", "modalities", "size", "batch"]
     lines = _prose(
-        f"{record['parameters']['processor']}, threads: {environment['threads']}, PyTorch "
+        f"{measured}, threads: {environment['threads']}, PyTorch "
         f"{environment['packages']['torch']}, {environment['date'][:10]}. Medians in seconds, "
         "the two forms measured in turns: *plain* is the published form, *ours* the faster "
         "one that is used. Distortions, outputs and gradients are the same up to rounding."
@@ -101,7 +103,8 @@ def benchmark_page(folder: Path) -> str:
         [*case, "plain, seconds", "ours, seconds", "times as fast"],
         ([*r[:6], f"{r.plain:.2f}", f"{r.ours:.2f}", f"{r.ratio:.1f}"] for r in ratios),
     )
-    lines += ["Largest resident memory of a process that trains, in GB:", ""]
+    memory_of = "memory of a GPU" if on_gpu else "resident memory of a process"
+    lines += [f"Largest {memory_of} that trains, in GB:", ""]
     lines += _table(
         [*case, "plain", "ours", "ours of plain"],
         ([*r[:6], f"{r.plain:.1f}", f"{r.ours:.1f}", f"{r.ratio:.0%}"] for r in memory),
