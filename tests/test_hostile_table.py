@@ -105,9 +105,6 @@ def edit(path: Path, change: dict[str, Any], within: str = "") -> None:
     path.write_text(json.dumps(content) if is_json else dumped(content), "utf-8")
 
 
-# --- what is done to files ------------------------------------------------------------------------
-
-
 def declare(path: Path, profile: dict[str, Any]) -> None:
     """A raster of this size and kind, of which no pixel is written."""
     whole = {"driver": "GTiff", "count": 3, "dtype": "uint8", "SPARSE_OK": True} | raw.ground()
@@ -257,9 +254,6 @@ DEEDS: dict[str, Callable[..., Any]] = {
 }
 
 
-# --- what is valid before -------------------------------------------------------------------------
-
-
 @functools.cache
 def network() -> Any:
     torch.manual_seed(0)
@@ -328,9 +322,6 @@ def served(folder: Path) -> None:
     source = {"access": "download", "url": "http://127.0.0.1:1/right/"}
     entry = raw.ENTRIES["pair"] | {"source": source | {"members": [*map(member, names)]}}
     (folder / "manifest.yaml").write_text(dumped({"datasets": {"pair": entry}}))
-
-
-# --- what is called, and what confirms a right result ---------------------------------------------
 
 
 def the_dataset(folder: Path) -> Any:
