@@ -78,8 +78,7 @@ def test_bfloat16_trains_on_a_gpu_alone(tmp_path):
     assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
-def test_float32_is_float32_on_a_gpu(prepared, dataset):
-    """Where there is one, D is that of the CPU, as on another processor."""
+def test_a_gpu_where_there_is_one_scores_as_another_processor(prepared, dataset):
     torch.backends.cudnn.allow_tf32 = True
     make_deterministic(threads=1)
     assert not torch.backends.cudnn.allow_tf32
