@@ -60,7 +60,7 @@ test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
 # Times and memory of this machine, at the paper's size: about an hour on one CPU core (CORES=1).
-# DEVICE=cuda times a GPU, and writes results/benchmarks_cuda.
+# DEVICE=cuda times a GPU, and writes results/benchmarks_gpu.
 BENCH := work/bench
 DEVICE ?= cpu
 RUN_NOTEBOOK := $(BIN)/python -m papermill --cwd notebooks --no-progress-bar --log-level WARNING
@@ -71,7 +71,7 @@ bench: $(VENV)/installed
 		-p patch_size 128 -p patch_stride 32 -p block_size 256 -p validation_blocks 2
 	$(RUN_NOTEBOOK) notebooks/A2_speed.ipynb $(BENCH)/A2.ipynb -p work ../$(BENCH)/demo \
 		-p paper_work ../$(BENCH)/paper -p preset paper -p device $(DEVICE) \
-		-p results ../results/benchmarks$(if $(filter-out cpu,$(DEVICE)),_$(DEVICE)) \
+		-p results ../results/benchmarks$(if $(filter-out cpu,$(DEVICE)),_gpu) \
 		-p patch_size 224 -p repeats 2 -p modalities 10 -p patches 5000 -p orders 20 \
 		-p threads $(CORES)
 

@@ -53,15 +53,8 @@ NETWORK = ("dataset", "backbone", "fold", "pretraining_seed")
 RUN = ("dataset", "backbone", "fold", "seed")
 LABELS = {"fold": "fold", "pretraining_seed": "network", "seed": "seed"}
 # Folders of other things in `work` and `results`.
-RESERVED = {
-    "bench",
-    "benchmarks",
-    "benchmarks_cuda",
-    "downloads",
-    "lock",
-    "networks",
-    "reproduction",
-}
+RESERVED = {"bench", "benchmarks", "benchmarks_gpu", "downloads"}
+RESERVED |= {"lock", "networks", "reproduction"}
 # Set per job from the grid and the folder, so a tier file must not set them.
 SET_BY_GRID = {"work", "dataset", "backbone", "fold", "seed", "methods", "tier"}
 
