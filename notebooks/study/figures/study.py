@@ -21,8 +21,15 @@ MARKERS = "osD^vP*Xh"
 
 
 def forest(differences: pd.DataFrame, metric: str) -> Figure:
-    """Draw the difference of every method to uniform in one metric, with its 95 % interval."""
+    """Draw the difference of every method to uniform in one metric, with its 95 % interval.
+
+    Networks before fine-tuning can lie far below all methods; their difference is then written.
+    """
     table = differences[differences["metric"] == metric]
+    others = table[table["method"] != "pretrained"]
+    ends = others if len(others) else table
+    left, right = min(0, ends["low"].min()), max(0, ends["high"].max())
+    margin = 0.1 * (right - left)
     present = set(table["method"])
     first = ["pretrained", "uniform_again"]
     order = [
@@ -39,7 +46,13 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
             face = colour if row["p_holm"] < 0.05 else "white"
             axes.hlines(position, row["low"], row["high"], color=colour, linewidth=2)
             axes.plot(row["difference"], position, "o", color=colour, markerfacecolor=face)
+            if row["difference"] < left - margin:
+                axes.text(
+                    left - 0.8 * margin, position, f"← {row['difference']:+.2f}", fontsize=8,
+                    color="#666666", va="center", bbox={"color": "white", "pad": 0},
+                )  # fmt: skip
             _note(axes, position, f"{row['replicates']:.0f}")
+        axes.set_xlim(left - margin, right + margin)
         axes.set_yticks(range(len(order)), [method_title(name) for name in order])
         axes.set_xlabel("IoU minus uniform")
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -155,7 +168,9 @@ def score_heatmaps(scores: pd.DataFrame, names: Sequence[str]) -> Figure:
             text.loc["uniform, IoU"] = base.map("{:.2f}".format)
             order = ["uniform, IoU", *shown.index[:-1]]
             shown, text = shown.loc[order], text.loc[order]
-        largest = float(np.nanmax(np.abs(shown)))
+        # Networks before fine-tuning can lie so far below that methods would all look alike.
+        others = shown.drop(index="pretrained", errors="ignore") if arms else shown
+        largest = float(np.nanmax(np.abs(others)) or np.nanmax(np.abs(shown)))
         low, map_name = (-largest, "RdBu") if arms else (0.0, "viridis")
         sns.heatmap(
             shown.rename(index=method_title), ax=axes, cmap=map_name, vmin=low, vmax=largest,
