@@ -12,14 +12,7 @@ CLASSES = ("x", "y")
 def records_of(
     effects: dict[str, float], seeds: int, blocks: int = 12, draw: int = 0
 ) -> pd.DataFrame:
-    """Records whose share of right pixels is that of the block and seed, plus a method's effect.
-
-    Args:
-        effects: Added to the share of right pixels, per method.
-        seeds: Replicates.
-        blocks: Spatial blocks.
-        draw: Seed of the noise.
-    """
+    """Records whose share of right pixels is that of block and seed, plus the method's effect."""
     random = np.random.default_rng(draw)
     of_block = random.normal(0.5, 0.08, blocks)
     shares = [  # every run errs in its own way, in every block

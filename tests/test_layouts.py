@@ -476,11 +476,7 @@ def test_keys_that_are_merged_may_be_there_twice(tmp_path):
         (on("optical.tif", lambda path: os.truncate(path, 9000)), "damaged", "optical.tif"),
         (rewrite("labels.tif", np.ones_like), "damaged", "labels.values.high: has no pixel"),
         (rewrite("radar.tif", lambda p: p * np.nan), "damaged", "modalities.radar: has no pixel"),
-        (
-            rewrite("clouds.tif", np.zeros_like),
-            "ready",
-            "clouds.tif: masks.optical: has no pixel",
-        ),
+        (rewrite("clouds.tif", np.zeros_like), "ready", "clouds.tif: masks.optical: has no pixel"),
         (rewrite("radar.tif", np.ones_like), "ready", "radar.tif: VV: every pixel is 1"),
         (
             rewrite("radar.tif", lambda pixels: np.nan_to_num(pixels, nan=-9999)),

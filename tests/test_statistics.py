@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from statistics_records import SCENARIOS, records_of
 from study.comparison.cases import stability
-from study.metrics.evaluation import SUMMARIES, summary
+from study.figures.study import forest, score_heatmaps
+from study.metrics.evaluation import SUMMARIES, scenario_scores, summary
 from study.metrics.statistics import (
     METRICS,
     Counts,
@@ -191,6 +192,16 @@ def test_cases_that_agree_have_no_spread():
     assert found["mean"] == pytest.approx(0.1)
     # the interval is never narrower than that of one difference common to all
     assert found["high"] - found["mean"] == pytest.approx(3.1824 * 0.01, rel=1e-3)
+
+
+def test_networks_before_fine_tuning_do_not_set_the_scale_of_figures():
+    effects = {"pretrained": -0.4, "uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.02}
+    records = records_of(effects, seeds=3).assign(dataset="d", backbone="cmx")
+    axes = forest(differences(records, SCENARIOS, resamples=100), "worst_iou").axes[0]
+    assert axes.get_xlim()[0] > -0.1
+    assert sum(text.get_text().startswith("← -0.") for text in axes.texts) == 1
+    iou = scenario_scores(records, ["dataset", "backbone", "method"])
+    assert score_heatmaps(iou, SCENARIOS.names).axes[0].collections[0].get_clim()[1] < 0.1
 
 
 def test_sensor_values_are_shares_of_the_whole():
