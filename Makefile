@@ -29,9 +29,10 @@ study: $(VENV)/installed
 
 # The executed notebooks of a tier with their figures, and a site of them: work/book/index.html.
 # Those of the demo are committed, with a map of its scene and the study of all scenes.
+BOOK_MISSING := none,NIR# in a variable: a comma within $(if) would end its part
 book: $(VENV)/installed
 	$(if $(filter demo,$(TIER)),$(RUN_NOTEBOOK) notebooks/06_mapping.ipynb \
-		work/demo/notebooks/06_mapping.ipynb -p work ../work/demo -p missing none,NIR)
+		work/demo/notebooks/06_mapping.ipynb -p work ../work/demo -p missing $(BOOK_MISSING))
 	$(if $(filter demo,$(TIER)),$(RUN_NOTEBOOK) notebooks/07_all_scenes.ipynb \
 		work/demo/notebooks/07_all_scenes.ipynb -p work ../work/demo -p resamples 4000)
 	$(BIN)/python -m study.workflow.book $(TIER) $(if $(filter demo,$(TIER)),results/book,work/$(TIER)/book)
