@@ -29,7 +29,8 @@ study: $(VENV)/installed
 
 # The executed notebooks of a tier with their figures, and a site of them: work/book/index.html.
 # Those of the demo are committed, with a map of its scene and the study of all scenes.
-BOOK_MISSING := none,NIR# in a variable: a comma within $(if) would end its part
+# Which sensors the maps do without is in a variable: a comma within $(if) would end its part.
+BOOK_MISSING := none,NIR
 book: $(VENV)/installed
 	$(if $(filter demo,$(TIER)),$(RUN_NOTEBOOK) notebooks/06_mapping.ipynb \
 		work/demo/notebooks/06_mapping.ipynb -p work ../work/demo -p missing $(BOOK_MISSING))
