@@ -195,7 +195,8 @@ class AlignedRaster:
         if self._nodata is not None and not self._can_hold(self._nodata):
             raise InputError(f"{path}: nodata {self._nodata:g} is not a value of {self.kind}")
         # A band that is used is no mask, whatever its tag says (near infrared as alpha).
-        alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
+        with naming(path):
+            alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
         data = {c if c > 0 else raw.count + 1 + c for c in data_channels} | {*self.channels}
         alpha_is_data = alpha in data
         self._has_alpha = alpha > 0 and not alpha_is_data
