@@ -365,7 +365,7 @@ def loss_proportional(
 def smoothed_loss(
     evidence: Evidence, mixing: float = 0.35, inverse_temperature: float = 1.0, ridge: float = 0.3
 ) -> ScenarioSampler:
-    """As loss-proportional, with the losses smoothed over the scenarios by the kernel of LSGS.
+    """As loss-proportional, with the losses smoothed by a kernel over the scenarios' masks.
 
     The kernel compares availability masks at lengthscale 1: exp(-h / 2) with h the number of
     modalities in which two scenarios differ.
