@@ -26,23 +26,19 @@ if TYPE_CHECKING:
     from lsgs_core.sampling import draw_scenarios as draw_scenarios
     from lsgs_core.scenarios import ScenarioSet as ScenarioSet
 
-_MODULE_OF = {
-    "AdaptedBackbone": "models.adapter",
-    "Batch": "batch",
-    "Evidence": "methods",
-    "HookedModel": "models.adapter",
-    "InputError": "errors",
-    "ScenarioDropout": "dropout",
-    "ScenarioProbabilities": "probabilities",
-    "ScenarioScores": "distortion",
-    "ScenarioSet": "scenarios",
-    "build_backbone": "models",
-    "draw_scenarios": "sampling",
-    "find_method": "methods",
-    "load_author_weights": "models",
-    "scenario_probabilities": "probabilities",
-    "score_scenarios": "distortion",
+_MODULES = {
+    "batch": ["Batch"],
+    "distortion": ["ScenarioScores", "score_scenarios"],
+    "dropout": ["ScenarioDropout"],
+    "errors": ["InputError"],
+    "methods": ["Evidence", "find_method"],
+    "models": ["build_backbone", "load_author_weights"],
+    "models.adapter": ["AdaptedBackbone", "HookedModel"],
+    "probabilities": ["ScenarioProbabilities", "scenario_probabilities"],
+    "sampling": ["draw_scenarios"],
+    "scenarios": ["ScenarioSet"],
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF]
 
 
@@ -50,3 +46,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'lsgs_core' has no attribute {name!r}")
     return getattr(import_module(f"lsgs_core.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,7 +16,15 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import Floats, array_of, check_count, check_number, check_type, real_numbers
+from lsgs_core.errors import (
+    Floats,
+    InputError,
+    array_of,
+    check_count,
+    check_number,
+    check_type,
+    real_numbers,
+)
 from lsgs_core.probabilities import likeliest_ridge, smooth_scores, standardise
 from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
 
@@ -109,7 +117,9 @@ class GroupDRO(ScenarioSampler):
 
     q starts as the prior, and q_k is multiplied by exp(step * loss_k) and normalised (Sagawa et al.
     2020, Algorithm 1, with scenarios as groups). Their group is drawn uniformly and its loss is
-    weighted by q; here it is drawn from p, so that an observed loss is divided by K p_k.
+    weighted by q; here it is drawn from p, so that an observed loss is divided by K p_k. Only
+    some scenarios serve a sample that lacks modalities; those are drawn more often than p says, and
+    gain weight by it.
     """
 
     _kept = ("log_weights",)
@@ -158,6 +168,8 @@ class KernelGroupDRO(LossProportional):
     ) -> None:
         super().__init__(prior, 1.0, mixing, memory, ridge=1.0)
         self.log_weights = _logarithm(check_probabilities(start, len(self.prior), "start"))
+        if (np.isfinite(self.log_weights) & (self.prior == 0)).any():
+            raise InputError("start: expected 0 where the prior is 0")
         self.step = _range("step", step, 0, LARGEST_STEP)
         self.smoother = real_numbers("kernel", kernel, [len(self.prior)] * 2)
         self.eigen = np.linalg.eigh(self.smoother)

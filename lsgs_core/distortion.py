@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import Floats, InputError, array_of, check_type, real_numbers
+from lsgs_core.errors import Floats, InputError, array_of, check_shape, check_type, real_numbers
 from lsgs_core.regression import measured_scenarios, regress_scenarios
 from lsgs_core.scenarios import ScenarioSet
 
@@ -64,6 +64,12 @@ class BatchScores:
     shift: Floats  # sum over the patches of their mean latent shift, [K, C]
     patch_ids: NDArray[np.int64]  # [B]
     block_ids: NDArray[np.int64]  # [B]
+
+    def __post_init__(self) -> None:
+        count = len(array_of("patch_ids", self.patch_ids, "iu", [None]))
+        array_of("block_ids", self.block_ids, "iu", [count])
+        measured = real_numbers("distortion", self.distortion, [count, None]).shape[1]
+        real_numbers("latent shift", self.shift, [measured, None])
 
 
 def score_scenarios(
@@ -129,7 +135,8 @@ def score_batches(
     """
     check_type("model", model, nn.Module)
     if not (hasattr(model, "latent") or hasattr(model, "scenario_latents")):
-        raise InputError("model: expected a method `latent`; see `HookedModel` for other networks")
+        expected = "a method `latent`; see `HookedModel`, or take `.module` of a parallel network"
+        raise InputError(f"model: expected {expected}")
     check_type("scenarios", scenarios, ScenarioSet)
     check_type("progress", progress, bool)
     single = isinstance(batches, Tensor | Batch | np.ndarray | Mapping)
@@ -138,12 +145,11 @@ def score_batches(
     tensors = [*model.parameters(), *model.buffers()]
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     devices = [tensor.device for tensor in tensors] or [torch.device("cpu")]
-    if device is not None:
-        check_type("device", device, torch.device, str)
-        expected = sorted({str(place) for place in devices} | {place.type for place in devices})
-        if str(device) not in expected:
-            raise InputError.of("device", f"{expected}, as the model has", device)
-    target = torch.device(device or devices[0])
+    fitting = [own for own in devices if device is None or str(device) in (str(own), own.type)]
+    if not fitting:
+        expected = f"{sorted({*map(str, devices)})}, as the model has"
+        raise InputError.of("device", expected, device)
+    target = fitting[0]
     measured = measured_scenarios(scenarios, scenario_budget)
     masks = torch.tensor(scenarios.masks[measured], device=target)
     position = 0  # of the first patch of a batch
@@ -154,7 +160,8 @@ def score_batches(
             position += len(batch.images[0])
             if not len(ids):
                 continue
-            with torch.inference_mode():  # not around the yield, where it would reach the caller
+            # Not inference mode: what a network caches meanwhile must still serve training.
+            with torch.no_grad():  # not around the yield, where it would reach the caller
                 distortion, shift = _distortion(scored, [x.to(target) for x in images], masks)
             finite = np.isfinite(distortion).all(axis=1)
             if not finite.all():
@@ -175,17 +182,12 @@ def joined_scores(
     """
     measured = measured_scenarios(scenarios, scenario_budget)
     check_type("batches", parts, Sequence)
-    channels = set()
     for part in parts:
         check_type("batches", part, BatchScores)
-        count = len(array_of("patch_ids", part.patch_ids, "iu", [None]))
-        array_of("block_ids", part.block_ids, "iu", [count])
-        real_numbers("distortion", part.distortion, [count, len(measured)])
-        channels.add(real_numbers("latent shift", part.shift, [len(measured), None]).shape)
     if not parts:
         raise InputError("batches: expected at least one patch with every modality, found none")
-    if len(channels) > 1:
-        raise InputError("latent: expected the same number of channels in every batch")
+    for part in parts:
+        check_shape("latent shift", part.shift, [len(measured), parts[0].shift.shape[1]])
     patch_distortion = np.concatenate([part.distortion for part in parts])
     block_ids = np.concatenate([part.block_ids for part in parts])
     latent_shift = np.sum([part.shift for part in parts], axis=0) / len(patch_distortion)
@@ -302,10 +304,11 @@ def _latents(model: Any, images: list[Tensor], masks: Tensor) -> Iterator[Tensor
 def _distortion(model: Any, images: list[Tensor], masks: Tensor) -> tuple[Floats, Floats]:
     """Return d_k(x), [B, K], and the sum over patches of their mean latent shift, [K, C].
 
-    Differences are taken in the latent's own precision and accumulated in float64, one scenario
-    after the other, so that no float64 copy of all latents exists.
+    Differences are taken in the latent's own precision and accumulated in float64 (float32 on
+    `mps`), one scenario after the other, so that no float64 copy of all latents exists.
     """
     batch, count = len(images[0]), len(masks)
+    wide = torch.float32 if images[0].device.type == "mps" else torch.float64  # it has no float64
     # Filled in place: a small array that is kept for each large one that is freed would fragment
     # the memory, which then grows as if all latents were kept.
     distortion, shift = np.empty((batch, count)), np.empty((count, 0))
@@ -318,7 +321,7 @@ def _distortion(model: Any, images: list[Tensor], masks: Tensor) -> tuple[Floats
             raise InputError(f"latent: expected {expected}, found {_form(latent)}")
         if reference is None:
             reference, shift = latent, np.empty((count, latent.shape[1]))
-        difference = (latent - reference).double()
+        difference = (latent - reference).to(wide)
         difference = difference.reshape(*difference.shape[:2], -1)  # (B, C, positions)
         distortion[:, k] = difference.square().mean(dim=(1, 2)).cpu()
         shift[k] = difference.mean(dim=2).sum(dim=0).cpu()

@@ -103,7 +103,7 @@ class ScenarioDropout:
         """
         scenario = self._drawn if drawn is None else array_of("drawn", drawn, "iu", [None])
         if scenario is None:
-            expected = "one draw before each observe, or its scenarios as `drawn`"
+            expected = "one draw before each observe, in this process, or its scenarios as `drawn`"
             raise InputError(f"loss: expected {expected}, found neither")
         check_type("loss", loss, Tensor)
         check_shape("loss", loss, [len(scenario)])

@@ -76,10 +76,11 @@ def check_shape(field: str, array: Any, shape: Shape | None) -> None:
 
 def check_number(field: str, value: Any, right: Callable[[float], bool], expected: str) -> float:
     """Return a finite real number for which `right` is True; else raise `InputError`."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max or not right(value):
+    plain = value.item() if isinstance(value, np.floating) else value  # float32 rounds the limit
+    number = isinstance(plain, Real) and not isinstance(plain, bool)
+    if not number or not abs(plain) <= sys.float_info.max or not right(plain):
         raise InputError.of(field, expected, value)
-    return float(value)
+    return float(plain)
 
 
 def check_count(field: str, value: Any, least: int = 1, most: int = LARGEST_COUNT) -> int:

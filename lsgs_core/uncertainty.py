@@ -52,7 +52,7 @@ def bootstrap_probabilities(
         float64 [R, K]; the standard deviations over R are the standard errors of p.
     """
     patch_distortion = real_numbers("patch_distortion", patch_distortion, [None, None])
-    check_count("patch_distortion", len(patch_distortion))
+    check_count("patch_distortion", len(patch_distortion), 1, 2**53)
     blocks = array_of("blocks", blocks, "iu", [len(patch_distortion)])
     check_type("to_probabilities", to_probabilities, Callable)
     check_count("resamples", resamples)

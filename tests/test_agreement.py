@@ -114,6 +114,9 @@ def test_one_more_seed_and_rounding_agree(tmp_path, tier):
     assert "distortion: DIFFERENT" in said
     assert "pretrained IoU: DIFFERENT" in said
     assert "fine-tuned: 8 of 9" in said
+    published(tmp_path / "one", tier, seeds=1)  # which shows no range
+    arguments = whole, by_scenario(), tier, work, str(tmp_path / "one")
+    assert "fine-tuned" not in compared_with_committed(*arguments)[1]
 
 
 def test_the_ranges_hold_together(tmp_path, tier):

@@ -404,7 +404,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any], None]
     "PredictionModel": (
         lambda images, available, **arguments: PredictionModel(**arguments)
         .latent(images, available).detach(),
-        {"model": DEMO, "exclusive": True, "images": IMAGES, "available": AVAILABLE},
+        {"model": DEMO, "exclusive": False, "images": IMAGES, "available": AVAILABLE},
         # NaN in a patch is NaN in its prediction: scoring refuses it, and names the patch.
         lambda predicted: in_unit(predicted.nan_to_num().numpy()),
     ),

@@ -247,6 +247,17 @@ def test_overrides_and_reading_back(dataset, own_prepared):
     assert (made["fold_0"] == "training").sum() < (default["fold_0"] == "training").sum()
 
 
+def test_workers_change_nothing(prepared, dataset):
+    read, drawn = [], []
+    for workers in (0, 1):
+        patches = PatchDataset(prepared, dataset, "forest", 1, "training", workers=workers)
+        torch.manual_seed(0)
+        read.append(torch.cat([batch.images[0] for batch in patches.batches(4)]))
+        drawn.append(torch.rand(3))
+    assert torch.equal(*read)
+    assert torch.equal(*drawn)  # such as those of dropout
+
+
 def test_targets_are_unions_of_label_values(prepared, dataset):
     """A labelled pixel of no class is a valid negative, unless classes exclude each other."""
     tasks = "forest", "land_cover", "cover"

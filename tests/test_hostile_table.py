@@ -65,6 +65,7 @@ NAMED: dict[str, Any] = {
     "<13 modalities>": {f"m{n}": ["VV"] for n in range(13)},
     "<254 values>": {f"v{n}": n for n in range(254)}, "<text array>": np.array(["a"] * 7),
     "<13 names>": [f"m{n}" for n in range(13)], "<empty array>": np.zeros((0, 7)),
+    "<float32 infinity>": np.float32(np.inf),
 }  # fmt: skip
 
 

@@ -669,7 +669,7 @@ def test_folders_that_are_links(pair, tmp_path):
 )
 def test_the_unit_of_maps(crs, pixel, size, unit):
     wkt = rasterio.crs.CRS.from_string(crs).to_wkt() if crs else None
-    place = {"crs": wkt, "transform": (pixel, 0, 0, 0, -pixel, 0), "width": 1, "height": 1}
-    found, name = PreparedScene.model_construct(**place).pixel_size
-    assert name == unit
-    assert found == pytest.approx(size, rel=1e-4)
+    for angle in (0, 30):
+        place = rasterio.Affine.rotation(angle) @ rasterio.Affine.scale(pixel, -pixel)
+        made = PreparedScene.model_construct(crs=wkt, transform=place[:6], width=1, height=1)
+        assert made.pixel_size == (pytest.approx(size, rel=1e-4), unit)

@@ -150,6 +150,8 @@ def test_a_map_that_was_interrupted_goes_on(parameters, monkeypatch, tmp_path):
     assert len(blocks) == 8 + 18 - 6  # the first row of six blocks is kept
     for layer in plan.layers:
         assert plan.path(layer).read_bytes() == whole.path(layer).read_bytes()
+    (plan.folder / "unfinished.tif").touch()  # killed after the last copy
+    make_map(plan)
     assert not [*plan.folder.glob("unfinished*")]
 
 

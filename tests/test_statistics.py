@@ -64,6 +64,14 @@ def test_a_difference_is_found_and_its_interval_holds_it():
     assert again == gain  # seeded
 
 
+def test_resamples_without_any_pixel_of_the_classes_do_not_count():
+    records = records_of({"uniform": 0.0, "lsgs": 0.3}, seeds=4)
+    records.loc[records["block"] > 0, ["tp", "fp", "fn"]] = 0
+    found = contrast(records, SCENARIOS, "lsgs", ["uniform"], "worst_iou", resamples=300)
+    assert 0 < found["low"] < found["high"]
+    assert found["p"] > 2 / 250  # a third of the resamples lack the block that has pixels
+
+
 def test_intervals_cover():
     """Of the 95 % intervals for a difference of zero, about 95 % hold it."""
     holds = []
@@ -151,7 +159,8 @@ def test_a_study_that_still_runs():
     effects = {"pretrained": 0.0, "uniform": 0.0, "uniform_again": 0.0, "lsgs": 0.0}
     records = records_of(effects, seeds=3).assign(dataset="d", backbone="b")
     begun = records[(records["method"] != "uniform_again") | (records["seed"] == 0)]
-    assert differences(begun, SCENARIOS, ["mean_iou"], resamples=20).empty
+    for part in (begun, records[records["block"] == 3]):
+        assert differences(part, SCENARIOS, ["mean_iou"], resamples=20).empty
     ahead = begun["method"].isin(["uniform", "pretrained"])
     apart = begun[ahead & (begun["seed"] < 2) | (begun["method"] == "lsgs") & (begun["seed"] > 0)]
     wanted = "lsgs-pretrained,pretrained-uniform"

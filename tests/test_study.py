@@ -57,6 +57,9 @@ def test_publishing_replaces_what_was_there(tmp_path, monkeypatch):
     summary |= {"mean_iou": 0.4321, "worst_iou": 0.3, "full_iou": 0.5, "worst_scenario": "NIR"}
     save_table(folder / "summary.csv", pd.DataFrame([summary]), Record({"fold": 0}))
     save_table(folder / "records.csv.xz", pd.DataFrame({"tp": [1]}), Record({"fold": 0}))
+    table = pd.DataFrame({"a": [1]})
+    save_table(folder / "differences.csv", table, Record({"fold": 1}))  # of an earlier grid
+    save_table(tmp_path / tier.folder.scores("demo", "cbc", 0, 0) / "a.csv", table, Record({}))
     (folder / "figure.png").write_bytes(b"png")
     (folder / "predictions_demo.npz").write_bytes(b"npz")
     with pytest.raises(InputError, match=r"evaluation/summary.csv"):

@@ -16,6 +16,10 @@ class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass at t
     """Ends a forward pass."""
 
 
+def _of_a_list(model: nn.Module, images: list[Tensor]) -> Any:  # pickles, as a lambda does not
+    return model(images)
+
+
 class HookedModel(nn.Module):
     """Adds to any network the method `latent`, the only one that scoring needs.
 
@@ -47,7 +51,7 @@ class HookedModel(nn.Module):
         self,
         model: nn.Module,
         module: str,
-        call: Callable[[nn.Module, list[Tensor]], Any] = lambda model, images: model(images),
+        call: Callable[[nn.Module, list[Tensor]], Any] = _of_a_list,
         calls: int = 1,
         absent: Sequence[Tensor] | None = None,
         low_rank: Sequence[str] = (),
@@ -166,6 +170,8 @@ class PredictionModel(nn.Module):
 
     def _probabilities(self, logits: Any) -> Tensor:
         check_type("logits", logits, Tensor)
+        if self.exclusive and logits.shape[1:2] == (1,):  # its probability would always be 1
+            raise InputError("exclusive: expected False for a single class")
         return logits.softmax(dim=1) if self.exclusive else logits.sigmoid()
 
     def for_scoring(self) -> "PredictionModel":

@@ -360,7 +360,7 @@ class CBC(Backbone):
         # Element by element: modality m (axis 1) weighs every modality j (axis 2).
         logits = query[:, present, None] * (key[:, None] / math.sqrt(len(self.bands)))
         weighed = (logits.softmax(dim=2) * value[:, None]).sum(dim=2)
-        correlated = torch.zeros_like(value).index_copy(1, present, weighed)
+        correlated = torch.zeros_like(value, dtype=weighed.dtype).index_copy(1, present, weighed)
         correlated = zero_absent(correlated, available)
         fused = self.tokenizers[-1](_tokens(self.fusions["level6"](x6.flatten(1, 2))))
         sequence = torch.cat(((tokens + correlated).flatten(1, 2), fused), dim=1)

@@ -169,30 +169,14 @@ class _Slices:
                 shares = [self.depth[first + tap : stop + tap, chunk] for tap in range(taps)]
                 yield chunk, slice(first, stop), shares
 
-    def read(self, chunk: slice) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
         """Return a chunk as images [B · slices, C, H + 2, W + 2], channels last."""
-        x = self.volume[:, chunk]
         if not self.same_plane:
             x = self.width @ x  # (B, s, h, W + 2, C)
             x = (self.height @ x.flatten(3)).unflatten(3, (len(self.width), -1))
             return x.flatten(0, 1).movedim(3, 1)
         x = x.flatten(0, 1).movedim(3, 1)
         return F.pad(x, (self.border,) * 4, mode=self.padding) if self.border else x
-
-    def write_gradient(self, gradient: Tensor, out: Tensor) -> None:
-        """Write the gradient of the result of `read` into `out`, a chunk [B, s, h, w, C]."""
-        x = gradient.movedim(1, 3).unflatten(0, out.shape[:2])
-        if not self.same_plane:
-            x = (self.height.T @ x.flatten(3)).unflatten(3, (len(self.width), -1))
-            x = self.width.T @ x
-        elif self.border:
-            if self.padding == "replicate":
-                x[:, :, 1] += x[:, :, 0]
-                x[:, :, -2] += x[:, :, -1]
-                x[:, :, :, 1] += x[:, :, :, 0]
-                x[:, :, :, -2] += x[:, :, :, -1]
-            x = x[:, :, 1:-1, 1:-1]
-        out.copy_(x)
 
 
 class _Unit(torch.autograd.Function):
@@ -207,7 +191,7 @@ class _Unit(torch.autograd.Function):
         for index in range(len(rule.modes)):
             inputs = _Slices(pairs[2 * index], pairs[2 * index + 1], rule, index)
             for chunk, rows, shares in inputs.chunks():
-                images = inputs.read(chunk)
+                images = inputs.read(inputs.volume[:, chunk])
                 for tap, (kernel, share) in enumerate(zip(inputs.kernels, shares, strict=True)):
                     # The rows of the middle tap have a sum of 1, so that it adds the bias once.
                     once = bias if index == 0 and tap == inputs.border else None
@@ -276,8 +260,9 @@ def _gradients(
     volume = torch.zeros_like(inputs.volume) if of_volume else None
     weights = [torch.zeros_like(kernel) for kernel in inputs.kernels]
     for chunk, rows, shares in inputs.chunks():
-        images = inputs.read(chunk)
-        total = None
+        part, total = inputs.volume[:, chunk].detach().requires_grad_(of_volume), None
+        with torch.set_grad_enabled(of_volume):
+            images = inputs.read(part)
         result = before.flatten(2)[:, rows]
         for kernel, weight, share in zip(inputs.kernels, weights, shares, strict=True):
             maps = share.T @ result if inputs.border else result
@@ -291,7 +276,7 @@ def _gradients(
             if of_weight:
                 weight += of_kernel
         if volume is not None and total is not None:
-            inputs.write_gradient(total, volume[:, chunk])
+            [volume[:, chunk]] = torch.autograd.grad(images, part, total)
     return volume, torch.stack(weights, dim=2) if of_weight else None
 
 

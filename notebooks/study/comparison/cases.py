@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from lsgs_core.errors import InputError
 from lsgs_core.probabilities import scenario_probabilities, total_variation
 from lsgs_core.scenarios import ScenarioSet
 from study.metrics.statistics import UNIFORM_ARMS, correlation, pooled, sensor_values
-from study.provenance.artifacts import load_table, sidecar_path
 from study.training.checkpoints import TrainedNetwork
 
 # Scores of a scenario that probabilities can be formed from, with their titles.
@@ -82,12 +80,11 @@ def worth_to_network(network: TrainedNetwork) -> pd.DataFrame:
     """Return `sensor_values` of one network from its records, with an IoU of 0 for no map at all.
 
     Records hold no true negatives, so that the IoU of the trivial predictor, from which
-    `worth_of_sensors` starts, is not known. Without records beside the weights, the table is empty.
+    `worth_of_sensors` starts, is not known. Without counts beside the weights, the table is empty.
     """
-    path = network.weights.with_name("records.csv")
-    if not sidecar_path(path).is_file():
+    if (records := network.records()) is None or "tp" not in records:
         return pd.DataFrame()
-    records = load_table(path).assign(method="network", seed=0)
+    records = records.assign(method="network", seed=0)
     return sensor_values(records, network.scenarios, "network", empty=0.0)
 
 
@@ -127,7 +124,10 @@ def _of_fold(rows: pd.DataFrame, score: str) -> dict[str, float]:
         raise InputError("stability: expected at least two networks of every fold, found one")
     p = np.array([scenario_probabilities(values).probabilities for values in scores])
     groups, degraded = missing[0], missing[0] > 0  # the full scenario loses nothing by definition
-    inner, inner_scores, inner_lost = (_within(values, groups) for values in (p, scores, lost))
+    tables = [pd.DataFrame(values.T) for values in (p, scores, lost)]
+    inner, inner_scores, inner_lost = (  # without the mean of every number of missing modalities
+        (table - table.groupby(groups).transform("mean")).to_numpy().T for table in tables
+    )
     scores, lost = scores[:, degraded], lost[:, degraded]
     pairs = [*permutations(range(len(p)), 2)]
     uniform = np.full(p.shape[1], 1 / p.shape[1])
@@ -141,9 +141,3 @@ def _of_fold(rows: pd.DataFrame, score: str) -> dict[str, float]:
         "within_others": (correlation(inner_scores[i], inner_lost[j]) for i, j in pairs),
     }
     return {name: float(pd.Series([*values]).mean()) for name, values in numbers.items()}
-
-
-def _within(values: NDArray[np.float64], groups: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Take off the mean of every group of scenarios, in each row."""
-    by_scenario = pd.DataFrame(values.T)
-    return (by_scenario - by_scenario.groupby(groups).transform("mean")).to_numpy().T

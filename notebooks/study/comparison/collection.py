@@ -130,7 +130,7 @@ def collect(
         pretraining_seed: Also read the table of the pretrained network, as method "pretrained", for
             every seed that started from it (see `network_seed`); None: do not.
     """
-    tables = []
+    tables = {}
     for (dataset, backbone, fold, seed), methods in points.items():
         folder, paths = study.runs(dataset, backbone, fold, seed), {}
         if pretraining_seed is not None:
@@ -141,8 +141,6 @@ def collect(
             made_with = {**expected[dataset], "fold": fold}
             if method == "pretrained":  # whose network is always tested on test blocks
                 del made_with["tested_on"]
-            table = load_table(path / name, made_with)
-            point: tuple[Any, ...] = dataset, backbone, fold, seed, method
-            table = table.assign(**dict(zip(RUN, point, strict=True)))
-            tables.append(table[[*RUN, *table.columns.difference(RUN, sort=False)]])
-    return pd.concat(tables, ignore_index=True)
+            point = dataset, backbone, fold, seed, method
+            tables[point] = load_table(path / name, made_with)
+    return pd.concat(tables, names=RUN).reset_index(RUN).reset_index(drop=True)

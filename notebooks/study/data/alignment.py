@@ -192,8 +192,10 @@ class AlignedRaster:
         if self.kind.kind == "c":
             raise InputError(f"{path}: holds complex numbers; expected amplitudes or decibels")
         self._nodata = raw.nodata if nodata is None else nodata
-        if self._nodata is not None and not self._can_hold(self._nodata):
-            raise InputError(f"{path}: nodata {self._nodata:g} is not a value of {self.kind}")
+        if (nodata := self._nodata) is not None and self.kind.kind != "f":
+            limits = np.iinfo(self.kind)
+            if not (float(nodata).is_integer() and limits.min <= nodata <= limits.max):
+                raise InputError(f"{path}: nodata {nodata:g} is not a value of {self.kind}")
         # A band that is used is no mask, whatever its tag says (near infrared as alpha).
         with naming(path):
             alpha = raw.count if raw.colorinterp[-1] == ColorInterp.alpha else 0
@@ -238,18 +240,6 @@ class AlignedRaster:
             elif self._has_mask:
                 seen &= raw.read_masks(1, window=window) > 0
         return pixels, seen
-
-    def check(self) -> None:
-        """Read all pixels of the file once. Raises `InputError` when some cannot be read."""
-        for window in windows(self.raw.height, self.raw.width):
-            with naming(self.path):
-                self.raw.read(window=window)
-
-    def _can_hold(self, value: float) -> bool:
-        if np.issubdtype(self.kind, np.floating):
-            return True
-        limits = np.iinfo(self.kind)
-        return float(value).is_integer() and limits.min <= value <= limits.max
 
     def _place(self, placed: Placed) -> tuple[Any, Affine]:
         """Return the coordinate reference system and the transform of the file."""

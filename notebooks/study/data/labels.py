@@ -45,13 +45,6 @@ def membership(labels: Labels) -> NDArray[np.bool_]:
     return member
 
 
-def code_names(labels: Labels) -> dict[int, str]:
-    """Return the name of every code; of overlapping labels, those of a single value."""
-    numbers = range(len(labels.values))
-    codes = [1 << n if labels.overlapping else n + 1 for n in numbers]
-    return dict(zip([*codes, *[0] * labels.has_background], labels.names, strict=True))
-
-
 def class_membership(dataset: manifest.Dataset, task: str) -> NDArray[np.bool_]:
     """Return whether a code belongs to each class of a task, bool [C, codes]."""
     member, names = membership(dataset.labels), dataset.labels.names

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
@@ -131,12 +132,10 @@ def fold_statistics(folder: Path, dataset: Dataset, fold: int) -> Statistics:
     record = matching_record(folder, dataset)
     made_from = _hashes(folder, record)
     path = folder / f"normalisation_fold_{fold}.json"
-    try:
+    with suppress(OSError, ValidationError):  # does not exist yet, or is not complete
         kept = Statistics.model_validate_json(path.read_bytes())
         if kept.made_from == made_from:
             return kept
-    except (OSError, ValidationError):
-        pass  # does not exist yet, or is not complete
     table = read_patch_table(folder / PATCH_TABLE)
     training = table[table[f"fold_{fold}"] == "training"]
     means, deviations = {}, {}
@@ -332,7 +331,9 @@ class PatchDataset:
         batches: Iterable[Batch] = map(self.batch, parts)
         if self.workers:  # one item is a whole batch, made in a worker process; order is kept
             dataset, sampler = cast(Any, self), cast(Any, list(parts))
-            batches = DataLoader(dataset, None, sampler=sampler, num_workers=self.workers)
+            # It draws a seed for its workers; from the global generator, training would change.
+            own: dict[str, Any] = {"sampler": sampler, "generator": torch.Generator()}
+            batches = DataLoader(dataset, None, num_workers=self.workers, **own)
         yield from batches
 
     def _read(self, index: int, name: str) -> tuple[np.ndarray, np.ndarray]:

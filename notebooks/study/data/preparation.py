@@ -5,6 +5,7 @@ the source and with an internal mask of the pixels that the modality sees, and `
 `prepared.json` beside them records what they were made from, so that no scene is made twice.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lsgs_core.errors import InputError
 from study.data.alignment import ENVIRONMENT, AlignedRaster, Grid, grid_of, naming, windows
-from study.data.labels import Draw, code_names, membership, open_labels
+from study.data.labels import Draw, membership, open_labels
 from study.data.manifest import Dataset, Difference, FileBand, Slope
 from study.data.raw_files import Scene, find_scenes
 from study.provenance.files import file_sha256, make_folder, written_beside
@@ -60,12 +61,12 @@ class PreparedScene(Strict):
     @property
     def pixel_size(self) -> tuple[float, str]:
         """Return the width of a pixel and its unit, as maps show it."""
-        crs = self.grid.crs
+        crs, width = self.grid.crs, math.hypot(self.transform[0], self.transform[3])
         if crs is None:
             return 1.0, "pixels"
         if crs.is_geographic:
-            return self.transform[0], "degrees"
-        return self.transform[0] * crs.linear_units_factor[1] / 1000, "km"
+            return width, "degrees"
+        return width * crs.linear_units_factor[1] / 1000, "km"
 
 
 class Prepared(Strict):
@@ -185,7 +186,9 @@ def check_scene(scene: Scene) -> tuple[set[str], set[str]]:
     with open_scene(scene) as (grid, modalities, draw):
         rasters = [r for source in modalities.values() for r in (*source.rasters, source.mask) if r]
         for raster in {raster.path: raster for raster in rasters}.values():
-            raster.check()
+            for window in windows(raster.raw.height, raster.raw.width):
+                with naming(raster.path):
+                    raster.raw.read(window=window)
         member = membership(scene.dataset.labels)
         occurs = np.zeros(member.shape[1], dtype=bool)
         others, steps = set[str](), windows(grid.height, grid.width)
@@ -210,9 +213,7 @@ def open_scene(scene: Scene) -> Iterator[tuple[Grid, dict[str, "AlignedModality"
 def open_modalities(scene: Scene, grid: Grid) -> Iterator[dict[str, "AlignedModality"]]:
     """Open the modalities that a scene has, on a grid."""
     with ExitStack() as stack:
-        yield {
-            modality: AlignedModality(scene, modality, grid, stack) for modality in scene.modalities
-        }
+        yield {name: AlignedModality(scene, name, grid, stack) for name in scene.modalities}
 
 
 class AlignedModality:
@@ -323,7 +324,8 @@ def _write_scene(
         }
         kind = np.dtype(np.uint16 if labels.overlapping else np.uint8)
         coded = create_raster(paths[LABELS], grid, ["label id"], kind, nodata=labels.ignore)
-        enter(coded).update_tags(**{f"id_{code}": n for code, n in code_names(labels).items()})
+        first = zip(member.argmax(axis=0), labels.names, strict=True)  # code of a value alone
+        enter(coded).update_tags(**{f"id_{code}": name for code, name in first})
         steps = windows(grid.height, grid.width)
         quiet = len(steps) == 1
         for window in tqdm(steps, scene.name, leave=False, unit="window", disable=quiet):

@@ -31,10 +31,8 @@ def forest(differences: pd.DataFrame, metric: str) -> Figure:
     left, right = min(0, ends["low"].min()), max(0, ends["high"].max())
     margin = 0.1 * (right - left)
     present = set(table["method"])
-    first = ["pretrained", "uniform_again"]
-    order = [
-        name for name in dict.fromkeys([*first, *METHODS, *sorted(present)]) if name in present
-    ][::-1]
+    names = dict.fromkeys(["pretrained", "uniform_again", *METHODS, *sorted(present)])
+    order = [name for name in names if name in present][::-1]
 
     def draw(axes: Axes, rows: pd.DataFrame) -> None:
         rows = rows.set_index("method")

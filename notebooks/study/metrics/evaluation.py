@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lsgs_core.batch import Batch
-from lsgs_core.errors import InputError
+from lsgs_core.errors import Floats, InputError
 from lsgs_core.models.backbone import Backbone
 from lsgs_core.scenarios import ScenarioSet
 from study.metrics.losses import Protocol, TaskKind
@@ -121,7 +121,7 @@ def evaluate(
     return table
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a network caches must serve training
 def scenario_logits(
     model: nn.Module, batch: Batch, scenarios: ScenarioSet
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -152,7 +152,7 @@ def _measure(
     classes: int,
     kind: TaskKind,
     protocol: Protocol,
-) -> NDArray[np.float64]:
+) -> Floats:
     """Return the counts or soft scores of every patch, scenario and class, [B, K, C, 3 or 2]."""
     truth, strict = _truth(batch, classes), protocol == "strict"
     shape = len(truth), len(scenarios), classes, len(COUNTS if strict else SOFT)
@@ -239,7 +239,7 @@ def summary(
     records: pd.DataFrame,
     scenarios: ScenarioSet,
     by: list[str],
-    prior: NDArray[np.float64] | None = None,
+    prior: Floats | None = None,
 ) -> pd.DataFrame:
     """Summarise the IoU, averaged over classes, over the scenarios, within the groups of `by`.
 
@@ -264,14 +264,14 @@ def summary(
     return pd.DataFrame(rows)[[*by, *columns, "full_iou", "drop"]]
 
 
-def expected(scores: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+def expected(scores: Floats, prior: Floats) -> Floats:
     """Return the mean of scores [..., K] under a prior [K], over the scores that are not NaN."""
     weights = np.where(np.isnan(scores), 0, prior)
     total, mass = (np.nan_to_num(scores) * weights).sum(axis=-1), weights.sum(axis=-1)
     return np.divide(total, mass, out=np.full(np.shape(mass), np.nan), where=mass > 0)
 
 
-def lowest_quarter(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def lowest_quarter(scores: Floats) -> Floats:
     """Return the mean of the lowest quarter, rounded up, of scores [..., K] that are not NaN.
 
     Of many scenarios it is less noisy than the lowest: the mean of two of 7, and of eight of 31.
@@ -283,7 +283,7 @@ def lowest_quarter(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 # Summaries of the IoU of K scenarios, [..., K] with NaN where undefined, under a prior [K].
-SUMMARIES: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {
+SUMMARIES: dict[str, Callable[[Floats, Floats], Floats]] = {
     "worst_iou": lambda scores, _: np.fmin.reduce(scores, axis=-1),  # ignores NaN
     "lowest_quarter_iou": lambda scores, _: lowest_quarter(scores),
     "mean_iou": lambda scores, prior: expected(scores, np.ones_like(prior)),

@@ -20,12 +20,11 @@ import scipy.special
 import scipy.stats
 from numpy.typing import NDArray
 
-from lsgs_core.errors import InputError
+from lsgs_core.errors import Floats, InputError
 from lsgs_core.methods import METHODS, find_method
 from lsgs_core.scenarios import ScenarioSet
 from study.metrics.evaluation import COUNTS, SUMMARIES, expected
 
-Array = NDArray[np.float64]
 # Names of the metrics, and their titles in figures and tables.
 METRICS = {
     "worst_iou": "worst scenario",
@@ -53,7 +52,7 @@ class Counts:
 
     seeds: list[int]  # the S replicates
     blocks: list[int]  # the B spatial blocks
-    values: Array  # tp, fp, fn, [B, M, S, K, C, 3]
+    values: Floats  # tp, fp, fn, [B, M, S, K, C, 3]
 
     @classmethod
     def of(cls, records: pd.DataFrame, methods: Sequence[str], scenarios: ScenarioSet) -> Self:
@@ -87,7 +86,7 @@ class Counts:
         values = table.to_numpy(dtype=np.float64).reshape(*map(len, axes.values()), 3)
         return cls(seeds, axes["block"], values)
 
-    def scenario_iou(self, weights: Array) -> Array:
+    def scenario_iou(self, weights: Floats) -> Floats:
         """Return the IoU of every scenario, averaged over classes, float64 [R, M, S, K].
 
         A class, and then a scenario, without any pixel in truth and prediction is left out. Weights
@@ -122,7 +121,7 @@ def contrast(
     method: str,
     reference: Sequence[str],
     metric: str,
-    prior: Array | None = None,
+    prior: Floats | None = None,
     resamples: int = 2000,
 ) -> dict[str, Any]:
     """Compute the difference of a method to reference methods, with its bootstrap interval.
@@ -153,7 +152,7 @@ def contrast(
 
     def difference(
         drawn_blocks: NDArray[np.int64], drawn_seeds: NDArray[np.int64], axis: int = -1
-    ) -> Array:
+    ) -> Floats:
         iou = counts.scenario_iou(_frequencies(drawn_blocks, blocks))
         values = SUMMARIES[metric](iou, weights)  # (R, M, S)
         paired = values[:, 0] - values[:, 1:].mean(axis=1)  # (R, S)
@@ -166,13 +165,15 @@ def contrast(
         sample, difference, n_resamples=resamples, batch=50, method="percentile", vectorized=True,
         rng=np.random.default_rng(0),
     )  # fmt: skip
-    resampled, interval = bootstrap.bootstrap_distribution, bootstrap.confidence_interval
+    resampled = bootstrap.bootstrap_distribution
+    resampled = resampled[np.isfinite(resampled)]  # of rare classes, some have no pixel at all
+    low, high = np.percentile(resampled, [2.5, 97.5])
     smaller_side = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = float(min(1.0, 2 * (smaller_side + 1) / (len(resampled) + 1)))
-    error = float(bootstrap.standard_error)
+    error = float(resampled.std(ddof=1))
     return {
         "replicates": replicates, "blocks": blocks, "difference": float(difference(*sample)),
-        "low": float(interval.low), "high": float(interval.high),
+        "low": float(low), "high": float(high),
         "standard_error": error, "p": p, "detectable": DETECTABLE * error,
     }  # fmt: skip
 
@@ -181,13 +182,13 @@ def differences(
     records: pd.DataFrame,
     scenarios: ScenarioSet,
     metrics: Iterable[str] = METRICS,
-    prior: Array | None = None,
+    prior: Floats | None = None,
     resamples: int = 2000,
     contrasts: str | None = None,
 ) -> pd.DataFrame:
     """Compute differences between methods, per data set, backbone and metric.
 
-    A difference of methods that share fewer than two replicates is left out.
+    A difference of methods that share fewer than two replicates or blocks is left out.
 
     Args:
         records: The columns dataset, backbone, and those of `Counts.of`.
@@ -214,7 +215,7 @@ def differences(
             for method, other in pairs or [(name, "uniform") for name in others]:
                 reference = [a for a in arms if a != method] if other == "uniform" else [other]
                 shared = set.intersection(*(seeds.get(m, set()) for m in [method, *reference]))
-                if not reference or len(shared) < 2:
+                if not reference or len(shared) < 2 or part["block"].nunique() < 2:
                     continue
                 row = {"dataset": dataset, "backbone": backbone, "metric": metric}
                 if pairs:
@@ -266,7 +267,7 @@ def pooled(differences: Sequence[float], standard_errors: Sequence[float]) -> di
     if count < 3 or not (variance > 0).all():
         raise InputError(f"pooled: expected at least 3 cases with standard errors, found {count}")
 
-    def weighted(spread: float) -> tuple[float, Array, float]:
+    def weighted(spread: float) -> tuple[float, Floats, float]:
         weights = 1 / (variance + spread**2)
         mean = float((weights * effect).sum() / weights.sum())
         return mean, weights, float((weights * np.square(effect - mean)).sum())
@@ -314,7 +315,7 @@ def sensor_values(
     weights = np.where(masks, held[:, None], -lacking[:, None])  # [K, M]
     random = np.random.default_rng(0)
 
-    def values(blocks: NDArray[np.int64], seeds: NDArray[np.int64]) -> Array:
+    def values(blocks: NDArray[np.int64], seeds: NDArray[np.int64]) -> Floats:
         iou = counts.scenario_iou(_frequencies(blocks, len(counts.blocks)))[:, 0]  # [R, S, K]
         drawn = _frequencies(seeds, len(counts.seeds))[..., None]
         mean = (iou * drawn).sum(axis=1) / drawn.sum(axis=1)
@@ -347,7 +348,7 @@ def rank_correlation(table: pd.DataFrame, column: str) -> float:
 
 
 def correlation(
-    first: Array, second: Array, method: Literal["pearson", "spearman"] = "pearson"
+    first: Floats, second: Floats, method: Literal["pearson", "spearman"] = "pearson"
 ) -> float:
     """Return a correlation, NaN where one of both is constant but for rounding."""
     if min(np.ptp(first), np.ptp(second)) < 1e-12:
@@ -355,7 +356,7 @@ def correlation(
     return float(pd.Series(first).corr(pd.Series(second), method=method))
 
 
-def _frequencies(drawn: NDArray[np.int64], count: int) -> Array:
+def _frequencies(drawn: NDArray[np.int64], count: int) -> Floats:
     """Return how often each of `count` indices was drawn, [R, count], for draws [R, n] or [n]."""
     rows = drawn.reshape(-1, drawn.shape[-1])
     flat = rows + count * np.arange(len(rows))[:, None]

@@ -1,7 +1,6 @@
 """Files that are whole or not there."""
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -9,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pooch
+
 from lsgs_core.errors import InputError
 
 # What `written_beside` calls a file until it is whole.
 TEMPORARY = re.compile(r"\.(.+)\.(\d+)(\.[^.]*)?")
+file_sha256 = pooch.file_hash  # of a path: 64 hexadecimal digits
 FULL = 1 << 20  # bytes; with less than that left, a failed write is for want of space
 
 
@@ -55,9 +57,3 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"{path}: expected a folder, or a place for one: {error}") from error
     return path
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -22,22 +22,9 @@ NETWORK = ("study.training.checkpoints", "study.data.patches")
 STAGES: dict[NotebookStage, tuple[str, ...]] = {
     "data": ("study.data.preparation", "study.data.patches"),
     "pretraining": ("study.stages.pretraining", *NETWORK),
-    "scoring": (
-        "study.stages.scoring",
-        "lsgs_core.probabilities",
-        "lsgs_core.uncertainty",
-        *NETWORK,
-    ),
+    "scoring": ("study.stages.scoring", *NETWORK),
     "finetuning": ("study.stages.finetuning", *NETWORK),
-    "evaluation": (
-        "study.metrics.evaluation",
-        "study.metrics.statistics",
-        "study.stages.agreement",
-        "study.comparison.collection",
-        "study.comparison.predictions",
-        "study.comparison.robustness",
-        "study.figures.study",
-    ),
+    "evaluation": ("study.stages.agreement", "study.comparison.robustness", "study.figures.study"),
     "mapping": ("study.stages.mapping",),
 }
 PACKAGES = {"study": Path(__file__).parents[1], "lsgs_core": Path(lsgs_core.__file__).parent}
@@ -70,7 +57,7 @@ def fingerprint(stage: NotebookStage) -> str:
     digest = hashlib.sha256()
     modules = frozenset[str]().union(*map(imported, STAGES[stage]))
     for name in sorted(modules):
-        code = code_without_prose(_path(name))
+        code = code_without_prose(_path(name).read_text("utf-8"))
         digest.update(name.encode() + b"\0" + code.encode() + b"\0")
     return digest.hexdigest()
 
@@ -88,17 +75,13 @@ def _imports(code: str) -> list[tuple[str, list[str]]]:
 
 
 @cache
-def _written(code: str) -> str:
+def code_without_prose(code: str) -> str:
+    """Return code as Python would write it, without docstrings and comments."""
     tree, documented = ast.parse(code), ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
-
-
-def code_without_prose(path: Path) -> str:
-    """Return the code of a file as Python would write it, without docstrings and comments."""
-    return _written(path.read_text(encoding="utf-8"))
 
 
 def _path(module: str) -> Path:

@@ -164,6 +164,7 @@ def _fine_tuned(summary: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
     fine_tuned = committed[committed["method"] != "pretrained"]
     seeds = fine_tuned.melt(keys, METRICS, "metric", "committed")
     ranges = seeds.groupby([*keys, "metric"])["committed"].agg(["mean", "std", "count"])
+    ranges = ranges[ranges["count"] > 1]  # one seed shows no range
     rows = summary[[*keys, *METRICS]].reset_index()
     here = rows.melt(["index", *keys], METRICS, "metric", "here")
     table = here.sort_values("index", kind="stable").join(ranges, [*keys, "metric"], how="inner")

@@ -39,15 +39,7 @@ from study.data.manifest import Slope, load_manifest
 from study.data.preparation import AlignedModality, create_raster, open_modalities
 from study.data.raw_files import Scene, fetch, find_scenes
 from study.metrics.evaluation import THRESHOLD, scenario_scores
-from study.provenance.artifacts import (
-    Record,
-    is_made,
-    load_table,
-    save,
-    save_json,
-    save_table,
-    sidecar_path,
-)
+from study.provenance.artifacts import Record, is_made, save, save_json, save_table
 from study.provenance.devices import choose_device, make_deterministic
 from study.provenance.files import explaining_a_full_disk, file_sha256, make_folder
 from study.provenance.freshness import fingerprint
@@ -221,8 +213,8 @@ def make_map(plan: MapPlan) -> pd.DataFrame:
             _predict_scene(plan)
             for layer in plan.layers:
                 save(plan.path(layer), partial(_copy, plan, layer), plan.record)
-        for path in plan.folder.glob("unfinished*"):
-            path.unlink()
+    for path in plan.folder.glob("unfinished*"):
+        path.unlink()
     table = _served(plan)
     save_table(plan.folder / "served.csv", table, plan.record)
     return table
@@ -392,7 +384,7 @@ def _make_opaque(path: Path) -> None:
 
 def _served(plan: MapPlan) -> pd.DataFrame:
     """Return which scenario served how many pixels of a map, as `make_map` does."""
-    layer, records = plan.layers[2], plan.network.weights.with_name("records.csv")
+    layer = plan.layers[2]
     counts = np.zeros(max(layer.categories) + 1, dtype=np.int64)
     with rasterio.open(plan.path(layer)) as raster:
         for window in windows(*raster.shape):
@@ -401,7 +393,7 @@ def _served(plan: MapPlan) -> pd.DataFrame:
     rows = [(name, counts[value]) for value, name in names.items() if counts[value]]
     table = pd.DataFrame(rows, columns=["scenario", "pixels"])
     table["share"] = table["pixels"] / counts.sum()
-    if not sidecar_path(records).is_file():
+    if (records := plan.network.records()) is None:
         return table.assign(iou=np.nan)
-    scores = scenario_scores(load_table(records).assign(network=""), ["network"])
+    scores = scenario_scores(records.assign(network=""), ["network"])
     return table.merge(scores[["scenario", "iou"]], how="left")

@@ -20,13 +20,7 @@ from study.metrics.evaluation import validation_scores
 from study.provenance.artifacts import Record, is_made, load_table
 from study.provenance.devices import in_processes, seed_weights
 from study.provenance.files import file_sha256
-from study.training.checkpoints import (
-    Pretrained,
-    errors_named,
-    is_own,
-    load_checkpoint,
-    load_pretrained,
-)
+from study.training.checkpoints import Pretrained, errors_named, is_own, load_pretrained
 from study.training.loop import train
 
 if TYPE_CHECKING:
@@ -58,10 +52,8 @@ def pretrained_network(run: "NetworkRun") -> tuple[Backbone, Pretrained, Record]
     record = run.record(*names, trained_with=trained_with)
     history = run.weights.with_name("history.csv")
     if is_made(run.weights, record) and is_made(history, record):
-        model = run.build()
-        load_checkpoint(model, run.weights)
         before = "trained here before", trained_with, load_table(history)
-        return model, Pretrained(run.weights, *before), record
+        return run.pretrained(), Pretrained(run.weights, *before), record
     if is_own(name := run.parameters["backbone"]):
         expect_fit(name, run)
     processes, device = run.parameters["processes"], run.parameters["device"]
@@ -124,7 +116,7 @@ def check_network(
         return model.latent([*images], present), model([*images], present)
 
     absent = []
-    with torch.inference_mode():
+    with torch.no_grad():
         shared = model.scenario_latents(images, masks)
         together = outputs(images, full)
         patches = zip(*(image.split(1) for image in images), strict=True)

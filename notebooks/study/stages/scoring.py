@@ -10,13 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lsgs_core.distortion import (
-    BatchScores,
-    ScenarioScores,
-    joined_scores,
-    score_batches,
-    score_scenarios,
-)
+from lsgs_core.distortion import ScenarioScores, joined_scores, score_batches, score_scenarios
 from lsgs_core.distributions import read_failure_rates
 from lsgs_core.models.adapter import PredictionModel
 from lsgs_core.probabilities import rbf_kernel, scenario_descriptors, scenario_probabilities
@@ -142,7 +136,7 @@ def score(run: "NetworkRun", measured: Measured, until: Until | None) -> Scenari
     how = {"progress": is_first_process(), "scenario_budget": budget}
     own = [*score_batches(model, batches, scenarios, **how)]
     position = {patch: place for place, patch in enumerate(run.training.patch_ids.tolist())}
-    parts: list[BatchScores] = [part for share in processes.gather(own) for part in share]
+    parts = [part for share in processes.gather(own) for part in share]
     parts.sort(key=lambda part: position[int(part.patch_ids[0])])
     return joined_scores(parts, scenarios, budget)
 

@@ -28,13 +28,7 @@ from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
 from study.data.manifest import load_manifest
 from study.data.patches import Description, PatchDataset
-from study.provenance.artifacts import (
-    check,
-    check_parameters,
-    load_table,
-    load_weights,
-    sidecar_path,
-)
+from study.provenance.artifacts import check_parameters, load_table, load_weights, sidecar_path
 from study.provenance.files import file_sha256
 from study.provenance.freshness import code_without_prose
 from study.provenance.schema import validated
@@ -92,7 +86,8 @@ def load_pretrained(
                 f"{path}: its sha256 is {found}, expected {network.sha256} as in {manifest.name}; "
                 + again
             )
-        if check(path)["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
+        _, record = load_weights(path)
+        if record["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
             raise InputError(
                 f"{path}: trained on another patch table than the one here, whose test patches it "
                 "may have seen; prepare the data with the manifest's patches and folds, or set "
@@ -134,7 +129,7 @@ def load_checkpoint(
     Returns the record of ours, else None. Raises `InputError` for weights of another model, damaged
     ones, or ours where they were made with other parameters than `expected`.
     """
-    if not sidecar_path(path).is_file():
+    if path.is_file() and not sidecar_path(path).is_file():
         load_author_weights(model, path)
         return None
     weights, record = load_weights(path, expected)
@@ -173,6 +168,11 @@ class TrainedNetwork:
     description: Description  # bands, classes and normalisation
     weights: Path
     sha256: str  # of the file of the weights
+
+    def records(self) -> pd.DataFrame | None:
+        """Return the records of its evaluation, None where none lie beside the weights."""
+        path = self.weights.with_name("records.csv")
+        return load_table(path) if sidecar_path(path).is_file() else None
 
 
 def load_network(weights: Path | str, device: torch.device | str = "cpu") -> TrainedNetwork:
@@ -227,7 +227,7 @@ def own_network(name: str) -> tuple[Callable[[list[int], int], Any], str]:
     if path.name != f"{stem}.py" or not path.is_file():
         raise InputError(f"NETWORKS: expected a file {stem}.py for {name!r}, found {path}")
     with errors_named(str(path)):
-        code = hashlib.sha256(code_without_prose(path).encode()).hexdigest()
+        code = hashlib.sha256(code_without_prose(path.read_text("utf-8")).encode()).hexdigest()
         module = _imported(path, code)
     found = getattr(module, function, None)
     if not callable(found) or getattr(found, "__module__", None) != module.__name__:

@@ -76,8 +76,6 @@ def train(
     Raises `FloatingPointError` for a loss that is not finite, with patches and scenarios, and
     `InputError` where there is no patch, or the settings do not fit the data or the device.
     """
-    if not len(dataset):
-        raise InputError("training: expected at least one training patch, found none")
     device = next(model.parameters()).device
     # Equal steps gave other gradients of a 3×3×3 convolution, and NaN in one of twenty runs: the
     # backward pass of PyTorch 2.13 reads memory that was never written.

@@ -22,9 +22,10 @@ import psutil
 from lsgs_core.errors import InputError
 from study.data.manifest import ManualSource
 from study.data.raw_files import find_scenes
-from study.metrics.evaluation import COUNTS, class_scores
+from study.metrics.evaluation import COUNTS, SOFT, class_scores
 from study.provenance.artifacts import check, sidecar_path
 from study.provenance.files import TEMPORARY, file_sha256, make_folder, written_beside
+from study.provenance.schema import read_json
 from study.stages.agreement import AGREEMENT
 from study.stages.tiers import Tier, load_tier
 from study.workflow.durations import durations, estimate, executed, read_executed
@@ -43,8 +44,8 @@ MOST_DRAWN = 4  # of more networks, tables are published, without figures and th
 def run(tier: Tier, cores: int, dry_run: bool = False, profile: str = "") -> int:
     """Run what is missing or out of date of a tier, and return Snakemake's exit status.
 
-    A dry run lists what would run and changes nothing, so that it may stand beside a run. A
-    workflow profile, such as the folder profiles/slurm, says how to run jobs elsewhere.
+    A dry run lists what would run, and changes nothing but the files of parameters. A workflow
+    profile, such as the folder profiles/slurm, says how to run jobs elsewhere.
     """
     if profile and not (ROOT / profile).is_dir():
         raise InputError(f"profile: expected a folder such as profiles/slurm, found {profile!r}")
@@ -106,12 +107,16 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
         raise InputError(f"{published}: holds no such run; publish the tier first")
     tables = {name: pd.read_csv(ROOT / folder / "records.csv") for name, folder in folders.items()}
     again = pd.concat(table.assign(method=name) for name, table in tables.items())
-    keys = ["method", "block", "scenario", "class"]
-    both, columns = (committed, again), [*keys, *COUNTS]
+    unit, measured = ("block", COUNTS) if "tp" in table else ("patch", SOFT)
+    keys = ["method", unit, "scenario", "class"]
+    both, columns = (committed, again), [*keys, *measured]
     first, second = (part[columns].sort_values(keys, ignore_index=True) for part in both)
     if first.equals(second):
-        return True, f"the same: all {len(first)} rows of counts"
-    keys.remove("block")
+        return (
+            True,
+            f"the same: all {len(first)} rows of {'counts' if unit == 'block' else 'scores'}",
+        )
+    keys.remove(unit)
     scores = [class_scores(part, keys[:-1]) for part in (first, second)]
     iou = scores[0].merge(scores[1], on=keys, how="outer")
     largest = (iou["iou_x"] - iou["iou_y"]).abs().max()
@@ -257,16 +262,20 @@ def publish(tier: Tier) -> list[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     sources = {
         **{f"data/{name}": tier.folder.prepared(name) / "figures" for name in tier.datasets},
-        "pretrained": tier.folder.root / "pretrained",
-        "scores": tier.folder.root / "scores",
         "evaluation": tier.folder.evaluation,
     }
+    for network in tier.networks():  # a folder may hold others, of an earlier grid
+        for folder in (tier.folder.pretrained(*network), tier.folder.scores(*network)):
+            sources[folder.relative_to(tier.folder.root).as_posix()] = folder
     many = len(tier.networks()) > MOST_DRAWN
     for name, source in sources.items():
-        kinds = TABLES if many and name in ("pretrained", "scores") else TABLES | FIGURES
+        kinds = TABLES if many and name.startswith(("pretrained", "scores")) else TABLES | FIGURES
         for path in sorted((ROOT / source).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(ROOT / source).parts)
             hidden |= many and path.name == "patch_distortion.csv"
+            if name == "evaluation" and (beside_it := sidecar_path(path)).is_file():
+                # A table or figure that an earlier grid had, and this one has not.
+                hidden |= read_json(beside_it)["parameters"] != record["parameters"]
             if path.suffix in kinds and not hidden and not path.name.endswith(".record.json"):
                 copy = beside / name / path.relative_to(ROOT / source)
                 make_folder(copy.parent)

@@ -143,7 +143,7 @@ def _summary_table(summary: pd.DataFrame) -> list[str]:
             f"{part[metric].mean():.3f}" + (f" ({part[metric].std():.3f})" if varies else "")
             for metric in SUMMARISED
         )
-        worst += f" {part['worst_scenario'].mode()[0]}"
+        worst += " " + next(iter(part["worst_scenario"].mode()), "")
         rows.append([dataset, backbone, method_title(str(method)), mean, worst, full])
     return _table(["data set", "backbone", "method", *(METRICS[name] for name in SUMMARISED)], rows)
 
