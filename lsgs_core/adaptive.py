@@ -16,15 +16,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike, NDArray
 
-from lsgs_core.errors import (
-    Floats,
-    InputError,
-    array_of,
-    check_count,
-    check_number,
-    check_type,
-    real_numbers,
-)
+from lsgs_core.errors import Floats, array_of, check_count, check_number, check_type, real_numbers
 from lsgs_core.probabilities import likeliest_ridge, smooth_scores, standardise
 from lsgs_core.sampling import Probabilities, ScenarioSampler, check_probabilities
 
@@ -167,9 +159,10 @@ class KernelGroupDRO(LossProportional):
         memory: float = 0.98,
     ) -> None:
         super().__init__(prior, 1.0, mixing, memory, ridge=1.0)
-        self.log_weights = _logarithm(check_probabilities(start, len(self.prior), "start"))
-        if (np.isfinite(self.log_weights) & (self.prior == 0)).any():
-            raise InputError("start: expected 0 where the prior is 0")
+        start = check_probabilities(start, len(self.prior), "start")
+        never = start[self.prior == 0].sum()
+        check_number("start", never, lambda share: share == 0, "0 where the prior is 0")
+        self.log_weights = _logarithm(start)
         self.step = _range("step", step, 0, LARGEST_STEP)
         self.smoother = real_numbers("kernel", kernel, [len(self.prior)] * 2)
         self.eigen = np.linalg.eigh(self.smoother)

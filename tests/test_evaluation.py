@@ -102,11 +102,6 @@ def counted(scenarios, classes, tp, fp, fn) -> pd.DataFrame:
     return pd.DataFrame({**names, "tp": tp, "fp": fp, "fn": fn})
 
 
-def test_undefined_classes_are_left_out_of_means():
-    counts = counted("A", ["x", "never"], [1, 0], [1, 0], [2, 0])
-    assert scenario_scores(counts, ["method"])["iou"].item() == pytest.approx(0.25)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_soft_scores_are_the_authors(kind):
     """Per patch, never thresholded; where the mask is empty both are inverted first."""

@@ -670,6 +670,6 @@ def test_folders_that_are_links(pair, tmp_path):
 def test_the_unit_of_maps(crs, pixel, size, unit):
     wkt = rasterio.crs.CRS.from_string(crs).to_wkt() if crs else None
     for angle in (0, 30):
-        place = rasterio.Affine.rotation(angle) @ rasterio.Affine.scale(pixel, -pixel)
+        place = rasterio.Affine.rotation(angle) * rasterio.Affine.scale(pixel, -pixel)
         made = PreparedScene.model_construct(crs=wkt, transform=place[:6], width=1, height=1)
         assert made.pixel_size == (pytest.approx(size, rel=1e-4), unit)

@@ -199,24 +199,6 @@ def test_initialisation():
     assert fusion.merge[1].weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": "cmx", "token_width": 64}, "'token_width'.*stage_widths"),
-        ({"name": "cmx", "stage_widths": (24, 32, 64, 97)}, "stage_widths"),
-        ({"name": "cbc", "decoder_depths": 4}, "decoder_depths'.*found 4"),
-        ({"name": "cbc", "decoder_depths": ()}, "decoder_depths"),
-        ({"name": "cbc", "decoder_depths": (2, 2, 2, 2)}, "decoder_channels"),
-        ({"name": "cbc", "attention_heads": 7}, "token_width"),
-        ({"name": "cbc", "stage_blocks": (True,) * 4}, "stage_blocks.*found True"),
-        ({"name": "cmx", "decoder_width": 0}, "decoder_width.*integer from 1"),
-    ],
-)
-def test_wrong_settings(arguments, message):
-    with pytest.raises(InputError, match=message):
-        build_backbone(**{"preset": "demo", **arguments})
-
-
 GOOD = torch.ones(2, 3, dtype=torch.bool)
 
 
