@@ -28,7 +28,13 @@ from lsgs_core.models.cpu import accelerate_on_cpu
 from lsgs_core.scenarios import ScenarioSet
 from study.data.manifest import load_manifest
 from study.data.patches import Description, PatchDataset
-from study.provenance.artifacts import check_parameters, load_table, load_weights, sidecar_path
+from study.provenance.artifacts import (
+    check,
+    check_parameters,
+    load_table,
+    load_weights,
+    sidecar_path,
+)
 from study.provenance.files import file_sha256
 from study.provenance.freshness import code_without_prose
 from study.provenance.schema import validated
@@ -86,8 +92,7 @@ def load_pretrained(
                 f"{path}: its sha256 is {found}, expected {network.sha256} as in {manifest.name}; "
                 + again
             )
-        _, record = load_weights(path)
-        if record["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
+        if check(path)["parameters"].get("patches_sha256") != made_with["patches_sha256"]:
             raise InputError(
                 f"{path}: trained on another patch table than the one here, whose test patches it "
                 "may have seen; prepare the data with the manifest's patches and folds, or set "

@@ -112,10 +112,7 @@ def compare(tier: Tier, published: Path) -> tuple[bool, str]:
     both, columns = (committed, again), [*keys, *measured]
     first, second = (part[columns].sort_values(keys, ignore_index=True) for part in both)
     if first.equals(second):
-        return (
-            True,
-            f"the same: all {len(first)} rows of {'counts' if unit == 'block' else 'scores'}",
-        )
+        return True, f"the same: all {len(first)} rows"
     keys.remove(unit)
     scores = [class_scores(part, keys[:-1]) for part in (first, second)]
     iou = scores[0].merge(scores[1], on=keys, how="outer")
